@@ -1,0 +1,27 @@
+"""mlx-vlm-edge: vision-language models on Apple silicon.
+
+from mlx_vlm_edge import load, generate
+model, processor = load("fastvlm-0.5b")
+print(generate(model, processor, "What is this?", images=["x.jpg"]))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["UsageError", "__version__", "generate", "load", "stream_generate"]
+
+if TYPE_CHECKING:
+    from .errors import UsageError
+    from .generate import generate, stream_generate
+    from .load import load
+
+_HOME = {"load": "load", "generate": "generate", "stream_generate": "generate", "UsageError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for, so that `import mlx_vlm_edge` is free."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

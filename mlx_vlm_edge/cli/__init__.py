@@ -1,0 +1,69 @@
+"""The command line: `mlx-vlm-edge VERB ...`. A verb's module is imported when that verb is asked for.
+
+stdout carries answers and nothing else; notes, progress and errors go to stderr. A mistake of the
+user's is one line and exit code 2.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import UsageError
+
+PROGRAM = "mlx-vlm-edge"
+VERBS = {
+    "generate": "answer a question about images",
+    "models": "list, pull, show and remove models",
+    "convert": "convert a checkpoint to the MLX layout, optionally quantised",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:10} {text}" for name, text in VERBS.items())
+    return (
+        f"usage: {PROGRAM} VERB [options]\n\n"
+        "Run vision-language models on Apple silicon.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        f"  {PROGRAM} VERB --help   the options of a verb\n"
+        f"  {PROGRAM} --version     {__version__}\n\n"
+        f'example: {PROGRAM} generate --image photo.jpg --prompt "What is this?"'
+    )
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if verb not in VERBS:
+        raise UsageError(f"no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    module = import_module(f".{verb}", __name__)
+    parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP, allow_abbrev=False)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(rest)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away
+        sys.stderr.close()
+        return 141

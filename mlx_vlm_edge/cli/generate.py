@@ -1,0 +1,141 @@
+"""`mlx-vlm-edge generate`: a question and images in, the answer streamed out."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..generate import GenerationResult
+
+HELP = "Answer a question about images; the answer streams to standard output."
+DEFAULT_MODEL = "fastvlm-0.5b"
+DEMO_NOTE = (
+    "note: using the bundled demo model, which knows drawn shapes and printed text, not photographs; "
+    f"`mlx-vlm-edge models pull {DEFAULT_MODEL}` gets a real one"
+)
+# Flags that are passed on to `stream_generate` as they are.
+SAMPLING = {
+    "max_tokens": (int, 256, "tokens to generate at most"),
+    "top_p": (float, 1.0, "nucleus sampling: smallest set of tokens with this probability"),
+    "top_k": (int, 0, "sample from the k likeliest tokens; 0 for all"),
+    "min_p": (float, 0.0, "leave out tokens below this share of the likeliest one"),
+    "repetition_penalty": (float, 1.0, "above 1: make repeated tokens less likely"),
+    "repetition_context_size": (int, 20, "tokens the repetition penalty looks back"),
+    "seed": (int, None, "make sampling repeatable"),
+    "max_kv_size": (int, None, "positions of a rotating KV cache"),
+    "kv_bits": (int, None, "quantise the KV cache to this many bits"),
+    "kv_group_size": (int, 64, "group size of a quantised KV cache"),
+    "quantized_kv_start": (int, 0, "quantise the KV cache beyond this many positions"),
+    "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help="alias, Hub id or folder")
+    model.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    model.add_argument("--offline", action="store_true", help="never touch the network")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    model.add_argument("--bits", type=int, choices=(4, 8), help="quantise the language model at load")
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--prompt", "-p", required=True, help="the question; - reads standard input")
+    prompt.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="FILE",
+        help="image files or URLs; - reads standard input",
+    )  # fmt: skip
+    prompt.add_argument("--system", help="another system prompt")
+    prompt.add_argument("--raw", action="store_true", help="use the prompt as it stands, with <image>")
+    prompt.add_argument("--image-strategy", choices=("pad", "center_crop", "stretch"))
+    prompt.add_argument("--resolution", type=int, metavar="PX", help="side the image is resized to")
+    sampling = parser.add_argument_group("generation")
+    sampling.add_argument("--temperature", "--temp", type=float, default=0.0, help="0 is greedy")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
+    for name, (kind, default, text) in SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        sampling.add_argument(flag, type=kind, default=default, metavar="N", help=text)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
+    output.add_argument("--verbose", action="store_true", help="stage timings, rates and peak memory")
+
+
+def default_model() -> str:
+    """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model."""
+    from ..hub import ALIASES, local_snapshot
+
+    if name := os.environ.get("MLX_VLM_EDGE_MODEL"):
+        return name
+    if local_snapshot(ALIASES[DEFAULT_MODEL], None):
+        return DEFAULT_MODEL
+    print(DEMO_NOTE, file=sys.stderr)
+    return "demo"
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.prompt == "-" and "-" in args.image:
+        raise UsageError("--prompt - and --image - cannot both read standard input")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+    from ..generate import stream_generate
+    from ..load import load
+
+    model, processor = load(
+        args.model or default_model(), dtype=args.dtype, revision=args.revision,
+        quantize=args.bits, offline=args.offline, image_strategy=args.image_strategy,
+        resolution=args.resolution,
+    )  # fmt: skip
+    options = {name: getattr(args, name) for name in SAMPLING}
+    results = stream_generate(
+        model, processor, _prompt(text, args), images, raw=args.raw, verbose=args.verbose,
+        temperature=args.temperature, stop=args.stop, **options,
+    )  # fmt: skip
+    return _print(results, args)
+
+
+def _prompt(text: str, args: argparse.Namespace) -> Any:
+    if args.system is None:
+        return text
+    if args.raw:
+        raise UsageError("--raw takes the prompt as it stands: put the system prompt into it")
+    return [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
+
+
+def _print(results: Iterator["GenerationResult"], args: argparse.Namespace) -> int:
+    """Show pieces as they come. Ctrl-C ends with what there is and exit code 130."""
+    pieces: list[GenerationResult] = []
+    code = 0
+    try:
+        for result in results:
+            pieces.append(result)
+            if not args.json:
+                print(result.text, end="", flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    if not args.json:
+        print(flush=True)
+    if pieces and (args.json or args.verbose):
+        _report(pieces, args)
+    return code
+
+
+def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    last = pieces[-1]
+    if args.json:
+        whole = asdict(last) | {"text": "".join(piece.text for piece in pieces)}
+        whole["token"] = [piece.token for piece in pieces if piece.token is not None]
+        print(json.dumps(whole, ensure_ascii=False))
+        return
+    lines = [
+        f"prompt: {last.prompt_tokens} tokens ({last.visual_tokens} visual), {last.prompt_tps:.1f} tokens/s",
+        f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
+        f"ttft_e2e: {last.ttft_e2e * 1000:.1f} ms (image and prompt in, first token out; model loaded)",
+        *(f"  {name}: {seconds * 1000:.1f} ms" for name, seconds in (last.stages or {}).items()),
+        f"peak memory: {last.peak_memory:.3f} GB",
+    ]
+    print("\n".join(lines), file=sys.stderr)

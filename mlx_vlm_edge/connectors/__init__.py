@@ -1,0 +1,1 @@
+"""Connectors: image features -> visual tokens."""

@@ -1,0 +1,53 @@
+"""The few operations whose best form depends on the device: one function each, the same numbers everywhere.
+
+Element-wise chains are compiled on GPUs only: on the CPU back end `mx.compile` calls a C++ compiler,
+which costs a second on first use and may not be installed.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import mlx.core as mx
+
+
+def on_cpu() -> bool:
+    """Whether MLX's default device is the CPU."""
+    return bool(mx.default_device() == mx.Device(mx.DeviceType.cpu))
+
+
+def _gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.erf(x * (1.0 / math.sqrt(2.0))))
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+@cache
+def _compiled(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    compiled: Callable[..., mx.array] = mx.compile(function, shapeless=True)
+    return compiled
+
+
+def _run(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    return (function if on_cpu() else _compiled(function))(*arrays)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact (erf) GELU, any shape."""
+    return _run(_gelu, x)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, element by element."""
+    return _run(_swiglu, gate, up)
+
+
+def depthwise_conv2d(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1) -> mx.array:
+    """Depthwise convolution with "same" padding k // 2.
+
+    x [B, H, W, C], weight [C, k, k, 1], bias [C] -> [B, ceil(H / stride), ceil(W / stride), C].
+    """
+    channels, size = weight.shape[0], weight.shape[1]
+    return mx.conv2d(x, weight, stride=stride, padding=size // 2, groups=channels) + bias

@@ -1,0 +1,271 @@
+"""KV caches with mlx-lm's protocol, class names and state, so that saved caches interchange.
+
+`update_and_fetch(keys, values)` takes [B, kv_heads, L, head_dim] and gives all keys and values so
+far; `offset` counts every position seen; `trim(n)` forgets the last n.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from ..errors import UsageError
+
+Mask = mx.array | str | None
+STEP = 256  # positions a cache grows by
+
+
+class Cache(Protocol):
+    offset: int
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]: ...
+    def make_mask(self, N: int) -> Mask: ...
+    def is_trimmable(self) -> bool: ...
+    def trim(self, n: int) -> int: ...
+    @property
+    def state(self) -> Any: ...
+
+
+def causal_mask(N: int, offset: int, window: int) -> mx.array:
+    """bool [N, offset + N]: query i (at offset + i) sees key j when 0 <= offset + i - j < window.
+
+    causal_mask(2, 1, 2) -> [[1, 1, 0], [0, 1, 1]]
+    """
+    distance = mx.arange(offset, offset + N)[:, None] - mx.arange(offset + N)[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _grow(buffer: mx.array | None, like: mx.array, used: int) -> mx.array:
+    """A buffer with room for `like` after its first `used` positions."""
+    B, heads, L, D = like.shape
+    room = mx.zeros((B, heads, -(-L // STEP) * STEP, D), like.dtype)
+    return room if buffer is None else mx.concatenate([buffer[..., :used, :], room], axis=2)
+
+
+class KVCache:
+    """Keeps every position."""
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        if self.keys is None or self.values is None or self.offset > self.keys.shape[2]:
+            self.keys = _grow(self.keys, keys, start)
+            self.values = _grow(self.values, values, start)
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def make_mask(self, N: int) -> Mask:
+        return "causal" if N > 1 else None
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "QuantizedKVCache":
+        quantized = QuantizedKVCache(group_size, bits)
+        if self.keys is not None and self.values is not None:
+            used = slice(0, self.offset)
+            quantized.update_and_fetch(self.keys[..., used, :], self.values[..., used, :])
+        return quantized
+
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None, int]:
+        return self.keys, self.values, self.offset
+
+    @state.setter
+    def state(self, state: tuple[mx.array | None, mx.array | None, int]) -> None:
+        self.keys, self.values, self.offset = state
+
+
+class QuantizedKVCache:
+    """Keeps every position in 4 or 8 bits: each of keys and values is (packed, scales, biases)."""
+
+    def __init__(self, group_size: int = 64, bits: int = 8) -> None:
+        self.keys: list[mx.array] | None = None
+        self.values: list[mx.array] | None = None
+        self.offset = 0
+        self.group_size = group_size
+        self.bits = bits
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        if keys.shape[-1] % self.group_size or values.shape[-1] % self.group_size:
+            raise UsageError(
+                f"a head of {keys.shape[-1]} values cannot be cached in groups of "
+                f"{self.group_size}: leave --kv-bits out or set --kv-group-size to a divisor"
+            )
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        options = {"group_size": self.group_size, "bits": self.bits}
+        self.keys = self._stored(self.keys, mx.quantize(keys, **options), start)
+        self.values = self._stored(self.values, mx.quantize(values, **options), start)
+        return self._used(self.keys), self._used(self.values)
+
+    def _stored(
+        self, buffers: list[mx.array] | None, parts: Sequence[mx.array], start: int
+    ) -> list[mx.array]:
+        if buffers is None or self.offset > buffers[0].shape[2]:
+            old = buffers or [None] * len(parts)
+            buffers = [_grow(buffer, part, start) for buffer, part in zip(old, parts, strict=True)]
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer[..., start : self.offset, :] = part
+        return buffers
+
+    def _used(self, buffers: list[mx.array]) -> list[mx.array]:
+        return [buffer[..., : self.offset, :] for buffer in buffers]
+
+    def make_mask(self, N: int) -> Mask:
+        return "causal" if N > 1 else None
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+    @property
+    def state(self) -> tuple[Any, Any, int, int, int]:
+        return self.keys, self.values, self.offset, self.group_size, self.bits
+
+    @state.setter
+    def state(self, state: tuple[Any, Any, int, int, int]) -> None:
+        self.keys, self.values, self.offset, self.group_size, self.bits = state
+
+
+class RotatingKVCache:
+    """Keeps the first `keep` positions and the last `max_size - keep` others.
+
+    `keep` must cover the prompt's visual tokens, which must not be evicted.
+    """
+
+    def __init__(self, max_size: int, keep: int = 0) -> None:
+        if not 0 <= keep < max_size:
+            raise UsageError(
+                f"--max-kv-size {max_size}: {keep} positions are to be kept; give more room"
+            )
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        self.keep = keep
+        self.max_size = max_size
+        self._idx = 0  # where the next position goes
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if keys.shape[2] == 1:
+            return self._put_one(keys, values)
+        return self._append(keys, values)
+
+    def _append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Several positions: put in order of time, evict what even the first of them cannot see."""
+        if self.keys is not None and self.values is not None:
+            self.keys = self._appended(self.keys, keys)
+            self.values = self._appended(self.values, values)
+        else:
+            self.keys, self.values = keys, values
+        self.offset += keys.shape[2]
+        self._idx = self.keys.shape[2]
+        return self.keys, self.values
+
+    def _appended(self, buffer: mx.array, new: mx.array) -> mx.array:
+        ordered = self._in_order(buffer)
+        evicted = max(0, ordered.shape[2] - self.max_size + 1)
+        kept = [ordered[..., : self.keep, :], ordered[..., self.keep + evicted :, :]]
+        return mx.concatenate([*(kept if evicted else [ordered]), new], axis=2)
+
+    def _in_order(self, buffer: mx.array) -> mx.array:
+        if self._idx == buffer.shape[2]:
+            return buffer
+        if self._idx >= self.offset:  # not wrapped yet: the rest is unused room
+            return buffer[..., : self._idx, :]
+        parts = (slice(0, self.keep), slice(self._idx, None), slice(self.keep, self._idx))
+        return mx.concatenate([buffer[..., part, :] for part in parts], axis=2)
+
+    def _put_one(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys = self._with_room(self.keys, keys)
+        self.values = self._with_room(self.values, values)
+        if self.keys.shape[2] == self.max_size and self._idx >= self.max_size:
+            self._idx = self.keep
+        self.keys[..., self._idx : self._idx + 1, :] = keys
+        self.values[..., self._idx : self._idx + 1, :] = values
+        self.offset += 1
+        self._idx += 1
+        used = min(self.offset, self.keys.shape[2])
+        return self.keys[..., :used, :], self.values[..., :used, :]
+
+    def _with_room(self, buffer: mx.array | None, like: mx.array) -> mx.array:
+        size = 0 if buffer is None else buffer.shape[2]
+        if size > self.max_size and buffer is not None:  # left so by a prompt of several positions
+            evicted = size - self.max_size
+            parts = [buffer[..., : self.keep, :], buffer[..., self.keep + evicted :, :]]
+            self._idx = self.max_size
+            return mx.concatenate(parts, axis=2)
+        if self._idx < size or size == self.max_size:
+            return buffer
+        B, heads, _, D = like.shape
+        room = mx.zeros((B, heads, min(STEP, self.max_size - size), D), like.dtype)
+        return room if buffer is None else mx.concatenate([buffer, room], axis=2)
+
+    def make_mask(self, N: int) -> Mask:
+        if N == 1:
+            return None
+        before = min(self.max_size - 1, self.offset)
+        if before + N <= self.max_size:
+            return "causal"
+        mask = causal_mask(N, before, self.max_size)
+        if self.keep:  # the kept positions stay visible, however far back
+            mask = mask | (mx.arange(before + N) < self.keep)[None] & causal_mask(N, before, before + N)
+        return mask
+
+    def is_trimmable(self) -> bool:
+        return self.offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        self._idx -= n
+        return n
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.keys, self.values, self.offset, self.keep, self.max_size, self._idx
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self.keys, self.values, self.offset, self.keep, self.max_size, self._idx = state
+
+
+def attend(
+    q: mx.array, k: Any, v: Any, cache: Cache | None, scale: float, mask: Mask
+) -> mx.array:
+    """Attention of q [B, heads, L, D] over what `cache.update_and_fetch` gave."""
+    if isinstance(cache, QuantizedKVCache):
+        return _attend_quantized(q, k, v, cache, scale, mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def _attend_quantized(
+    q: mx.array, k: Any, v: Any, cache: QuantizedKVCache, scale: float, mask: Mask
+) -> mx.array:
+    B, heads, L, D = q.shape
+    kv_heads = k[0].shape[1]
+    options = {"group_size": cache.group_size, "bits": cache.bits}
+    q = (q * scale).reshape(B, kv_heads, heads // kv_heads, L, D)
+    k, v = tree_map(lambda x: x[:, :, None], (k, v))
+    scores = mx.quantized_matmul(q, *k, transpose=True, **options)
+    if mask is not None:
+        length = k[0].shape[3]
+        visible = causal_mask(L, length - L, length) if isinstance(mask, str) else mask
+        scores = mx.where(visible, scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    out = mx.quantized_matmul(weights, *v, transpose=False, **options)
+    return out.reshape(B, heads, L, D)

@@ -1,0 +1,222 @@
+"""Llama and Qwen2 decoders: input embeddings [B, L, D] -> logits [B, L, V].
+
+The two differ in their biases and defaults only, which the config tells. Module names are the
+checkpoint's (`model.layers.0.self_attn.q_proj`); `fuse` merges q/k/v and gate/up after loading.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UsageError
+from ..kernels import swiglu
+from .cache import Cache, KVCache, Mask, attend
+from .fuse import fuse
+
+_BIASES = {"llama": False, "qwen2": True}  # q/k/v biases where the config does not say
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Geometry of a decoder, under the checkpoint's own field names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_scaling: Mapping[str, Any] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], model_type: str) -> "TextConfig":
+        """Read a Llama or Qwen2 config. Raises UsageError for a missing key or unknown activation."""
+        if config.get("hidden_act", "silu") != "silu":
+            raise UsageError(f"config.json: hidden_act {config['hidden_act']!r} is not known")
+        try:
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
+            bias = config.get("attention_bias", _BIASES[model_type])
+            rope = config.get("rope_parameters") or {}
+            scaling = config.get("rope_scaling") or (rope if rope.get("rope_type") else None)
+            return cls(
+                hidden_size=hidden,
+                num_hidden_layers=config["num_hidden_layers"],
+                intermediate_size=config["intermediate_size"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                vocab_size=config["vocab_size"],
+                head_dim=config.get("head_dim") or hidden // heads,
+                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+                max_position_embeddings=config.get("max_position_embeddings", 32768),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                rope_scaling=scaling,
+                qkv_bias=bias,
+                o_bias=config.get("attention_bias", False),
+                mlp_bias=config.get("mlp_bias", False),
+            )
+        except KeyError as error:
+            raise UsageError(f"config.json lacks {error.args[0]!r}") from error
+
+
+def rope_periods(config: TextConfig) -> mx.array | None:
+    """Rotation period of every pair of dimensions, float[head_dim / 2] (in positions / 2 pi).
+
+    None when the plain theta ** (2i / head_dim) holds. Raises UsageError for an unknown scaling.
+    Source of llama3: Meta's llama-models, models/llama3/model.py, apply_scaling.
+    """
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    periods = config.rope_theta ** (mx.arange(0, config.head_dim, 2) / config.head_dim)
+    factor = scaling.get("factor", 1.0)
+    if kind == "linear":
+        return periods * factor
+    if kind != "llama3":
+        raise UsageError(f"config.json: rope_scaling type {kind!r} is not known")
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    context = scaling["original_max_position_embeddings"]
+    turns = context / (2 * math.pi * periods)  # rotations within the original context
+    smooth = mx.clip((turns - low) / (high - low), 0.0, 1.0)
+    return periods / ((1 - smooth) / factor + smooth)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (rotate-half, over the whole head)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D = config.head_dim
+        self.base = config.rope_theta
+        self._periods = rope_periods(config)
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * D, hidden, bias=config.o_bias)
+
+    def fuse(self) -> None:
+        if fused := fuse([self.q_proj, self.k_proj, self.v_proj]):
+            del self.q_proj, self.k_proj, self.v_proj
+            self.qkv_proj = fused
+
+    def _qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        if "qkv_proj" not in self:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        parts = mx.split(self.qkv_proj(x), [q, q + kv], axis=-1)
+        return parts[0], parts[1], parts[2]
+
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
+        base = self.base if self._periods is None else None
+        return mx.fast.rope(
+            x, self.head_dim, traditional=False, base=base, scale=1.0, offset=offset,
+            freqs=self._periods,
+        )  # fmt: skip
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+        B, L, _ = x.shape
+        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in self._qkv(x))
+        offset = 0 if cache is None else cache.offset
+        q, k = self._rope(q, offset), self._rope(k, offset)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = attend(q, k, v, cache, self.head_dim**-0.5, mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def fuse(self) -> None:
+        if fused := fuse([self.gate_proj, self.up_proj]):
+            del self.gate_proj, self.up_proj
+            self.gate_up_proj = fused
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """`model` and, when the head is not tied to the embeddings, `lm_head`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def fuse(self) -> None:
+        """Merge q/k/v and gate/up layer by layer, so that no more than one layer is held twice."""
+        for layer in self.model.layers:
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+            mx.eval(layer.parameters())
+
+    def make_cache(self) -> list[Cache]:
+        """One empty cache per layer."""
+        return [KVCache() for _ in self.model.layers]
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids [B, L] -> input embeddings [B, L, D]."""
+        return self.model.embed_tokens(ids)
+
+    def __call__(
+        self, embeddings: mx.array, cache: Sequence[Cache] | None = None, last_only: bool = False
+    ) -> mx.array:
+        """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
+        x, L = embeddings, embeddings.shape[1]
+        mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
+        for layer, layer_cache in zip(
+            self.model.layers, cache or [None] * len(self.model.layers), strict=True
+        ):
+            x = layer(x, mask, layer_cache)
+        x = self.model.norm(x[:, -1:] if last_only else x)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(x)
+        return self.lm_head(x)

@@ -1,0 +1,158 @@
+"""A model's name -> (model, processor), strictly: every weight used, every parameter filled.
+
+Folders in the native layout are read as they stand; any other published layout goes through the
+converter, in memory. Folding and fusing happen here, once, before the first token.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .errors import UsageError
+from .hub import locate
+from .kernels import on_cpu
+from .models import family
+from .models.base import VisionLanguageModel
+from .prompt import Processor
+from .tokenizer import Tokenizer
+from .weights import Weights, check_names, find_shards, read_safetensors
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+Quantization = Mapping[str, Any]
+
+
+def load(
+    name: str = "demo",
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantize: int | None = None,
+    offline: bool = False,
+    image_strategy: str | None = None,
+    resolution: int | None = None,
+) -> tuple[VisionLanguageModel, Processor]:
+    """Load a model by alias ("fastvlm-0.5b"), Hub id or folder.
+
+    dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
+    checkpoint's on a GPU (the vision tower never in float16), and float32 on the CPU back end,
+    whose half-precision matmuls are slow. quantize: 4 or 8 bits for the language model, on the fly.
+    image_strategy ("pad", "center_crop", "stretch") and resolution (pixels) override the
+    checkpoint's own preprocessing.
+    Raises UsageError for anything that is missing, damaged or unknown.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = locate(name, revision=revision, offline=offline)
+    config, arrays = read_checkpoint(folder)
+    module = family(config.get("model_type"))
+    model = build(module, config, arrays)
+    model.config = model.config.adapted(image_strategy, resolution)
+    if quantize is not None:
+        _quantize_language_model(model, config, quantize)
+    _cast(model, dtype)
+    model.language_model.fuse()
+    mx.eval(model.parameters())
+    tokenizer = Tokenizer.from_folder(folder)
+    processor: Processor = module.Processor(model.config, tokenizer)
+    return model, processor
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with generation_config.json's eos ids where it has some."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            config.setdefault("eos_token_id", eos)
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from error
+    return config
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Config and native weights of a folder, converting in memory where its layout is another."""
+    config = read_config(folder)
+    module = family(config.get("model_type"))
+    shards = find_shards(folder)
+    if shards:
+        arrays = read_safetensors(shards)
+        if module.is_native(arrays):
+            return config, arrays
+    from mlx_vlm_edge_convert import to_native
+
+    converted: tuple[dict[str, Any], dict[str, mx.array]] = to_native(folder, config)
+    return converted
+
+
+def build(
+    module: ModuleType, config: Mapping[str, Any], arrays: Mapping[str, mx.array]
+) -> VisionLanguageModel:
+    """A family's model from its native config and weights; nothing is evaluated yet."""
+    native = Weights({module.rename(name): array for name, array in arrays.items()})
+    tied = "language_model.lm_head.weight" not in arrays
+    parsed = module.Config.from_dict({**config, "tie_word_embeddings": tied})
+    weights = module.fold(native, parsed)
+    native.finish()
+    model: VisionLanguageModel = module.Model(parsed)
+    _place_quantized_layers(model, module, config.get("quantization"), weights)
+    expected = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
+    check_names(expected, weights)
+    model.update(tree_unflatten(list(weights.items())))
+    model.eval()
+    return model
+
+
+def _place_quantized_layers(
+    model: nn.Module,
+    module: ModuleType,
+    quantization: Quantization | None,
+    weights: Mapping[str, mx.array],
+) -> None:
+    """Turn the layers that have scales in the checkpoint into quantised ones of its kind."""
+    quantised = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    if not quantised:
+        return
+    if not quantization:
+        raise UsageError("the weights are quantised but config.json has no quantization block")
+    defaults = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    layers = {module.rename(f"{path}."): kind for path, kind in quantization.items()}
+
+    def kind(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        own = layers.get(f"{path}.")
+        return (own if isinstance(own, dict) else defaults) if path in quantised else False
+
+    nn.quantize(model, class_predicate=kind)
+
+
+def _quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
+    if config.get("quantization"):
+        raise UsageError("the model is quantised already: leave quantize out")
+    if bits not in (4, 8):
+        raise UsageError(f"quantize={bits}: 4 or 8 bits are supported")
+    nn.quantize(model.language_model, group_size=64, bits=bits)
+
+
+def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
+    """Give the floating-point parameters their dtype; packed quantised weights stay."""
+
+    def cast(part: nn.Module, wanted: mx.Dtype) -> None:
+        part.apply(lambda p: p.astype(wanted) if mx.issubdtype(p.dtype, mx.floating) else p)
+
+    own = model.language_model.model.norm.weight.dtype
+    text = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else own)
+    vision = text if dtype or text != mx.float16 else mx.float32
+    for name, part in model.children().items():
+        if isinstance(part, nn.Module):
+            cast(part, text if name == "language_model" else vision)
+
+

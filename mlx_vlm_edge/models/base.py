@@ -1,0 +1,74 @@
+"""What every family's model does the same way: merge visual tokens into text, prefill, decode."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..image import Pixels
+from ..language.cache import Cache
+from ..language.llama import LanguageModel
+from ..prompt import Inputs
+from ..timings import Stages
+
+
+def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) -> mx.array:
+    """Put the visual tokens, each [N, D], at their positions in [1, L, D].
+
+    `visual` int[V] is known from tokenising, so nothing waits for the device.
+    """
+    if not tokens:
+        return embeddings
+    rows = mx.concatenate(list(tokens), axis=0).astype(embeddings.dtype)
+    if rows.shape[0] != len(visual):
+        raise ValueError(f"{rows.shape[0]} visual tokens for {len(visual)} positions")
+    embeddings[0, mx.array(visual)] = rows
+    return embeddings
+
+
+class VisionLanguageModel(nn.Module):
+    """Base of the families' models; they supply `encode_image` and the parts."""
+
+    language_model: LanguageModel
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
+        raise NotImplementedError
+
+    def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:
+        """Input embeddings [1, L, D] of a whole prompt, visual tokens in place."""
+        ids = inputs.input_ids.copy()
+        ids[0, inputs.visual] = 0  # placeholders may be no vocabulary entry (-200)
+        tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
+        return merge(self.language_model.embed(mx.array(ids)), tokens, inputs.visual)
+
+    def make_cache(self) -> list[Cache]:
+        """One empty KV cache per layer."""
+        return self.language_model.make_cache()
+
+    def prefill(
+        self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages
+    ) -> mx.array:
+        """Run the prompt into `cache`; logits [1, V] of its last position.
+
+        One pass, or chunks of `step_size` positions when the prompt is longer than that.
+        """
+        embeddings = self.embed(inputs, stages)
+        length = embeddings.shape[1]
+        for start in range(0, length - step_size, step_size):
+            self.language_model(embeddings[:, start : start + step_size], cache, last_only=True)
+            mx.eval([layer.state for layer in cache])
+        rest = embeddings[:, (length - 1) // step_size * step_size :]
+        logits = self.language_model(rest, cache, last_only=True)[:, -1]
+        stages.mark("prefill", logits)
+        return logits
+
+    def step(self, token: mx.array, cache: Sequence[Cache]) -> mx.array:
+        """Logits [1, V] after one more token, int[1]."""
+        embeddings = self.language_model.embed(token[None])
+        return self.language_model(embeddings, cache)[:, -1]
+
+    def __call__(self, inputs: Inputs) -> mx.array:
+        """Logits [1, L, V] of the whole prompt, for tests and scoring."""
+        return self.language_model(self.embed(inputs))

@@ -1,0 +1,133 @@
+"""FastVLM: FastViTHD -> mlp2x_gelu -> Qwen2. One image is (side / 64) ** 2 visual tokens.
+
+The family the runtime grew around. Unlike LLaVA-1.5 the tower is in the checkpoint, has no CLS
+token and no mean/std, and its last feature map (not the second last layer) goes to the connector.
+Native layout: mlx-vlm's (`vision_tower.vision_model.*`, `mm_projector.*`, `language_model.*`).
+Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen_2), mm_utils.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..connectors.mlp import MLP
+from ..errors import UsageError
+from ..image import Pixels
+from ..language.llama import LanguageModel, TextConfig
+from ..timings import Stages
+from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
+from ..vision.fastvit_fold import fold as fold_vision
+from ..weights import Weights
+from .base import VisionLanguageModel
+
+VISION = "vision_tower.vision_model."
+STRATEGIES = {
+    "pad": "pad",
+    "center_crop": "center_crop",
+    "square": "center_crop",  # LLaVA's name for its image processor's own resize and crop
+    "stretch": "stretch",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json; `source` has every key of it, known or not."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_size: int
+    image_strategy: str
+    image_token_index: int
+    eos_token_ids: tuple[int, ...]
+    context: int
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
+        projector = config.get("mm_projector_type", "mlp2x_gelu")
+        if projector != "mlp2x_gelu":
+            raise UsageError(f"config.json: mm_projector_type {projector!r} is not known")
+        aspect = config.get("image_aspect_ratio") or "square"
+        if aspect not in STRATEGIES:
+            raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
+        if "vision_config" not in config:
+            raise UsageError("config.json lacks 'vision_config'")
+        text = TextConfig.from_dict(config, "qwen2")
+        eos = config.get("eos_token_id")
+        return cls(
+            text=text,
+            vision=_vision(config["vision_config"]),
+            image_size=_checked_size(config["vision_config"].get("image_size", 1024)),
+            image_strategy=STRATEGIES[aspect],
+            image_token_index=config.get("image_token_index", -200),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+            context=text.max_position_embeddings,
+            source=config,
+        )
+
+    def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
+        """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        if image_strategy not in (None, *STRATEGIES):
+            raise UsageError(f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}")
+        strategy = STRATEGIES[image_strategy] if image_strategy else self.image_strategy
+        size = self.image_size if resolution is None else _checked_size(resolution)
+        return replace(self, image_strategy=strategy, image_size=size)
+
+
+def _checked_size(size: int) -> int:
+    if size < STRIDE or size % STRIDE:
+        raise UsageError(f"image size {size}: FastViTHD takes multiples of {STRIDE}")
+    return size
+
+
+def _vision(config: Mapping[str, Any]) -> VisionConfig:
+    known = {item.name for item in fields(VisionConfig)}
+    lists = {key: value for key, value in config.items() if key in known}
+    return VisionConfig(**{key: _frozen(value) for key, value in lists.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether these are the weight names of the native layout."""
+    return any(name.startswith(f"{VISION}patch_embed.blocks.") for name in names)
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's (the vision tower's are folded instead)."""
+    return name.replace("mm_projector.", "mm_projector.layers.", 1)
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights; the vision tower's in float32."""
+    vision = fold_vision(weights, VISION, config.vision)
+    return {
+        **{f"vision_tower.{name}": array for name, array in vision.items()},
+        **weights.take_prefix("mm_projector."),
+        **weights.take_prefix("language_model."),
+    }
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = FastViTHD(config.vision)
+        self.mm_projector = MLP(config.vision.out_dim, config.text.hidden_size)
+        self.language_model = LanguageModel(config.text)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image -> visual tokens [side / 64 squared, D]."""
+        stages = stages or Stages()
+        dtype = self.vision_tower.stem.conv.weight.dtype
+        x = mx.array(pixels.data)[None].astype(dtype) * (1 / 255)
+        features = self.vision_tower(x)
+        stages.mark("vision", features)
+        tokens = self.mm_projector(features)[0]
+        stages.mark("connector", tokens)
+        return tokens

@@ -1,0 +1,233 @@
+"""FastViTHD, folded: pixels [B, H, W, 3] in 0..1 -> image features [B, H/64 * W/64, C].
+
+A stem of stride 4, then five stages, each but the first behind a stride-2 downsampling: RepMixer
+blocks (convolutions only) in the first three, global attention in the last two. Folded means one
+biased depthwise convolution per RepMixer, BatchNorm in the ConvFFN's first convolution, layer scale
+in the rows of the last matmul of a branch. `fold` makes these weights from the native layout.
+Source: apple/ml-fastvlm, llava/model/multimodal_encoder/mobileclip/mci.py; arXiv 2412.13303.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UsageError
+from ..kernels import depthwise_conv2d, gelu
+
+STRIDE = 64  # pixels per visual token along each side
+HEAD_DIM = 32
+LN_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Geometry of a FastViT tower, under the checkpoint's own field names."""
+
+    layers: tuple[int, ...] = (2, 12, 24, 4, 2)
+    embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    mlp_ratios: tuple[float, ...] = (4, 4, 4, 4, 4)
+    token_mixers: tuple[str, ...] = ("repmixer", "repmixer", "repmixer", "attention", "attention")
+    pos_embs_shapes: tuple[tuple[int, int] | None, ...] = (None, None, None, (7, 7), (7, 7))
+    down_patch_size: int = 7
+    repmixer_kernel_size: int = 3
+    cls_ratio: float = 2.0
+    projection_dim: int = 768
+
+    def __post_init__(self) -> None:
+        stages = len(self.embed_dims)
+        lists = (self.layers, self.mlp_ratios, self.token_mixers, self.pos_embs_shapes)
+        if stages != 5 or any(len(values) != stages for values in lists):
+            raise UsageError("vision_config: a stride of 64 takes five stages in every list")
+        for mixer in self.token_mixers:
+            if mixer not in ("repmixer", "attention"):
+                raise UsageError(f"vision_config: token mixer {mixer!r} is not known")
+        for stage, width in enumerate(self.embed_dims):
+            if self.token_mixers[stage] == "attention" and width % HEAD_DIM:
+                raise UsageError(f"vision_config: width {width} is no multiple of {HEAD_DIM}")
+            if stage and width % self.embed_dims[stage - 1]:
+                raise UsageError(f"vision_config: width {width} is no multiple of the one before")
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the image features."""
+        return int(self.embed_dims[-1] * self.cls_ratio)
+
+    def hidden(self, stage: int) -> int:
+        """Channels inside the ConvFFN of a stage."""
+        return int(self.embed_dims[stage] * self.mlp_ratios[stage])
+
+
+class DepthwiseConv(nn.Module):
+    """[B, H, W, C] -> [B, H / stride, W / stride, multiplier * C].
+
+    A grouped convolution with several outputs per group leaves the fast depthwise kernels, so it
+    is kept as one depthwise convolution per output. Their channels come one after another:
+    all first outputs, then all second ones; `fold` permutes the next layer to match.
+    """
+
+    def __init__(self, channels: int, size: int, stride: int = 1, multiplier: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = mx.zeros((multiplier, channels, size, size, 1))
+        self.bias = mx.zeros((multiplier, channels))
+
+    def outputs(self, x: mx.array) -> list[mx.array]:
+        """One [B, H / stride, W / stride, C] per output of a group."""
+        parts = zip(self.weight, self.bias, strict=True)
+        return [depthwise_conv2d(x, weight, bias, self.stride) for weight, bias in parts]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        outputs = self.outputs(x)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+
+
+class Stem(nn.Module):
+    """[B, H, W, 3] -> [B, H / 4, W / 4, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.depthwise = DepthwiseConv(width, 3, stride=2)
+        self.pointwise = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = gelu(self.conv(x))
+        x = gelu(self.depthwise(x))
+        return gelu(self.pointwise(x))
+
+
+class Downsample(nn.Module):
+    """[B, H, W, C] -> [B, H / 2, W / 2, multiplier * C]."""
+
+    def __init__(self, width: int, out: int, size: int) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(width, size, stride=2, multiplier=out // width)
+        self.pointwise = nn.Linear(out, out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.pointwise(gelu(self.depthwise(x))))
+
+
+class ConvFFN(nn.Module):
+    """A depthwise 7x7 in front of a two-layer MLP, all [B, H, W, C]."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(width, 7)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(self.depthwise(x))))
+
+
+class RepMixerBlock(nn.Module):
+    """The mixer's own residual is inside its kernel, so none is added around it."""
+
+    def __init__(self, width: int, hidden: int, size: int) -> None:
+        super().__init__()
+        self.mixer = DepthwiseConv(width, size)
+        self.ffn = ConvFFN(width, hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.mixer(x)
+        return x + self.ffn(x)
+
+
+class Attention(nn.Module):
+    """Global attention over the H * W positions, heads of 32, no mask and no position bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [B, heads, H * W, 32]
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=HEAD_DIM**-0.5)
+        return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.attention = Attention(width)
+        self.ffn = ConvFFN(width, hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.attention(self.norm(x))
+        return x + self.ffn(x)
+
+
+class Stage(nn.Module):
+    """Downsampling, position encoding (RepCPE, identity in its kernel) and blocks, where it has them."""
+
+    def __init__(self, config: VisionConfig, index: int) -> None:
+        super().__init__()
+        width, hidden = config.embed_dims[index], config.hidden(index)
+        self.entry = []
+        if index:
+            before = config.embed_dims[index - 1]
+            self.entry.append(Downsample(before, width, config.down_patch_size))
+        if shape := config.pos_embs_shapes[index]:
+            self.entry.append(DepthwiseConv(width, shape[0]))
+        attention = config.token_mixers[index] == "attention"
+        self.blocks = [
+            AttentionBlock(width, hidden)
+            if attention
+            else RepMixerBlock(width, hidden, config.repmixer_kernel_size)
+            for _ in range(config.layers[index])
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in (*self.entry, *self.blocks):
+            x = layer(x)
+        return x
+
+
+class Expansion(nn.Module):
+    """conv_exp: depthwise 3x3 to cls_ratio outputs per channel, squeeze-and-excite, GELU."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(width, 3, multiplier=out // width)
+        self.reduce = nn.Linear(out, out // 16)
+        self.expand = nn.Linear(out // 16, out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        parts = self.depthwise.outputs(x)
+        x = mx.stack(parts, axis=-1).flatten(-2)  # published channel order: outputs of a group side by side
+        squeezed = mx.mean(x, axis=(1, 2), keepdims=True)
+        gate = mx.sigmoid(self.expand(mx.maximum(self.reduce(squeezed), 0)))
+        return gelu(x * gate)
+
+
+class FastViTHD(nn.Module):
+    """The whole tower. Height and width must be multiples of 64."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.stem = Stem(config.embed_dims[0])
+        self.stages = [Stage(config, index) for index in range(len(config.embed_dims))]
+        self.conv_exp = Expansion(config.embed_dims[-1], config.out_dim)
+
+    def stage_outputs(self, x: mx.array) -> Iterator[tuple[str, mx.array]]:
+        """Every stage's name and output [B, h, w, c]: stem, stage 0..4, conv_exp."""
+        H, W = x.shape[1:3]
+        if H % STRIDE or W % STRIDE:
+            raise UsageError(f"an image of {W}x{H} pixels: both must be multiples of {STRIDE}")
+        x = self.stem(x)
+        yield "stem", x
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            yield f"stage {index}", x
+        yield "conv_exp", self.conv_exp(x)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        *_, (_, features) = self.stage_outputs(x)
+        return features.flatten(1, 2)  # rows first: token = row * width + column
