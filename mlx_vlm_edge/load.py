@@ -125,11 +125,14 @@ def _place_quantized_layers(
     if not quantization:
         raise UsageError("the weights are quantised but config.json has no quantization block")
     defaults = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
-    layers = {module.rename(f"{path}."): kind for path, kind in quantization.items()}
+    own = {module.rename(f"{path}."): kind for path, kind in quantization.items()}
 
     def kind(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        own = layers.get(f"{path}.")
-        return (own if isinstance(own, dict) else defaults) if path in quantised else False
+        if path not in quantised:
+            return False
+        short = path.removeprefix("language_model.")  # some published configs leave it out
+        found = own.get(f"{path}.", own.get(f"{short}."))
+        return found if isinstance(found, dict) else defaults
 
     nn.quantize(model, class_predicate=kind)
 

@@ -8,19 +8,24 @@ Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import numpy as np
 
+from .. import prompt
 from ..connectors.mlp import MLP
 from ..errors import UsageError
-from ..image import Pixels
+from ..image import Pixels, Strategy, fit
 from ..language.llama import LanguageModel, TextConfig
 from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
 from .base import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
 STRATEGIES = {
@@ -29,6 +34,7 @@ STRATEGIES = {
     "square": "center_crop",  # LLaVA's name for its image processor's own resize and crop
     "stretch": "stretch",
 }
+SYSTEM = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
@@ -131,3 +137,34 @@ class Model(VisionLanguageModel):
         tokens = self.mm_projector(features)[0]
         stages.mark("connector", tokens)
         return tokens
+
+
+class Processor(prompt.Processor):
+    """The qwen_2 prompt: no BOS, every turn between <|im_start|> and <|im_end|>."""
+
+    stop_tokens = ("<|im_end|>", "<|endoftext|>")
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [side, side, 3], by the checkpoint's strategy; padding is black, before the resize."""
+        side = self.config.image_size
+        fitted = fit(image, (side, side), cast(Strategy, self.config.image_strategy))
+        return Pixels(np.asarray(fitted), image.size)
+
+    def render(self, messages: list[prompt.Message]) -> str:
+        if messages[0]["role"] != "system":
+            system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+            messages = [system, *messages]
+        turns = [
+            f"<|im_start|>{message['role']}\n{prompt.join_parts(message['content'])}<|im_end|>\n"
+            for message in messages
+        ]
+        return "".join(turns) + "<|im_start|>assistant\n"
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        height, width = pixels.data.shape[:2]
+        return (height // STRIDE) * (width // STRIDE)
+
+    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        counts = [self.visual_tokens(image) for image in pixels]
+        placeholder = self.config.image_token_index
+        return prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)

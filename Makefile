@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv; only python3 >= 3.11 and make must be there.
+#   make demo   ask the bundled model about a picture
+#   make test   run the tests            (ARGS="-k vision" to choose)
+#   make check  lint, types, import rules, code figures
+#   make format rewrite the sources in the project's format
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+CODE := mlx_vlm_edge convert
+IMAGE ?= examples/images/demo.png
+QUESTION ?= Describe the image.
+ARGS ?=
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/tools/code_figures.py --limits $(CODE)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3")'
+	@echo "Setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.made pyproject.toml
+	@echo "Installing mlx-vlm-edge in $(VENV)"
+	@$(PIP) install -e .
+	@touch $@
+
+# torch goes in first, by its exact version: a wheel on disk is then kept, where a range in some
+# dependency would fetch a newer one with gigabytes of CUDA libraries.
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	@echo "Installing mlx-vlm-edge and the reference implementations for the tests in $(VENV)"
+	@$(PIP) install $$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml | head -1)
+	@$(PIP) install -e '.[dev]'
+	@touch $(VENV)/.runtime $@

@@ -1,0 +1,42 @@
+"""mlx-vlm-edge's converter: published PyTorch checkpoints -> the native MLX layout.
+
+Never needed to run a converted model. `to_native` does it in memory, `convert` writes a folder.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["convert", "to_native"]
+
+
+def to_native(
+    folder: Path, config: Mapping[str, Any]
+) -> "tuple[dict[str, Any], dict[str, mx.array]]":
+    """Native config and weights (lazy arrays) of a model folder; see `pipeline.to_native`."""
+    from .pipeline import to_native as run
+
+    return run(folder, config)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Path:
+    """Write a model to a folder in the native layout; see `pipeline.convert`."""
+    from .pipeline import convert as run
+
+    return run(
+        source, out, bits=bits, group_size=group_size, dtype=dtype, verify=verify,
+        overwrite=overwrite, report=report,
+    )  # fmt: skip

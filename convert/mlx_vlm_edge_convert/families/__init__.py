@@ -1,0 +1,1 @@
+"""One file per family: its published layouts -> the native one."""

@@ -1,0 +1,115 @@
+"""Casting and quantising named weights: what `mlx.nn.quantize` does to a module, done to arrays.
+
+Only the language model's linear layers and embeddings are quantised; the vision tower and the
+connector keep their precision. Everything stays lazy.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_edge.errors import UsageError
+
+from .rules import Arrays
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+LANGUAGE_MODEL = "language_model."
+VISION_TOWER = "vision_tower."
+CONNECTOR = ("mm_projector.0", "mm_projector.2")
+_NAMES = ("weight", "scales", "biases")
+
+
+def cast(weights: Mapping[str, mx.array], dtype: str) -> Arrays:
+    """The floating-point weights in another dtype, packed ones as they are.
+
+    float16 leaves the vision tower in the source's dtype: FastViTHD overflows it.
+    Raises UsageError for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    wanted = DTYPES[dtype]
+
+    def convert(name: str, array: mx.array) -> mx.array:
+        kept = wanted == mx.float16 and name.startswith(VISION_TOWER)
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(wanted) if floating and not kept else array
+
+    return {name: convert(name, array) for name, array in weights.items()}
+
+
+def quantize(
+    weights: Mapping[str, mx.array], bits: int, group_size: int = 64
+) -> tuple[Arrays, dict[str, Any]]:
+    """Quantised weights and the `quantization` block of their config.
+
+    Affine: weight uint32[out, in * bits / 32], scales and biases [out, in / group_size].
+    Raises UsageError when bits or group size are not MLX's, or the group does not divide a width.
+    """
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        raise UsageError(
+            f"{bits} bits in groups of {group_size}: MLX has {_list(BITS)} bits, "
+            f"groups of {_list(GROUP_SIZES)}"
+        )
+    packed: Arrays = {}
+    for name, array in weights.items():
+        if not _quantised_by_default(name, array):
+            packed[name] = array
+            continue
+        if array.shape[-1] % group_size:
+            raise UsageError(
+                f"{name} is {array.shape[-1]} wide, which groups of {group_size} do not divide; "
+                f"{_fitting(array.shape[-1])}"
+            )
+        stem = name.removesuffix("weight")
+        parts = mx.quantize(array, group_size=group_size, bits=bits)
+        packed |= {f"{stem}{part}": value for part, value in zip(_NAMES, parts, strict=True)}
+    block: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    return packed, block | dict.fromkeys(CONNECTOR, False)
+
+
+def dequantize(weights: Mapping[str, mx.array], block: Mapping[str, Any]) -> Arrays:
+    """The full-precision form of affine-quantised weights, in the dtype of their scales.
+
+    `block` is the config's `quantization`. Raises UsageError for another mode.
+    """
+    plain: Arrays = {}
+    for name, array in weights.items():
+        path, part = name.rpartition(".")[::2]
+        if f"{path}.scales" not in weights or part not in _NAMES:
+            plain[name] = array
+        elif part == "weight":
+            kind = _kind(block, path)
+            plain[name] = mx.dequantize(
+                array,
+                weights[f"{path}.scales"],
+                weights[f"{path}.biases"],
+                group_size=kind["group_size"],
+                bits=kind["bits"],
+            )
+    return plain
+
+
+def _kind(block: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    own = block.get(path, block.get(path.removeprefix(LANGUAGE_MODEL)))
+    kind = {**block, **own} if isinstance(own, dict) else block
+    if kind.get("mode", "affine") != "affine":
+        raise UsageError(f"{path} is quantised as {kind['mode']}; convert the full-precision model")
+    return kind
+
+
+def _quantised_by_default(name: str, array: mx.array) -> bool:
+    """A linear layer or an embedding of the language model."""
+    matrix = array.ndim == 2 and mx.issubdtype(array.dtype, mx.floating)
+    return name.startswith(LANGUAGE_MODEL) and name.endswith(".weight") and matrix
+
+
+def _fitting(width: int) -> str:
+    fitting = [size for size in GROUP_SIZES if width % size == 0]
+    return f"use --group-size {' or '.join(map(str, fitting))}" if fitting else "leave out --bits"
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,130 @@
+"""A native model -> a folder: shards of at most 5 GB with their index, config and the other files.
+
+The folder appears whole or not at all: it is written under a temporary name beside its place and
+renamed at the end.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_edge.errors import UsageError
+
+from .rules import Arrays
+
+SHARD_BYTES = 5 << 30
+_SPARE_BYTES = 64 << 20
+# What a model folder has beside its config and weights; the first that exist are copied.
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "README.md",
+)  # fmt: skip
+
+Report = Callable[[str], None]
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
+
+    Raises UsageError when the target has something in it (unless `overwrite`) or cannot be made.
+    """
+    target = target.absolute()
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; name a folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(target, partial)
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(target: Path, partial: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def save_weights(
+    folder: Path, weights: Arrays, *, shard_bytes: int = SHARD_BYTES, report: Report | None = None
+) -> None:
+    """Write shards and their index, emptying `weights` so that each shard's memory is freed.
+
+    An array larger than `shard_bytes` gets a shard of its own. Raises UsageError when the disk
+    has too little room.
+    """
+    total = sum(array.nbytes for array in weights.values())
+    free = shutil.disk_usage(folder).free
+    if total + _SPARE_BYTES > free:
+        room = f"{total / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free"
+        raise UsageError(f"{folder.parent}: {room}")
+    shards = _shards(weights, shard_bytes)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if report:
+            size = sum(weights[name].nbytes for name in names)
+            report(f"writing {file} ({size / 1e6:,.1f} MB)")
+        _save(folder / file, {name: weights.pop(name) for name in names})
+        index |= dict.fromkeys(names, file)
+    written = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    save_json(folder / "model.safetensors.index.json", written)
+
+
+def _save(path: Path, weights: Arrays) -> None:
+    try:
+        mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+    except RuntimeError as error:
+        raise UsageError(f"{path.name}: cannot be written ({error})") from error
+    mx.clear_cache()
+
+
+def _shards(weights: Mapping[str, mx.array], limit: int) -> list[list[str]]:
+    """Names in order, cut before a shard passes the limit."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, array in weights.items():
+        if shards[-1] and size + array.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    return shards
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file with sorted keys."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, folder: Path) -> list[str]:
+    """Copy what COPIED names and the source has; the names copied."""
+    found = [name for name in COPIED if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    return found

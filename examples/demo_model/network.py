@@ -1,0 +1,234 @@
+"""The demo model in PyTorch, un-fused: FastViTHD, a two-layer connector and a Qwen2 decoder.
+
+pixels[B, 3, 128, 128] in [0, 1] -> vision tower -> features[B, 4, 768] -> connector
+-> visual tokens[B, 4, H] -> decoder -> logits. Attribute names are the checkpoint's names
+(Apple's train-time layout), so a state dict is the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the demo model; the block types are FastVLM's."""
+
+    dims: tuple[int, ...] = (24, 48, 96, 192, 384)
+    layers: tuple[int, ...] = (1, 2, 4, 2, 1)
+    mlp_ratio: int = 4
+    layer_scale: float = 0.5
+    image_size: int = 128
+    hidden: int = 256
+    intermediate: int = 512
+    decoder_layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = 512
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+
+    @property
+    def vision_dim(self) -> int:
+        return 2 * self.dims[-1]
+
+
+class Conv(nn.Conv2d):
+    """Conv2d in the form that is fastest on a CPU with channels-last pixels; same values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1) and self.groups == 1:
+            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+            return y.permute(0, 3, 1, 2)
+        if self.groups > 1 and self.out_channels == 2 * self.in_channels:
+            halves = [
+                F.conv2d(x, w, None, self.stride, self.padding, 1, self.groups)
+                for w in (self.weight[0::2], self.weight[1::2])
+            ]
+            y = torch.stack([half.permute(0, 2, 3, 1) for half in halves], -1)
+            return y.flatten(3).permute(0, 3, 1, 2)  # channel 2i+j is output j of group i
+        return super().forward(x)
+
+
+class ConvBN(nn.Module):
+    """A convolution without bias, then BatchNorm."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = Conv(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(cout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, dim: int, ratio: int = 16) -> None:
+        super().__init__()
+        self.reduce = Conv(dim, dim // ratio, 1)
+        self.expand = Conv(dim // ratio, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = x.mean((2, 3), keepdim=True)
+        return x * self.expand(F.relu(self.reduce(w))).sigmoid()
+
+
+class MobileOne(nn.Module):
+    """k x k conv + BN, with a 1x1 `scale` branch and a BN-only `skip` branch where they apply."""
+
+    def __init__(
+        self, cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1,
+        conv: bool = True, scale: bool = True, se: bool = False, act: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rbr_conv = nn.ModuleList([ConvBN(cin, cout, kernel, stride, groups)] * conv)
+        self.rbr_scale = (
+            ConvBN(cin, cout, 1, stride, groups) if scale and kernel > 1 else None
+        )
+        self.rbr_skip = nn.BatchNorm2d(cout) if cin == cout and stride == 1 else None
+        self.se = SqueezeExcite(cout) if se else nn.Identity()
+        self.act = nn.GELU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [*self.rbr_conv, self.rbr_scale, self.rbr_skip]
+        y = sum(branch(x) for branch in branches if branch is not None)
+        return self.act(self.se(y))
+
+
+class RepMixer(nn.Module):
+    """x + s * (mixer(x) - norm(x))."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.norm = MobileOne(dim, dim, 3, conv=False, scale=False, act=False)
+        self.mixer = MobileOne(dim, dim, 3, groups=dim, act=False)
+        self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+
+
+class ConvFFN(nn.Module):
+    """Depthwise 7x7 + BN, then a two-layer MLP per pixel."""
+
+    def __init__(self, dim: int, ratio: int) -> None:
+        super().__init__()
+        self.conv = ConvBN(dim, dim, 7, groups=dim)
+        self.fc1 = Conv(dim, dim * ratio, 1)
+        self.fc2 = Conv(dim * ratio, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.conv(x))))
+
+
+class RepMixerBlock(nn.Module):
+    def __init__(self, dim: int, ratio: int, init: float) -> None:
+        super().__init__()
+        self.token_mixer = RepMixer(dim, init)
+        self.convffn = ConvFFN(dim, ratio)
+        self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.token_mixer(x)
+        return x + self.layer_scale * self.convffn(x)
+
+
+class Attention(nn.Module):
+    """Global attention over the pixels, heads of 32 channels, q/k/v without bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, C // 32, 32).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, dim: int, ratio: int, init: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.token_mixer = Attention(dim)
+        self.convffn = ConvFFN(dim, ratio)
+        self.layer_scale_1 = nn.Parameter(torch.full((dim, 1, 1), init))
+        self.layer_scale_2 = nn.Parameter(torch.full((dim, 1, 1), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        y = self.token_mixer(self.norm(x.permute(0, 2, 3, 1).reshape(B, H * W, C)))
+        x = x + self.layer_scale_1 * y.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.layer_scale_2 * self.convffn(x)
+
+
+class LargeKernel(nn.Module):
+    """Strided 7x7 and 3x3 convolutions with two outputs per input channel, each with BN."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.lkb_origin = ConvBN(cin, cout, 7, 2, groups=cin)
+        self.small_conv = ConvBN(cin, cout, 3, 2, groups=cin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.lkb_origin(x) + self.small_conv(x))
+
+
+class PatchEmbed(nn.Module):
+    """Halve the grid, double the channels."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(LargeKernel(cin, cout), MobileOne(cout, cout, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class RepCPE(nn.Module):
+    """Conditional position encoding: x + depthwise 7x7 of x."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pe = Conv(dim, dim, 7, padding=3, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pe(x) + x
+
+
+class VisionTower(nn.Module):
+    """FastViTHD; returns conv_exp's map and the stride-16 map that is supervised in training."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        dims, ratio, init = shape.dims, shape.mlp_ratio, shape.layer_scale
+        first = dims[0]
+        self.patch_embed = nn.Sequential(
+            MobileOne(3, first, 3, 2, scale=False),
+            MobileOne(first, first, 3, 2, groups=first, scale=False),
+            MobileOne(first, first, 1),
+        )
+        network: list[nn.Module] = []
+        for stage, (dim, depth) in enumerate(zip(dims, shape.layers, strict=True)):
+            block = RepMixerBlock if stage < 3 else AttentionBlock
+            if stage:
+                network.append(PatchEmbed(dims[stage - 1], dim))
+            if stage >= 3:
+                network.append(RepCPE(dim))
+            network.append(nn.Sequential(*[block(dim, ratio, init) for _ in range(depth)]))
+        self.network = nn.ModuleList(network)
+        self.conv_exp = MobileOne(dims[-1], 2 * dims[-1], 3, groups=dims[-1], se=True)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.patch_embed(pixels)
+        for i, layer in enumerate(self.network):
+            x = layer(x)
+            if i == 4:
+                middle = x
+        return self.conv_exp(x), middle

@@ -1,0 +1,73 @@
+"""Versions in the test header, and the references that several files share."""
+
+import copy
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+GOLDEN = Path(__file__).parent / "golden" / "fastvlm_tiny"
+SHOWN = ("mlx", "numpy", "pillow", "tokenizers", "mlx-lm", "torch", "transformers", "timm")
+
+
+def pytest_report_header() -> str:
+    found = []
+    for name in SHOWN:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} missing")
+    return ", ".join(found)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of fixed references; see tests/golden/README.md."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """transformers' FastVLM, tiny and random, in float64 so that its own rounding does not count."""
+    import torch
+
+    from .reference import fastvlm
+
+    torch.set_num_threads(1)
+    return fastvlm.build().double()
+
+
+@pytest.fixture(scope="session")
+def reference_bfloat16(reference):
+    """The same reference in bfloat16: how far the original itself is from float64."""
+    import torch
+
+    return copy.deepcopy(reference).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def hf_folder(reference, tmp_path_factory) -> Path:
+    """The reference as a Hugging Face folder (`fast_vlm`), float32."""
+    from .reference import fastvlm
+
+    return fastvlm.save(copy.deepcopy(reference).float(), tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="session")
+def native_weights(reference):
+    """The reference's weights under their native names."""
+    from .reference import native
+
+    return native.weights(reference)
+
+
+@pytest.fixture(scope="session")
+def native_folder(native_weights, tmp_path_factory) -> Path:
+    """The reference as a folder in the native layout, float32."""
+    from .reference import native
+
+    return native.save(native_weights, native.config(), tmp_path_factory.mktemp("native"))

@@ -1,0 +1,1 @@
+"""The originals the models are held against: tiny random ones, in PyTorch."""
