@@ -1,4 +1,4 @@
-"""The one exception meant for users: its text is a single line that names the cause and the remedy."""
+"""The one exception meant for users: a single line that names the cause and the remedy."""
 
 
 class UsageError(Exception):

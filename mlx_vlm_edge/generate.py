@@ -6,7 +6,7 @@ The next token is computed while the last one is shown. Timings end where text c
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -76,7 +76,7 @@ def generate(
     full: bool = False,
     **options: Any,
 ) -> Any:
-    """The whole answer as a string, or with `full` as a GenerationResult. Options: `stream_generate`."""
+    """The whole answer as text, or with `full` a GenerationResult. Options: `stream_generate`."""
     pieces = list(stream_generate(model, processor, prompt, images, **options))
     text = "".join(piece.text for piece in pieces)
     return replace(pieces[-1], text=text) if full else text
@@ -187,7 +187,7 @@ def _budget(model: VisionLanguageModel, inputs: Inputs, options: Options) -> int
 
 
 def make_cache(model: VisionLanguageModel, inputs: Inputs, options: Options) -> list[Cache]:
-    """The caches the options ask for. A rotating one keeps everything up to the last visual token."""
+    """The caches the options ask for. A rotating one keeps all up to the last visual token."""
     caches = model.make_cache()
     if options.max_kv_size is None:
         return caches
@@ -221,7 +221,7 @@ def decode(
                 _quantize(cache, options)
             following = sample(model.step(token, cache))
             mx.async_eval(following)
-        yield int(token.item())
+        yield cast(int, token.item())
         token = following
 
 

@@ -198,7 +198,7 @@ def _to_rgb(image: "Image") -> "Image":
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")

@@ -1,7 +1,7 @@
-"""The few operations whose best form depends on the device: one function each, the same numbers everywhere.
+"""The few operations whose best form depends on the device: one function each, equal numbers.
 
-Element-wise chains are compiled on GPUs only: on the CPU back end `mx.compile` calls a C++ compiler,
-which costs a second on first use and may not be installed.
+Element-wise chains are compiled on GPUs only: on the CPU back end `mx.compile` calls a C++
+compiler, which costs a second on first use and may not be installed.
 """
 
 import math

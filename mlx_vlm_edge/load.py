@@ -24,6 +24,7 @@ from .tokenizer import Tokenizer
 from .weights import Weights, check_names, find_shards, read_safetensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+GROUP_SIZE = 64  # of quantisation at load
 Quantization = Mapping[str, Any]
 
 
@@ -70,6 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UsageError(f"{path}: not a JSON object")
         generation = folder / "generation_config.json"
         if generation.is_file():
             eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
@@ -99,7 +102,8 @@ def build(
 ) -> VisionLanguageModel:
     """A family's model from its native config and weights; nothing is evaluated yet."""
     native = Weights({module.rename(name): array for name, array in arrays.items()})
-    tied = "language_model.lm_head.weight" not in arrays
+    headless = "language_model.lm_head.weight" not in arrays
+    tied = headless and config.get("tie_word_embeddings", True)
     parsed = module.Config.from_dict({**config, "tie_word_embeddings": tied})
     weights = module.fold(native, parsed)
     native.finish()
@@ -124,7 +128,9 @@ def _place_quantized_layers(
         return
     if not quantization:
         raise UsageError("the weights are quantised but config.json has no quantization block")
-    defaults = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+    defaults = {
+        key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization
+    }
     own = {module.rename(f"{path}."): kind for path, kind in quantization.items()}
 
     def kind(path: str, _: nn.Module) -> bool | dict[str, Any]:
@@ -142,7 +148,11 @@ def _quantize_language_model(model: VisionLanguageModel, config: Quantization, b
         raise UsageError("the model is quantised already: leave quantize out")
     if bits not in (4, 8):
         raise UsageError(f"quantize={bits}: 4 or 8 bits are supported")
-    nn.quantize(model.language_model, group_size=64, bits=bits)
+
+    def fits(_: str, layer: nn.Module) -> bool:
+        return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % GROUP_SIZE == 0
+
+    nn.quantize(model.language_model, GROUP_SIZE, bits, class_predicate=fits)
 
 
 def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
@@ -157,5 +167,3 @@ def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
     for name, part in model.children().items():
         if isinstance(part, nn.Module):
             cast(part, text if name == "language_model" else vision)
-
-

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Stages:
-    """`mark(name, *arrays)` ends a stage; `seconds` has what each took, in order, summed by name."""
+    """`mark(name, *arrays)` ends a stage; `seconds` has each one's time, summed by name."""
 
     def __init__(self, measured: bool = False) -> None:
         self.measured = measured

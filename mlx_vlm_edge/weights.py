@@ -1,4 +1,4 @@
-"""Checkpoint files -> named arrays, read lazily and checked first: headers, byte ranges, names and shapes.
+"""Checkpoint files -> named arrays, read lazily, checked first: bytes, names and shapes.
 
 Nothing here converts: a folder in the native layout is read as it stands.
 """
@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -94,7 +95,7 @@ def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
         doubled = read_header(path).keys() & weights.keys()
         if doubled:
             raise UsageError(f"{path}: {min(doubled)} is in another shard as well")
-        weights.update(mx.load(str(path)))
+        weights.update(cast(dict[str, mx.array], mx.load(str(path))))
     return weights
 
 
@@ -139,9 +140,7 @@ class Weights:
             raise UsageError(f"the checkpoint has weights no model part uses: {_some(self._left)}")
 
 
-def check_names(
-    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]
-) -> None:
+def check_names(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]) -> None:
     """Raises UsageError unless both have the same names with the same shapes."""
     if missing := expected.keys() - weights.keys():
         raise UsageError(f"the checkpoint lacks {_some(missing)}")

@@ -15,6 +15,8 @@ from mlx_vlm_edge import fetch, image
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import fit, open_image
 
+from .reference import torchvision_shim
+
 CLIP_FILL = (122, 116, 104)
 ODD_SIZES = [(37, 53), (53, 37), (64, 64), (300, 7), (7, 300), (101, 100), (640, 481), (33, 1)]
 
@@ -72,7 +74,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         place = self.path.strip("/")
         if place == "loop" or place == "away":
             self.send_response(302)
-            self.send_header("Location", "/loop" if place == "loop" else "file:///etc/passwd")
+            self.send_header("Location", "/loop" if place == "loop" else "ftp://127.0.0.1/a.png")
             self.end_headers()
             return
         self.send_response(404 if place == "lost" else 200)
@@ -99,7 +101,7 @@ def site(monkeypatch):
 def test_urls(site, monkeypatch):
     assert open_image(f"{site}/picture").size == (6, 3)
     assert "404" in message(f"{site}/lost")
-    assert "cannot be fetched" in message("http://127.0.0.1:9/closed.png") or True
+    assert "cannot be fetched" in message("http://127.0.0.1:1/closed.png")
     assert "only http" in message(f"{site}/away")
     assert "only http" in message("ftp://example.org/a.png")
     assert "302" in message(f"{site}/loop")
@@ -120,12 +122,13 @@ def test_unreadable_sources_are_one_line_with_the_name(tmp_path):
     assert "notes.jpg: not an image" in message(text)
     assert "directory" in message(tmp_path)
     assert "gone.png: no such file" in message(tmp_path / "gone.png")
-    assert "no such file" in message("") or "directory" in message("")
-    assert "cannot be read" in message("a\0b.png") or "no such file" in message("a\0b.png")
+    assert "directory" in message("")
+    assert message("a\0b.png")
     assert "regular" in message("/dev/null")
     assert "is empty" in message(b"")
     assert "cannot read an image from int" in message(3)
-    assert "..." in message("x" * 5000) and len(message("x" * 5000)) < 200
+    assert "..." in message("x" * 5000)
+    assert len(message("x" * 5000)) < 200
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
@@ -201,7 +204,7 @@ def test_alpha_goes_on_white(mode):
     alpha = np.array([[0, 128, 255]], np.uint8)
     picture = Image.fromarray(np.dstack([np.zeros((1, 3, 3), np.uint8), alpha]))
     if mode != "RGBA":
-        steps = {"LA": ["LA"], "PA": ["LA", "PA"], "RGBa": ["RGBa"], "La": ["LA", "La"]}[mode]
+        steps = {"LA": ["LA"], "PA": ["PA"], "RGBa": ["RGBa"], "La": ["LA", "La"]}[mode]
         for step in steps:
             picture = picture.convert(step)
     assert picture.mode == mode
@@ -294,6 +297,7 @@ def test_pad_equals_padding_the_whole_canvas_first(size, fill, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clip():
+    torchvision_shim.install()
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     def process(picture, side):
@@ -343,8 +347,8 @@ def test_import_is_cheap():
     import subprocess
     import sys
 
-    code = "import sys, mlx_vlm_edge.image; print([m for m in ('PIL', 'numpy', 'urllib.request') if m in sys.modules])"
+    heavy = "PIL", "numpy", "urllib.request"
+    code = f"import sys, mlx_vlm_edge.image; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parent.parent
-    assert (
-        subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
-    )
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True)
+    assert output.strip() == "[]"

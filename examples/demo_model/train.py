@@ -166,7 +166,8 @@ def train_language(args: argparse.Namespace, run: Run, prompter: Prompter, stage
     model, heads, joint = run.module["model"], run.module["heads"], stage == "joint"
     start, questions = len(prompter.before), args.questions
     offset = 10_000_000 if joint else 0
-    source = question_batches(prompter, offset + run.step * args.batch, args.batch, questions)
+    size = args.language_batch
+    source = question_batches(prompter, offset + run.step * size, size, questions)
     model.train()
     model.tower.train(joint)
     while run.step < run.steps:
@@ -212,15 +213,16 @@ def checkpoint(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoints; export in OUT/export")
-    parser.add_argument("--vision-steps", type=int, default=3600, help="batches of stage 1")
+    parser.add_argument("--vision-steps", type=int, default=3000, help="batches of stage 1")
     parser.add_argument("--align-steps", type=int, default=1500, help="batches of stage 2")
     parser.add_argument("--joint-steps", type=int, default=1000, help="batches of stage 3")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch")
+    parser.add_argument("--language-batch", type=int, default=32, help="the same, stages 2 and 3")
     parser.add_argument("--questions", type=int, default=4, help="questions per picture")
     parser.add_argument("--vision-rate", type=float, default=2e-3, help="peak rate, stage 1")
     parser.add_argument("--align-rate", type=float, default=2e-3, help="peak rate, stage 2")
     parser.add_argument("--joint-rate", type=float, default=1e-3, help="peak rate, stage 3")
-    parser.add_argument("--check", type=int, default=250, help="batches between checkpoints")
+    parser.add_argument("--check", type=int, default=250, help="batches between checks, 2 and 3")
     parser.add_argument("--test", type=int, default=0, metavar="N",
                         help="scenes of a last evaluation in PyTorch")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")

@@ -1,4 +1,4 @@
-"""The command line: `mlx-vlm-edge VERB ...`. A verb's module is imported when that verb is asked for.
+"""The command line: `mlx-vlm-edge VERB ...`, a verb's module imported when it is asked for.
 
 stdout carries answers and nothing else; notes, progress and errors go to stderr. A mistake of the
 user's is one line and exit code 2.

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 HELP = "Answer a question about images; the answer streams to standard output."
 DEFAULT_MODEL = "fastvlm-0.5b"
 DEMO_NOTE = (
-    "note: using the bundled demo model, which knows drawn shapes and printed text, not photographs; "
-    f"`mlx-vlm-edge models pull {DEFAULT_MODEL}` gets a real one"
+    "note: using the bundled demo model, which knows drawn shapes and printed text, "
+    f"not photographs; `mlx-vlm-edge models pull {DEFAULT_MODEL}` gets a real one"
 )
 # Flags that are passed on to `stream_generate` as they are.
 SAMPLING = {
@@ -41,26 +41,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--revision", help="branch, tag or commit of a Hub model")
     model.add_argument("--offline", action="store_true", help="never touch the network")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    model.add_argument("--bits", type=int, choices=(4, 8), help="quantise the language model at load")
+    model.add_argument(
+        "--bits", type=int, choices=(4, 8), help="quantise the language model at load"
+    )
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt", "-p", required=True, help="the question; - reads standard input")
+    prompt.add_argument(
+        "--prompt", "-p", required=True, help="the question; - reads standard input"
+    )
     prompt.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="image files or URLs; - reads standard input",
     )  # fmt: skip
     prompt.add_argument("--system", help="another system prompt")
-    prompt.add_argument("--raw", action="store_true", help="use the prompt as it stands, with <image>")
+    prompt.add_argument(
+        "--raw", action="store_true", help="use the prompt as it stands, with <image>"
+    )
     prompt.add_argument("--image-strategy", choices=("pad", "center_crop", "stretch"))
     prompt.add_argument("--resolution", type=int, metavar="PX", help="side the image is resized to")
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--temperature", "--temp", type=float, default=0.0, help="0 is greedy")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop at this text"
+    )
     for name, (kind, default, text) in SAMPLING.items():
         flag = "--" + name.replace("_", "-")
         sampling.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
-    output.add_argument("--verbose", action="store_true", help="stage timings, rates and peak memory")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead"
+    )
+    output.add_argument(
+        "--verbose", action="store_true", help="stage timings, rates and peak memory"
+    )
 
 
 def default_model() -> str:
@@ -132,9 +144,10 @@ def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
         print(json.dumps(whole, ensure_ascii=False))
         return
     lines = [
-        f"prompt: {last.prompt_tokens} tokens ({last.visual_tokens} visual), {last.prompt_tps:.1f} tokens/s",
+        f"prompt: {last.prompt_tokens} tokens ({last.visual_tokens} visual), "
+        f"{last.prompt_tps:.1f} tokens/s",
         f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
-        f"ttft_e2e: {last.ttft_e2e * 1000:.1f} ms (image and prompt in, first token out; model loaded)",
+        f"ttft_e2e: {last.ttft_e2e * 1000:.1f} ms (image and prompt in, first token out)",
         *(f"  {name}: {seconds * 1000:.1f} ms" for name, seconds in (last.stages or {}).items()),
         f"peak memory: {last.peak_memory:.3f} GB",
     ]

@@ -7,7 +7,7 @@ from ..kernels import gelu
 
 
 class MLP(nn.Module):
-    """Linear, then GELU (exact) and Linear as often as `depth` asks. Names: `layers.0`, `layers.2`..."""
+    """Linear, then exact GELU and Linear up to `depth`. Names: `layers.0`, `layers.2`, ..."""
 
     def __init__(self, features: int, width: int, depth: int = 2) -> None:
         super().__init__()

@@ -4,11 +4,9 @@
 far; `offset` counts every position seen; `trim(n)` forgets the last n.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from ..errors import UsageError
 
@@ -104,17 +102,16 @@ class QuantizedKVCache:
                 f"{self.group_size}: leave --kv-bits out or set --kv-group-size to a divisor"
             )
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        options = {"group_size": self.group_size, "bits": self.bits}
-        self.keys = self._stored(self.keys, mx.quantize(keys, **options), start)
-        self.values = self._stored(self.values, mx.quantize(values, **options), start)
+        self.keys = self._stored(self.keys, keys, start)
+        self.values = self._stored(self.values, values, start)
         return self._used(self.keys), self._used(self.values)
 
-    def _stored(
-        self, buffers: list[mx.array] | None, parts: Sequence[mx.array], start: int
-    ) -> list[mx.array]:
-        if buffers is None or self.offset > buffers[0].shape[2]:
-            old = buffers or [None] * len(parts)
-            buffers = [_grow(buffer, part, start) for buffer, part in zip(old, parts, strict=True)]
+    def _stored(self, buffers: list[mx.array] | None, new: mx.array, start: int) -> list[mx.array]:
+        parts = mx.quantize(new, group_size=self.group_size, bits=self.bits)
+        if buffers is None:
+            buffers = [_grow(None, part, 0) for part in parts]
+        elif self.offset > buffers[0].shape[2]:
+            buffers = [_grow(*pair, start) for pair in zip(buffers, parts, strict=True)]
         for buffer, part in zip(buffers, parts, strict=True):
             buffer[..., start : self.offset, :] = part
         return buffers
@@ -203,17 +200,18 @@ class RotatingKVCache:
         return self.keys[..., :used, :], self.values[..., :used, :]
 
     def _with_room(self, buffer: mx.array | None, like: mx.array) -> mx.array:
-        size = 0 if buffer is None else buffer.shape[2]
-        if size > self.max_size and buffer is not None:  # left so by a prompt of several positions
-            evicted = size - self.max_size
-            parts = [buffer[..., : self.keep, :], buffer[..., self.keep + evicted :, :]]
+        B, heads, _, D = like.shape
+        if buffer is None:
+            return mx.zeros((B, heads, min(STEP, self.max_size), D), like.dtype)
+        size = buffer.shape[2]
+        if size > self.max_size:  # left so by a prompt of several positions
             self._idx = self.max_size
-            return mx.concatenate(parts, axis=2)
+            recent = buffer[..., self.keep + size - self.max_size :, :]
+            return mx.concatenate([buffer[..., : self.keep, :], recent], axis=2)
         if self._idx < size or size == self.max_size:
             return buffer
-        B, heads, _, D = like.shape
         room = mx.zeros((B, heads, min(STEP, self.max_size - size), D), like.dtype)
-        return room if buffer is None else mx.concatenate([buffer, room], axis=2)
+        return mx.concatenate([buffer, room], axis=2)
 
     def make_mask(self, N: int) -> Mask:
         if N == 1:
@@ -223,7 +221,9 @@ class RotatingKVCache:
             return "causal"
         mask = causal_mask(N, before, self.max_size)
         if self.keep:  # the kept positions stay visible, however far back
-            mask = mask | (mx.arange(before + N) < self.keep)[None] & causal_mask(N, before, before + N)
+            mask = mask | (mx.arange(before + N) < self.keep)[None] & causal_mask(
+                N, before, before + N
+            )
         return mask
 
     def is_trimmable(self) -> bool:
@@ -244,9 +244,7 @@ class RotatingKVCache:
         self.keys, self.values, self.offset, self.keep, self.max_size, self._idx = state
 
 
-def attend(
-    q: mx.array, k: Any, v: Any, cache: Cache | None, scale: float, mask: Mask
-) -> mx.array:
+def attend(q: mx.array, k: Any, v: Any, cache: Cache | None, scale: float, mask: Mask) -> mx.array:
     """Attention of q [B, heads, L, D] over what `cache.update_and_fetch` gave."""
     if isinstance(cache, QuantizedKVCache):
         return _attend_quantized(q, k, v, cache, scale, mask)
@@ -258,14 +256,19 @@ def _attend_quantized(
 ) -> mx.array:
     B, heads, L, D = q.shape
     kv_heads = k[0].shape[1]
-    options = {"group_size": cache.group_size, "bits": cache.bits}
-    q = (q * scale).reshape(B, kv_heads, heads // kv_heads, L, D)
-    k, v = tree_map(lambda x: x[:, :, None], (k, v))
-    scores = mx.quantized_matmul(q, *k, transpose=True, **options)
+    grouped = (q * scale).reshape(B, kv_heads, heads // kv_heads, L, D)
+    scores = _matmul(grouped, k, cache, transpose=True)
     if mask is not None:
-        length = k[0].shape[3]
+        length = k[0].shape[2]
         visible = causal_mask(L, length - L, length) if isinstance(mask, str) else mask
         scores = mx.where(visible, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = mx.quantized_matmul(weights, *v, transpose=False, **options)
-    return out.reshape(B, heads, L, D)
+    return _matmul(weights, v, cache, transpose=False).reshape(B, heads, L, D)
+
+
+def _matmul(x: mx.array, packed: Any, cache: QuantizedKVCache, transpose: bool) -> mx.array:
+    """x [B, kv_heads, queries per kv head, L, n] times a quantised [B, kv_heads, S, D]."""
+    w, scales, biases = (part[:, :, None] for part in packed)
+    return mx.quantized_matmul(
+        x, w, scales, biases, transpose, group_size=cache.group_size, bits=cache.bits
+    )

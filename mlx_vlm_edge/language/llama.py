@@ -42,7 +42,7 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], model_type: str) -> "TextConfig":
-        """Read a Llama or Qwen2 config. Raises UsageError for a missing key or unknown activation."""
+        """Read a Llama or Qwen2 config. Raises UsageError for a missing key or activation."""
         if config.get("hidden_act", "silu") != "silu":
             raise UsageError(f"config.json: hidden_act {config['hidden_act']!r} is not known")
         try:
@@ -212,10 +212,8 @@ class LanguageModel(nn.Module):
         """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
         x, L = embeddings, embeddings.shape[1]
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
-        for layer, layer_cache in zip(
-            self.model.layers, cache or [None] * len(self.model.layers), strict=True
-        ):
-            x = layer(x, mask, layer_cache)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, mask, cache[index] if cache else None)
         x = self.model.norm(x[:, -1:] if last_only else x)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(x)

@@ -15,5 +15,7 @@ def family(model_type: str | None) -> ModuleType:
     """The module of a family. Raises UsageError for a model_type this version does not know."""
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UsageError(f"config.json: model_type {model_type!r} is not supported (known: {known})")
+        raise UsageError(
+            f"config.json: model_type {model_type!r} is not supported (known: {known})"
+        )
     return import_module(f".{FAMILIES[model_type]}", __name__)

@@ -69,7 +69,11 @@ class Config:
             image_size=_checked_size(config["vision_config"].get("image_size", 1024)),
             image_strategy=STRATEGIES[aspect],
             image_token_index=config.get("image_token_index", -200),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+            eos_token_ids=tuple(eos)
+            if isinstance(eos, list)
+            else (eos,)
+            if eos is not None
+            else (),
             context=text.max_position_embeddings,
             source=config,
         )
@@ -77,7 +81,9 @@ class Config:
     def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         if image_strategy not in (None, *STRATEGIES):
-            raise UsageError(f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}")
+            raise UsageError(
+                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}"
+            )
         strategy = STRATEGIES[image_strategy] if image_strategy else self.image_strategy
         size = self.image_size if resolution is None else _checked_size(resolution)
         return replace(self, image_strategy=strategy, image_size=size)
@@ -145,7 +151,7 @@ class Processor(prompt.Processor):
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
 
     def preprocess(self, image: "Image") -> Pixels:
-        """uint8 [side, side, 3], by the checkpoint's strategy; padding is black, before the resize."""
+        """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
         side = self.config.image_size
         fitted = fit(image, (side, side), cast(Strategy, self.config.image_strategy))
         return Pixels(np.asarray(fitted), image.size)

@@ -165,7 +165,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Downsampling, position encoding (RepCPE, identity in its kernel) and blocks, where it has them."""
+    """Downsampling, position encoding (RepCPE, identity in its kernel), blocks."""
 
     def __init__(self, config: VisionConfig, index: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Expansion(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         parts = self.depthwise.outputs(x)
-        x = mx.stack(parts, axis=-1).flatten(-2)  # published channel order: outputs of a group side by side
+        x = mx.stack(parts, axis=-1).flatten(-2)  # a group's outputs side by side, as published
         squeezed = mx.mean(x, axis=(1, 2), keepdims=True)
         gate = mx.sigmoid(self.expand(mx.maximum(self.reduce(squeezed), 0)))
         return gelu(x * gate)

@@ -27,7 +27,9 @@ def fold(weights: Weights, prefix: str, config: VisionConfig) -> Arrays:
         entry = 0
         if stage:
             before = config.embed_dims[stage - 1]
-            folded |= _downsample(folder, f"network.{index}", f"{out}.entry.0", before, width, config)
+            folded |= _downsample(
+                folder, f"network.{index}", f"{out}.entry.0", before, width, config
+            )
             index, entry = index + 1, 1
         if shape := config.pos_embs_shapes[stage]:
             name = f"network.{index}.reparam_conv"
@@ -130,9 +132,7 @@ def _scaled(weight: mx.array, bias: mx.array, scale: mx.array) -> tuple[mx.array
     return weight * row[:, None], bias * row
 
 
-def _attention_block(
-    folder: _Folder, source: str, target: str, width: int, hidden: int
-) -> Arrays:
+def _attention_block(folder: _Folder, source: str, target: str, width: int, hidden: int) -> Arrays:
     scale_1 = folder.take(f"{source}.layer_scale_1", 1, 1, width)
     scale_2 = folder.take(f"{source}.layer_scale_2", 1, 1, width)
     mixer, attention = f"{source}.token_mixer", f"{target}.attention"

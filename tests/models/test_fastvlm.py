@@ -331,11 +331,11 @@ def golden_folder(golden, layout, tmp_path):
 
     from ..reference import tokenizer
 
-    name = "transformers_native" if layout == "transformers" else "apple_llava"
+    name = "apple_llava" if layout == "apple" else "transformers_native"
     shutil.copy(golden / f"config_{name}.json", tmp_path / "config.json")
     weights = load_file(golden / f"model_{name}.safetensors")
     if layout == "timm":  # the same network, its encoder with every branch apart
-        vision = "model.vision_tower.vision_tower.model."
+        vision = "model.vision_tower.timm_model."
         weights = {k: v for k, v in weights.items() if not k.startswith(vision)}
         encoder = load_file(golden / "encoder_timm_trainform.safetensors")
         weights |= {vision + name: array for name, array in encoder.items()}

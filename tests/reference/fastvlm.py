@@ -24,7 +24,7 @@ WIDE = torch.float64  # what results are handed out in
 TEXT = {
     "model_type": "qwen2",
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

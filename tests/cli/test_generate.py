@@ -1,0 +1,302 @@
+"""The `generate` verb: what it prints where, its exit codes, and one line for every mistake."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.cli import main
+
+
+@pytest.fixture(scope="module")
+def picture_file(tmp_path_factory):
+    from ..reference.fastvlm import picture
+
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.fromarray(picture(1)).save(path)
+    return path
+
+
+@pytest.fixture
+def generate(native_folder, capfd):
+    """Run `generate` in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments, prompt="What is this?", model=native_folder):
+        prompted = [] if prompt is None else ["--prompt", prompt]
+        given = [] if model is None else ["--model", model]
+        code = main([str(a) for a in ("generate", *given, *prompted, *arguments)])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def answer(folder, *arguments, **options):
+    pieces = list(stream_generate(*load(str(folder)), *arguments, **options))
+    return "".join(piece.text for piece in pieces)
+
+
+def refused(result, *words):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("mlx-vlm-edge: error: ")
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in err, err
+
+
+def test_the_answer_goes_to_stdout_and_nothing_else(generate, native_folder, picture_file):
+    code, out, err = generate("--image", picture_file, "--max-tokens", 8)
+    want = answer(native_folder, "What is this?", images=[str(picture_file)], max_tokens=8)
+    assert (code, out, err) == (0, want + "\n", "")
+
+
+def test_several_images(generate, native_folder, picture_file):
+    want = answer(native_folder, "What is this?", images=[str(picture_file)] * 2, max_tokens=4)
+    options = ("--max-tokens", 4)
+    assert generate("--image", picture_file, picture_file, *options)[1] == want + "\n"
+    assert generate("--image", picture_file, "--image", picture_file, *options)[1] == want + "\n"
+
+
+def test_text_only(generate, native_folder):
+    want = answer(native_folder, "What is this?", max_tokens=5)
+    assert generate("--max-tokens", 5)[1] == want + "\n"
+
+
+def test_the_prompt_from_standard_input(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?"))
+    assert generate("--max-tokens", 5, prompt="-")[1] == generate("--max-tokens", 5)[1]
+
+
+def test_an_image_from_standard_input(generate, monkeypatch, picture_file):
+    want = generate("--image", picture_file, "--max-tokens", 5)
+    stdin = io.TextIOWrapper(io.BytesIO(picture_file.read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert generate("--image", "-", "--max-tokens", 5) == want
+
+
+def test_raw(generate, native_folder, picture_file):
+    options = {"images": [str(picture_file)], "raw": True, "max_tokens": 5}
+    want = answer(native_folder, "a <image> b", **options)
+    result = generate("--image", picture_file, "--raw", "--max-tokens", 5, prompt="a <image> b")
+    assert result[1] == want + "\n"
+
+
+def test_a_system_prompt_changes_the_prompt(generate):
+    plain, other = (
+        json.loads(generate("--json", "--max-tokens", 1, *extra)[1])["prompt_tokens"]
+        for extra in ((), ("--system", "Answer in one word, and in English only."))
+    )
+    assert other > plain
+
+
+def test_json(generate, native_folder, picture_file):
+    code, out, err = generate("--image", picture_file, "--max-tokens", 4, "--json")
+    whole = json.loads(out)
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 1
+    want = answer(native_folder, "What is this?", images=[str(picture_file)], max_tokens=4)
+    assert whole["text"] == want
+    assert len(whole["token"]) == 4
+    assert whole["visual_tokens"] == 9
+    assert whole["finish_reason"] in ("stop", "length")
+    assert whole["ttft_e2e"] > 0
+
+
+def test_verbose_goes_to_stderr(generate, picture_file):
+    _, out, err = generate("--image", picture_file, "--max-tokens", 4, "--verbose")
+    assert out == generate("--image", picture_file, "--max-tokens", 4)[1]
+    for stage in ("image decode", "preprocess", "vision", "connector", "prefill", "first sample"):
+        assert stage in err
+    assert "ttft_e2e" in err
+    assert "peak memory" in err
+
+
+def test_the_model_from_the_environment(generate, native_folder, monkeypatch):
+    want = generate("--max-tokens", 4)
+    monkeypatch.setenv("MLX_VLM_EDGE_MODEL", str(native_folder))
+    assert generate("--max-tokens", 4, model=None) == want
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_at_load(generate, bits):
+    code, out, _ = generate("--bits", bits, "--max-tokens", 4)
+    assert code == 0
+    assert out.endswith("\n")
+
+
+# Mistakes of a user: one line, exit code 2.
+
+
+@pytest.fixture
+def bad_image(tmp_path, picture_file):
+    """A path to an image of the named kind of badness."""
+
+    def make(kind):
+        path = tmp_path / f"{kind}.png"
+        data = picture_file.read_bytes()
+        if kind == "text":
+            path.write_text("this is no picture")
+        elif kind == "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        elif kind == "empty":
+            path.write_bytes(b"")
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "huge":
+            path.write_bytes(_huge_png(50_000))
+        return path
+
+    return make
+
+
+def _huge_png(side):
+    """A PNG whose header says side x side pixels, with almost nothing behind it."""
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = side.to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "directory", "huge", "missing"])
+def test_a_bad_image(generate, bad_image, kind):
+    path = bad_image(kind)
+    refused(generate("--image", path), path.name)
+
+
+def test_a_bad_image_on_standard_input(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no picture")))
+    refused(generate("--image", "-"))
+
+
+def test_nothing_on_standard_input_for_two(generate):
+    refused(generate("--image", "-", prompt="-"), "standard input")
+
+
+def test_an_unknown_model(generate):
+    refused(generate(model="no-such-model"), "no-such-model")
+
+
+def test_a_model_that_is_not_here_and_no_network(generate, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    refused(generate("--offline", model="apple/FastVLM-7B"), "apple/FastVLM-7B")
+
+
+def test_a_folder_without_a_config(generate, tmp_path):
+    refused(generate(model=tmp_path), tmp_path, "config.json")
+
+
+def test_truncated_weights(generate, native_folder, tmp_path):
+    for source in native_folder.iterdir():
+        data = source.read_bytes()
+        cut = len(data) // 2 if source.suffix == ".safetensors" else len(data)
+        (tmp_path / source.name).write_bytes(data[:cut])
+    refused(generate(model=tmp_path), "model.safetensors")
+
+
+def test_misshapen_weights(generate, native_weights, tmp_path):
+    from ..reference import native
+
+    name = "mm_projector.2.bias"
+    folder = native.save(native_weights | {name: np.ones(3, np.float32)}, native.config(), tmp_path)
+    refused(generate(model=folder), name.split(".")[0])
+
+
+def test_more_images_than_markers(generate, picture_file):
+    result = generate("--image", picture_file, picture_file, "--raw", prompt="one <image>")
+    refused(result, "1", "2")
+
+
+def test_a_prompt_longer_than_the_context(generate):
+    refused(generate(prompt="a b " * 600), "context")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "hot"),
+        ("--max-tokens", "0"),
+        ("--top-p", "7"),
+        ("--dtype", "int3"),
+        ("--no-such-flag",),
+        ("--resolution", "100"),
+        ("--kv-bits", "5"),
+        ("--max-kv-size", "2"),
+    ],
+)
+def test_bad_options(generate, arguments):
+    refused(generate(*arguments))
+
+
+def test_no_prompt(generate):
+    refused(generate(prompt=None), "--prompt")
+
+
+def test_an_unknown_verb(capfd):
+    code = main(["genrate"])
+    refused((code, *capfd.readouterr()), "genrate")
+
+
+def test_control_c_ends_with_what_there_is(generate, monkeypatch):
+    from mlx_vlm_edge.models.fastvlm import Model
+
+    steps = []
+
+    def step(self, token, cache, original=Model.step):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return original(self, token, cache)
+
+    whole = generate("--max-tokens", 10)[1]
+    monkeypatch.setattr(Model, "step", step)
+    code, out, err = generate("--max-tokens", 10)
+    assert code == 130
+    assert whole.startswith(out.rstrip("\n"))
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(native_folder):
+    """mlx-vlm-edge generate ... | head -c 0"""
+    import subprocess
+
+    command = [sys.executable, "-m", "mlx_vlm_edge", "generate", "--model", str(native_folder)]
+    process = subprocess.Popen(
+        [*command, "--prompt", "Hi", "--max-tokens", "40"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_and_version(capfd, arguments):
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capfd.readouterr()
+    assert code == 0
+    assert err == ""
+    assert out
+
+
+def test_no_arguments_shows_the_help(capfd):
+    assert main([]) == 2
+    out, err = capfd.readouterr()
+    assert "generate" in out + err

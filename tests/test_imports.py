@@ -1,0 +1,98 @@
+"""What is imported when: the budget of a cold start, counted in modules rather than in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"transformers", "torch", "mlx_lm", "huggingface_hub", "coremltools", "timm", "requests"}
+LIST = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
+
+
+def modules_after(code: str, **environment: str) -> set[str]:
+    """The modules loaded in a fresh interpreter that ran `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{LIST}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+@pytest.fixture(scope="module")
+def bare() -> set[str]:
+    return modules_after("")
+
+
+def command(*arguments: str) -> str:
+    return f"""
+from mlx_vlm_edge.cli import main
+try:
+    code = main({list(arguments)!r})
+except SystemExit as ended:
+    code = ended.code
+assert code == 0, code
+"""
+
+
+def test_importing_the_package_is_free(bare):
+    loaded = modules_after("import mlx_vlm_edge") - bare
+    assert packages(loaded) & {"mlx", "numpy", "PIL", "tokenizers"} == set()
+    assert len(loaded) < 15, loaded
+
+
+def test_help_loads_nothing_but_the_parser(bare):
+    loaded = modules_after(command("--help")) - bare
+    assert packages(loaded) & ({"mlx", "numpy", "PIL", "tokenizers"} | HEAVY) == set()
+    assert len(loaded) < 40, sorted(loaded)
+
+
+def test_the_help_of_generate_loads_no_model_code(bare):
+    loaded = modules_after(command("generate", "--help")) - bare
+    assert packages(loaded) & ({"mlx", "numpy", "PIL", "tokenizers"} | HEAVY) == set()
+    assert len(loaded) < 60, sorted(loaded)
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+def test_generate_loads_no_heavy_package(native_folder, tmp_path, bare, image):
+    from PIL import Image
+
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (192, 192), "red").save(path)
+    arguments = ["generate", "--model", str(native_folder), "--prompt", "Hi", "--max-tokens", "3"]
+    arguments += ["--image", str(path)] if image else []
+    loaded = modules_after(command(*arguments)) - bare
+    assert packages(loaded) & HEAVY == set()
+    assert not any(name.startswith("mlx_vlm_edge_convert") for name in loaded)
+    assert len(loaded) < 450, len(loaded)
+
+
+def test_a_published_folder_loads_no_heavy_package(hf_folder):
+    code = f"from mlx_vlm_edge import load; load({str(hf_folder)!r})"
+    assert packages(modules_after(code)) & HEAVY == set()
+
+
+@pytest.mark.parametrize("name", ["load", "generate", "stream_generate", "UsageError"])
+@pytest.mark.parametrize(
+    "before", ["", "import mlx_vlm_edge.load, mlx_vlm_edge.generate", "import mlx_vlm_edge.cli"]
+)
+def test_public_names_are_callables_whatever_was_imported_before(name, before):
+    """Two of them are also submodules, which would otherwise take the functions' place."""
+    code = f"{before}\nfrom mlx_vlm_edge import {name}\nimport mlx_vlm_edge as p\n"
+    modules_after(f"{code}assert callable({name}) and p.{name} is {name}")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import mlx_vlm_edge
+
+    with pytest.raises(AttributeError):
+        mlx_vlm_edge.no_such_name  # noqa: B018
