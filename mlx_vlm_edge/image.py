@@ -106,12 +106,13 @@ def _errors(name: str) -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{name}: {_first_line(error)}") from None
+        raise UsageError(f"{name}: {_first_line(error)} Make the image smaller.") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{name}: not an image in a format that can be read") from None
+        raise UsageError(f"{name}: not an image, or in no format known: use PNG or JPEG") from None
     except DAMAGED as error:
         raise UsageError(
-            f"{name}: the image is truncated or damaged ({_first_line(error)})"
+            f"{name}: cannot be decoded ({_first_line(error)}): "
+            "the image may be truncated or damaged; save it again"
         ) from None
     except MemoryError:
         raise UsageError(f"{name}: not enough memory for the image: make it smaller") from None

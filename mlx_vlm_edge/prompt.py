@@ -152,7 +152,7 @@ def normalize(prompt: str | Sequence[Message], images: int) -> list[Message]:
     user's words. Raises UsageError for anything that is not a chat."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not prompt:
+    if not isinstance(prompt, list | tuple) or not prompt:
         raise UsageError("the prompt must be a text or a list of messages, not empty")
     messages = [_normalize_message(message) for message in prompt]
     if messages[-1]["role"] != "user":
@@ -172,7 +172,7 @@ def _normalize_message(message: Any) -> Message:
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
+    if not isinstance(content, list | tuple):
         raise UsageError("a message's content must be a text or a list of parts")
     for part in content:
         _check_part(part)

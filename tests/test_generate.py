@@ -74,7 +74,9 @@ class Prepared:
     def __call__(self, prompt, images, *, raw=False, stages=None):
         self.asked = prompt, list(images), raw
         ids = np.arange(self.length, dtype=np.int32)[None]
-        return Inputs(input_ids=ids, visual=np.arange(2, 2 + self.visual, dtype=np.int32), pixels=[])
+        return Inputs(
+            input_ids=ids, visual=np.arange(2, 2 + self.visual, dtype=np.int32), pixels=[]
+        )
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from mlx_vlm_edge.chat_template import render_chat_template
 from mlx_vlm_edge.errors import UsageError
@@ -95,9 +95,7 @@ def test_text_streams_in_whole_characters(kind, request):
     ids = tokenizer.encode(text)
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == text
-    assert "\ufffd" not in "".join(piece for piece in pieces if piece != "\ufffd").replace(
-        "\ufffdt", ""
-    )
+    assert sum(piece.count("\ufffd") for piece in pieces) == 1  # the one in the text
     assert sum(bool(piece) for piece in pieces) > 15  # it did stream
     emoji = [piece for piece in pieces if "🙂" in piece]
     assert len(emoji) == 1
@@ -153,17 +151,9 @@ def test_guarded_words_are_plain_text_beside_real_special_tokens(byte_level):
     assert ids[1:-1] == byte_level.encode(typed)
     assert "<image>" not in byte_level.guard("<image>")
     assert "MARK" not in byte_level.guard("a MARK", "MARK")
-    harmless = "<|im_start|>user\nhello  there<|im_end|>\n"
-    with_guard = harmless + byte_level.guard("<|im_end|>")
-    assert (
-        byte_level.encode(with_guard, special=True)
-        == [
-            *byte_level.encode(harmless, special=True),
-            *byte_level.encode("<|im_end|>"),
-        ]
-        or byte_level.encode(with_guard, special=True)[:3]
-        == byte_level.encode(harmless, special=True)[:3]
-    )
+    with_guard = "<|im_start|>user\nhello  there\n" + byte_level.guard("<|im_end|> bye")
+    expected = [tiny.TURN, *byte_level.encode("user\nhello  there\n<|im_end|> bye")]
+    assert byte_level.encode(with_guard, special=True) == expected
 
 
 def test_ids(byte_level):
@@ -180,7 +170,7 @@ def test_threads_do_not_mix_plain_and_special(byte_level):
         return {len(byte_level.encode("<|im_end|>", special=special)) for _ in range(300)}
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lengths, [True, False] * 4)) == [{1}, {10}] * 4
+        assert list(pool.map(lengths, [True, False] * 4)) == [{1}, {9}] * 4
 
 
 # Files
@@ -194,6 +184,8 @@ def test_from_folder_reads_tokenizer_json_and_its_settings(tmp_path):
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert len(tokenizer.encode("quite a long text")) > 5
     assert tokenizer.eos_ids == {tiny.STOP}
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_start|>"}}')
+    assert Tokenizer.from_folder(tmp_path).eos_ids == {tiny.TURN}
     assert tokenizer.chat_template is None
 
 
@@ -228,7 +220,7 @@ def qwen2_files(tmp_path):
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "added_tokens_decoder": added,
-        "eos_token": {"content": "<|im_end|>"},
+        "eos_token": "<|im_end|>",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
@@ -295,7 +287,8 @@ def test_render_chat_template():
     assert render_chat_template("{{ x | tojson }}", [], x={"é": "<b>"}) == '{"é": "<b>"}'
     year = render_chat_template("{{ strftime_now('%Y') }}", [])
     assert year.isdigit()
-    loop = "{% for m in messages %}{% if m.role == 'b' %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+    loop = "{% for m in messages %}{% if m.role == 'b' %}{% break %}{% endif %}{{ m.role }}"
+    loop += "{% endfor %}"
     assert render_chat_template(loop, [{"role": role} for role in "abc"]) == "a"
 
 

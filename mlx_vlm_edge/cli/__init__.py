@@ -7,7 +7,7 @@ user's is one line and exit code 2.
 import argparse
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import UsageError
@@ -20,8 +20,24 @@ VERBS = {
 }
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for flag and text on one line, with the default where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default in (None, False, []) or "default" in (action.help or "")
+        return (action.help or "") + (
+            "" if told or action.nargs == 0 else " (default: %(default)s)"
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -50,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"no verb {verb!r}; the verbs are {', '.join(VERBS)}")
     module = import_module(f".{verb}", __name__)
-    parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP, allow_abbrev=False)
+    parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(rest)))
 

@@ -36,42 +36,62 @@ SAMPLING = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="NAME", help="alias, Hub id or folder")
-    model.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    model.add_argument("--offline", action="store_true", help="never touch the network")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    model.add_argument(
-        "--bits", type=int, choices=(4, 8), help="quantise the language model at load"
-    )
-    prompt = parser.add_argument_group("prompt")
-    prompt.add_argument(
-        "--prompt", "-p", required=True, help="the question; - reads standard input"
-    )
-    prompt.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="FILE",
-        help="image files or URLs; - reads standard input",
-    )  # fmt: skip
-    prompt.add_argument("--system", help="another system prompt")
-    prompt.add_argument(
-        "--raw", action="store_true", help="use the prompt as it stands, with <image>"
-    )
-    prompt.add_argument("--image-strategy", choices=("pad", "center_crop", "stretch"))
-    prompt.add_argument("--resolution", type=int, metavar="PX", help="side the image is resized to")
+    parser.usage = f"{parser.prog} --prompt TEXT [--image FILE ...] [--model NAME] [options]"
+    _add_prompt(parser.add_argument_group("prompt"))
+    _add_model(parser.add_argument_group("model"))
     sampling = parser.add_argument_group("generation")
-    sampling.add_argument("--temperature", "--temp", type=float, default=0.0, help="0 is greedy")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="stop at this text"
+        "--temperature", "--temp", type=float, default=0.0, metavar="N", help="0 is greedy"
+    )
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text"
     )
     for name, (kind, default, text) in SAMPLING.items():
         flag = "--" + name.replace("_", "-")
         sampling.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object at the end")
     output.add_argument(
-        "--json", action="store_true", help="print one JSON object at the end instead"
+        "--verbose", action="store_true", help="stage timings, rates and peak memory to stderr"
     )
-    output.add_argument(
-        "--verbose", action="store_true", help="stage timings, rates and peak memory"
+
+
+def _add_prompt(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "-p", "--prompt", required=True, metavar="TEXT", help="the question; - reads standard input"
+    )
+    group.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="FILE",
+        help="images or their URLs, in order; - reads standard input",
+    )  # fmt: skip
+    group.add_argument("--system", metavar="TEXT", help="another system prompt")
+    group.add_argument(
+        "--raw", action="store_true", help="the prompt is used as it stands, <image> for images"
+    )
+    group.add_argument(
+        "--image-strategy", choices=("pad", "center_crop", "stretch"),
+        help="how a picture becomes square (default: the checkpoint's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--resolution", type=int, metavar="PX",
+        help="side the picture is resized to; less is faster (default: the checkpoint's)",
+    )  # fmt: skip
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model", metavar="NAME",
+        help=f"alias, Hub id or folder (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
+        "if it is here, else the bundled demo)",
+    )  # fmt: skip
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+    group.add_argument("--offline", action="store_true", help="never touch the network")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of weights and activations (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )  # fmt: skip
+    group.add_argument(
+        "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
 
 

@@ -60,7 +60,10 @@ def same(got, want) -> None:
 def test_same_as_mlx_lm(kind, lengths):
     ours, theirs = MAKE[kind](OURS), MAKE[kind](PEER)
     for step, length in enumerate(LENGTHS[lengths]):
-        same(ours.update_and_fetch(*update(length, step)), theirs.update_and_fetch(*update(length, step)))
+        same(
+            ours.update_and_fetch(*update(length, step)),
+            theirs.update_and_fetch(*update(length, step)),
+        )
         assert ours.offset == theirs.offset
         assert ours.is_trimmable() == theirs.is_trimmable()
 

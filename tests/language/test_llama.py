@@ -109,7 +109,10 @@ def test_a_rotating_cache_with_room_changes_nothing(references):
     reference = references("qwen2")
     model = build(reference)
     cache = [RotatingKVCache(100, keep=4) for _ in range(3)]
-    rows = [run(model, IDS[:40], cache), *(run(model, IDS[i : i + 1], cache) for i in range(40, 70))]
+    rows = [
+        run(model, IDS[:40], cache),
+        *(run(model, IDS[i : i + 1], cache) for i in range(40, 70)),
+    ]
     assert distance(mx.concatenate(rows), reference.logits(IDS)) < FLOAT32
 
 
@@ -135,7 +138,10 @@ def test_a_quantised_cache_is_near(references, bits, limit):
     reference = references("qwen2", 256)
     model = build(reference)
     cache = [QuantizedKVCache(64, bits) for _ in range(3)]
-    rows = [run(model, IDS[:40], cache), *(run(model, IDS[i : i + 1], cache) for i in range(40, 70))]
+    rows = [
+        run(model, IDS[:40], cache),
+        *(run(model, IDS[i : i + 1], cache) for i in range(40, 70)),
+    ]
     assert distance(mx.concatenate(rows), reference.logits(IDS)) < limit
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import base, family, fastvlm
+from mlx_vlm_edge.vision.fastvit import Stem
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
@@ -191,7 +192,11 @@ def test_prefill_in_chunks(native, picture, step_size):
     model, processor = native
     inputs = processor(QUESTION, images=[picture(1)])
     whole, chunked = (
-        list(stream_generate(*native, QUESTION, images=[picture(1)], max_tokens=6, prefill_step_size=n))
+        list(
+            stream_generate(
+                *native, QUESTION, images=[picture(1)], max_tokens=6, prefill_step_size=n
+            )
+        )
         for n in (2048, step_size)
     )
     assert tokens(chunked) == tokens(whole)
@@ -215,13 +220,21 @@ def test_decoding_is_the_full_forward(native, picture):
 
 
 def test_bfloat16_as_near_as_the_original(native_folder, reference, reference_bfloat16, picture):
+    from ..reference import fastvlm as theirs
+
     image = picture(1)
-    want = reference_logits(reference, prompt(image))
-    allowed = BFLOAT16_FACTOR * distance(reference_logits(reference_bfloat16, prompt(image)), want)
     model, processor = load(str(native_folder), dtype="bfloat16")
-    got = model(processor(QUESTION, images=[image]))[0]
-    assert got.dtype == mx.bfloat16
-    assert distance(got.astype(mx.float32), want) < allowed < 0.25
+    inputs = processor(QUESTION, images=[image])
+    got, want, original = {}, {}, {}
+    for found, source in ((want, reference), (original, reference_bfloat16)):
+        found["visual tokens"] = theirs.capture(source, image).visual_tokens
+        found["logits"] = reference_logits(source, prompt(image))
+    got["visual tokens"] = model.encode_image(inputs.pixels[0])
+    got["logits"] = model(inputs)[0]
+    for stage, array in got.items():
+        assert array.dtype == mx.bfloat16
+        allowed = BFLOAT16_FACTOR * distance(original[stage], want[stage])
+        assert distance(array.astype(mx.float32), want[stage]) < allowed < 0.25, stage
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.05), (4, 0.8)])
@@ -259,33 +272,46 @@ def _is_quantisable(name):
     return name.startswith("language_model.") and "norm" not in name and name.endswith("weight")
 
 
+def _tanh_gelu(x):
+    return 0.5 * x * (1 + mx.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+
+
+def _merge_in_front(embeddings, tokens, visual):
+    return mx.concatenate([tokens[0][None], embeddings[:, len(visual) :]], axis=1)
+
+
+def _columns_first(self, x):
+    (*_, (_, features)) = self.stage_outputs(x)
+    return features.swapaxes(1, 2).flatten(1, 2)
+
+
 FAULTS = {
-    "tanh gelu in the connector": (
-        "mlx_vlm_edge.connectors.mlp.gelu",
-        lambda x: 0.5 * x * (1 + mx.tanh(0.7978845608 * (x + 0.044715 * x**3))),
-        1e-4,
-    ),
-    "image after the text": (
-        "mlx_vlm_edge.models.base.merge",
-        lambda e, tokens, visual: base.mx.concatenate([e[:, len(visual) :], tokens[0][None]], axis=1),
-        0.1,
-    ),
-    "columns before rows": (
-        "mlx_vlm_edge.vision.fastvit.FastViTHD.__call__",
-        lambda self, x: list(self.stage_outputs(x))[-1][1].swapaxes(1, 2).flatten(1, 2),
-        0.01,
+    "tanh gelu in the connector": ("connectors.mlp.gelu", _tanh_gelu),
+    "visual tokens in front": ("models.base.merge", _merge_in_front),
+    "columns before rows": ("vision.fastvit.FastViTHD.__call__", _columns_first),
+    "red and blue swapped": (
+        "vision.fastvit.Stem.__call__",
+        lambda self, x, original=Stem.__call__: original(self, x[..., ::-1]),
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(native, reference, picture, monkeypatch, fault):
-    target, replacement, least = FAULTS[fault]
+    from ..reference import fastvlm as theirs
+
+    target, replacement = FAULTS[fault]
     model, processor = native
     image = picture(1)
-    monkeypatch.setattr(target, replacement)
-    got = model(processor(QUESTION, images=[image]))[0]
-    assert distance(got, reference_logits(reference, prompt(image))) > least >= 5 * FLOAT32
+    inputs = processor(QUESTION, images=[image])
+    monkeypatch.setattr(f"mlx_vlm_edge.{target}", replacement)
+    found = (
+        distance(
+            model.encode_image(inputs.pixels[0]), theirs.capture(reference, image).visual_tokens
+        ),
+        distance(model(inputs)[0], reference_logits(reference, prompt(image))),
+    )
+    assert max(found) > 5 * FLOAT32
 
 
 @pytest.mark.parametrize("resolution", [64, 320])

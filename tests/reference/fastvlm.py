@@ -69,10 +69,10 @@ def config(image_size: int = 192, tied: bool = False) -> FastVlmConfig:
 def picture(seed: int, width: int = 192, height: int = 192) -> np.ndarray:
     """A picture with structure at every scale, uint8 [H, W, 3]: blocks, ramps and some noise."""
     random = np.random.default_rng(seed)
-    ramp = np.linspace(0, 120, width)[None, :, None] + np.linspace(0, 80, height)[:, None, None]
-    blocks = random.integers(0, 120, (-(-height // 16), -(-width // 16), 3))
+    ramp = np.linspace(0, 80, width)[None, :, None] + np.linspace(0, 50, height)[:, None, None]
+    blocks = random.integers(0, 90, (-(-height // 16), -(-width // 16), 3))
     blocks = np.kron(blocks, np.ones((16, 16, 1)))[:height, :width]
-    noise = random.integers(0, 40, (height, width, 3))
+    noise = random.integers(0, 30, (height, width, 3))
     return np.clip(ramp + blocks + noise, 0, 255).astype(np.uint8)
 
 

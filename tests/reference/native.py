@@ -67,7 +67,9 @@ def weights(model: nn.Module) -> Arrays:
 
 def config(image_size: int = 192, tied: bool = False, **changes: Any) -> dict[str, Any]:
     """config.json of the native layout, with every key that mlx-vlm and mlx-swift-lm ask for."""
-    text = {key: value for key, value in TEXT.items() if key not in ("model_type", "rope_parameters")}
+    text = {
+        key: value for key, value in TEXT.items() if key not in ("model_type", "rope_parameters")
+    }
     vision = {
         "cls_ratio": 2.0,
         "down_patch_size": 7,
@@ -113,5 +115,3 @@ def save(arrays: Arrays, written: dict[str, Any], folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(written, indent=1))
     tokenizer.save(folder)
     return folder
-
-

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer of 320 entries with FastVLM's special tokens, made here rather than stored.
+"""A byte-level tokenizer of 320 entries with FastVLM's special tokens, made at test time.
 
 Ids: 0..255 bytes, 256..296 merges, 297 <|endoftext|>, 298 <|im_start|>, 299 <|im_end|>,
 300 <image>. The rest of the 320 embedding rows stay unused, as in the real checkpoints.

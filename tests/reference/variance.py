@@ -91,7 +91,7 @@ def randomise(
 
 
 def _keep_identities(model: nn.Module) -> None:
-    """Merged depthwise kernels of RepMixer and RepCPE: what was drawn, halved, plus the identity."""
+    """Kernels of merged RepMixers and RepCPEs: what was drawn, halved, plus the identity."""
     for name, layer in model.named_modules():
         merged = name.endswith(("token_mixer.reparam_conv", "pos_emb.reparam_conv"))
         if merged and isinstance(layer, nn.Conv2d):

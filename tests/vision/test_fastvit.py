@@ -35,8 +35,12 @@ def as_input(image: np.ndarray, dtype: mx.Dtype = mx.float32) -> mx.array:
     return (mx.array(image)[None].astype(mx.float32) / 255).astype(dtype)
 
 
-def stages(tower: FastViTHD, image: np.ndarray, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
-    return {name: out[0].astype(mx.float32) for name, out in tower.stage_outputs(as_input(image, dtype))}
+def stages(
+    tower: FastViTHD, image: np.ndarray, dtype: mx.Dtype = mx.float32
+) -> dict[str, mx.array]:
+    return {
+        name: out[0].astype(mx.float32) for name, out in tower.stage_outputs(as_input(image, dtype))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +154,16 @@ def _swapped_outputs(weights: Arrays) -> Arrays:
         _swapped_blocks,
         _swapped_outputs,
     ],
-    ids=["layer scale", "bn mean", "bn var", "se bias", "proj bias", "transposed", "blocks", "outputs"],
+    ids=[
+        "layer scale",
+        "bn mean",
+        "bn var",
+        "se bias",
+        "proj bias",
+        "transposed",
+        "blocks",
+        "outputs",
+    ],
 )
 def test_a_fault_in_the_weights_is_caught(capture, picture, native_weights, fault):
     image = picture(1)
@@ -198,7 +211,11 @@ def test_a_fault_in_the_code_is_caught(capture, picture, native_weights, monkeyp
     [
         ("missing", lambda w, k: w.pop(k), "lacks"),
         ("misshapen", lambda w, k: w.update({k: w[k][:-1]}), "by its config"),
-        ("extra", lambda w, k: w.update({f"{PREFIX}network.0.7.layer_scale": w[k]}), "no model part"),
+        (
+            "extra",
+            lambda w, k: w.update({f"{PREFIX}network.0.7.layer_scale": w[k]}),
+            "no model part",
+        ),
     ],
 )
 def test_wrong_weights_are_refused(native_weights, name, change, message):
