@@ -87,7 +87,7 @@ def _checked_path(source: str | Path) -> Path:
         if path.is_dir():
             raise UsageError(f"{name}: is a directory; name an image file in it")
         if not path.exists():
-            raise UsageError(f"{name}: no such file")
+            raise UsageError(f"{name}: no such file; check the path")
         if not path.is_file():
             raise UsageError(f"{name}: not a regular file; use - to read standard input")
         with path.open("rb"):  # whether it may be read
@@ -128,7 +128,7 @@ def _decode(source: Path | bytes, name: str) -> "Image":
     from PIL import Image
 
     if not (source if isinstance(source, bytes) else source.stat().st_size):
-        raise UsageError(f"{name}: is empty (0 bytes)")
+        raise UsageError(f"{name}: is empty (0 bytes); save or download it again")
     with _errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
         _learn_heif(source, name)

@@ -32,7 +32,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def reference():
-    """transformers' FastVLM, tiny and random, in float64 so that its own rounding does not count."""
+    """transformers' FastVLM, tiny, random, and in float64 so that its rounding does not count."""
     import torch
 
     from .reference import fastvlm

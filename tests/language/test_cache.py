@@ -156,7 +156,7 @@ def test_quantised_attention_is_attention_over_the_rounded_cache(bits, length):
 
 def test_quantising_a_plain_cache_keeps_its_positions():
     plain = KVCache()
-    keys, values = plain.update_and_fetch(*update(20, 0))
+    keys, _ = plain.update_and_fetch(*update(20, 0))
     quantised = plain.to_quantized(64, 8)
     assert quantised.offset == 20
     assert KVCache().to_quantized().offset == 0
@@ -167,7 +167,7 @@ def test_quantising_a_plain_cache_keeps_its_positions():
 
 def test_a_head_that_fits_no_group_is_refused():
     cache = QuantizedKVCache(64, 8)
-    with pytest.raises(UsageError, match="80.*64"):
+    with pytest.raises(UsageError, match=r"80.*64"):
         cache.update_and_fetch(mx.zeros((1, 2, 3, 80)), mx.zeros((1, 2, 3, 80)))
 
 

@@ -1,4 +1,4 @@
-"""FastVLM whole, against transformers' FastVLM: pixels, visual tokens, prompt, logits, greedy ids."""
+"""FastVLM whole, against transformers': pixels, visual tokens, prompt, logits, greedy ids."""
 
 import json
 import shutil

@@ -151,7 +151,7 @@ def logits(model: nn.Module, embedded: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def greedy(model: nn.Module, embedded: torch.Tensor, count: int) -> tuple[list[int], float]:
-    """`count` greedy ids, each from a full forward, and the smallest gap between first and second."""
+    """`count` greedy ids, each from a full forward, and the smallest lead of a winner."""
     ids, gap = [], float("inf")
     for _ in range(count):
         last = logits(model, embedded)[-1]

@@ -1,4 +1,4 @@
-"""transformers' FastVLM -> the native (mlx-community) layout, written down apart from the converter.
+"""transformers' FastVLM -> the native (mlx-community) layout, independent of the converter.
 
 The tests of the model use it, so that they do not stand or fall with the converter; the tests of
 the converter hold its output against it.
@@ -49,7 +49,7 @@ def rename(name: str) -> str:
 
 
 def weights(model: nn.Module) -> Arrays:
-    """Every weight of a transformers FastVLM under its native name, in its native layout, float32."""
+    """Every weight of transformers' FastVLM under its native name, in native layout, float32."""
     native: Arrays = {}
     for name, tensor in model.state_dict().items():
         new = rename(name)
