@@ -239,6 +239,11 @@ def test_bad_options(generate, arguments):
     refused(generate(*arguments))
 
 
+def test_a_cache_in_groups_that_fit_no_head(generate):
+    """The tiny model's heads have 16 values; found out before anything is printed."""
+    refused(generate("--kv-bits", "8"), "--kv-group-size")
+
+
 def test_no_prompt(generate):
     refused(generate(prompt=None), "--prompt")
 
