@@ -76,6 +76,10 @@ class Processor(ABC):
         """
         stages = stages or Stages()
         text = self._text(prompt, len(images), raw)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
+            raise UsageError("the prompt is not valid Unicode text; write it in UTF-8") from None
         segments = self.split(text, len(images))
         pixels = []
         for source in images:

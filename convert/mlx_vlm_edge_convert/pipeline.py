@@ -16,10 +16,12 @@ from . import verify as verification
 from .checkpoint import read_checkpoint, read_json
 from .families import fastvlm
 from .quantize import cast, dequantize, quantize
+from .reparam import is_training_form
 from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
 
 FAMILIES: Mapping[str, ModuleType] = {"llava_qwen2": fastvlm, "fast_vlm": fastvlm}
+_BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
 
 
 def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
@@ -30,6 +32,9 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise UsageError(f"{folder}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    for key in _BLOCKS:
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise UsageError(f"{folder}/config.json: {key} is not an object")
     module, weights = FAMILIES[kind], read_checkpoint(folder)
     foreign = (config.get("quantization_config") or {}).get("quant_method")
     if foreign and not module.is_native(weights):
@@ -72,11 +77,20 @@ def convert(
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")
-            limit = verification.tolerance(bits, dtype)
-            original = to_native(folder, read_config(folder))
-            verification.verify(original, partial, limit, say)
+            _verify(folder, partial, verification.tolerances(bits, dtype), say)
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
+
+
+def _verify(folder: Path, written: Path, limits: Mapping[str, float], say: Report) -> None:
+    config = read_config(folder)
+    module = FAMILIES[str(config["model_type"])]
+    weights = read_checkpoint(folder)
+    unmerged: Arrays = {} if module.is_native(weights) else module.place(weights)
+    del weights
+    if not is_training_form(unmerged):
+        unmerged = {}
+    verification.verify(lambda: to_native(folder, config), written, limits, say, unmerged)
 
 
 def _reshape(
