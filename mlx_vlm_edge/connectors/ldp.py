@@ -1,4 +1,4 @@
-"""MobileVLM's lightweight downsample projectors: image features [B, N, C] -> visual tokens [B, 144, D].
+"""MobileVLM's downsampling projectors: image features [B, N, C] -> visual tokens [B, 144, D].
 
 LDP (V1, "ldpnet"): MLP, then two MobileNetV3 blocks, the second of stride 2. LDPv2 ("ldpnetv2"):
 MLP, average pooling to 12x12, then a depthwise 3x3 with a residual (PEG). Features lie row-major on

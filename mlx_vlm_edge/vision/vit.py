@@ -6,7 +6,9 @@ output is wanted exist; `fold` leaves the rest of a checkpoint out by name.
 Source: openai/CLIP, clip/model.py; big_vision, models/vit.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +18,28 @@ from ..kernels import gelu_tanh, quick_gelu
 from ..weights import Weights
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
+GEOMETRY = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size",
+)  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a tower's `model_type` says where its config does not."""
+
+    class_token: bool
+    hidden_act: str
+    layer_norm_eps: float
+
+
+KINDS = {
+    "clip_vision_model": Kind(True, "quick_gelu", 1e-5),
+    "siglip_vision_model": Kind(False, "gelu_pytorch_tanh", 1e-6),
+}
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Geometry of a tower. `layers` counts those that are run, `post_norm` asks for the final norm."""
+    """Geometry of a tower: `layers` counts those that are run, `post_norm` is the final norm."""
 
     hidden_size: int
     intermediate_size: int
@@ -38,6 +57,35 @@ class ViTConfig:
             raise UsageError(f"vision_config: hidden_act {self.hidden_act!r} is not known")
         if self.hidden_size % self.num_attention_heads:
             raise UsageError("vision_config: hidden_size is no multiple of num_attention_heads")
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], feature_layer: int, *, post_norm: bool = False
+    ) -> "ViTConfig":
+        """Read a `vision_config` of CLIP or SigLIP.
+
+        feature_layer: index into the N + 1 hidden states (embeddings first) of the N layers there
+        are; -2 is what leaves the last but one. Raises UsageError for a missing key or a layer
+        that is not there.
+        """
+        kind = config.get("model_type", "clip_vision_model")
+        if kind not in KINDS:
+            raise UsageError(f"vision_config: model_type {kind!r} is not known")
+        try:
+            available = config["num_hidden_layers"]
+            layers = feature_layer + (available + 1 if feature_layer < 0 else 0)
+            if not 0 <= layers <= available:
+                raise UsageError(f"layer {feature_layer} of a vision tower that has {available}")
+            return cls(
+                layers=layers,
+                class_token=KINDS[kind].class_token,
+                hidden_act=config.get("hidden_act", KINDS[kind].hidden_act),
+                layer_norm_eps=config.get("layer_norm_eps", KINDS[kind].layer_norm_eps),
+                post_norm=post_norm,
+                **{name: config[name] for name in GEOMETRY},
+            )
+        except KeyError as error:
+            raise UsageError(f"vision_config lacks {error.args[0]!r}") from error
 
     @property
     def grid(self) -> int:
