@@ -6,7 +6,7 @@ whole text, Fuyu puts the image before BOS).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,11 @@ class Processor(ABC):
         except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
             raise UsageError("the prompt is not valid Unicode text; write it in UTF-8") from None
         segments = self.split(text, len(images))
-        pixels = []
+        preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
             image = open_image(source)
             stages.mark("image decode")
-            pixels.append(self.preprocess(image))
+            pixels.append(preprocess(image))
             stages.mark("preprocess")
         ids, visual = self.expand(segments, pixels)
         if not ids:
@@ -122,6 +122,10 @@ class Processor(ABC):
                 f"{_count(images, 'image')} {'was' if images == 1 else 'were'} given"
             )
         return segments
+
+    def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
+        """What prepares each of a prompt's images; `preprocess`, however many there are."""
+        return self.preprocess
 
     @abstractmethod
     def preprocess(self, image: "Image") -> Pixels:
@@ -208,6 +212,21 @@ def join_parts(content: Sequence[Mapping[str, Any]]) -> str:
         text += "\n" + piece if touching and (is_image or after_image) else piece
         after_image = is_image
     return text
+
+
+def chatml(messages: Sequence[Message], system: str) -> str:
+    """Qwen's chat format: each turn between <|im_start|> and <|im_end|>, and no BOS.
+
+    `system` goes first where the messages have no system turn of their own.
+    """
+    if messages[0]["role"] != "system":
+        content = [{"type": "text", "text": system}]
+        messages = [{"role": "system", "content": content}, *messages]
+    turns = [
+        f"<|im_start|>{message['role']}\n{join_parts(message['content'])}<|im_end|>\n"
+        for message in messages
+    ]
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 def expand_around_images(

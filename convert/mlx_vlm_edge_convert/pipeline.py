@@ -1,6 +1,7 @@
 """A published checkpoint -> the native layout, in memory or as a folder (quantised, verified)."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ import mlx.core as mx
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import locate
 from mlx_vlm_edge.load import build, read_config
-from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification
 from .checkpoint import read_checkpoint, read_json
@@ -20,8 +21,25 @@ from .reparam import is_training_form
 from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
 
-FAMILIES: Mapping[str, ModuleType] = {"llava_qwen2": fastvlm, "fast_vlm": fastvlm}
 _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
+# Published layouts that share their model_type with another family.
+ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
+
+
+def source_family(config: Mapping[str, Any]) -> ModuleType:
+    """The converter's file of a family: `families/<the runtime's name of it>.py`.
+
+    It offers to_native(config, weights, preprocessor), is_native(weights), write_files(folder,
+    config) for what a model folder has beside weights and config, and probe(config), pixels for
+    `--verify`.
+    Raises UsageError for a model_type this version does not know.
+    """
+    kind = config.get("model_type")
+    named = next(iter(config.get("architectures") or ()), None)
+    name = ARCHITECTURES.get(str(named)) or FAMILIES.get(str(kind))
+    if name is None:
+        raise UsageError(f"config.json: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    return import_module(f".families.{name}", __package__)
 
 
 def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
@@ -29,13 +47,10 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
     Raises UsageError for what is missing, damaged, unknown or contradictory.
     """
-    kind = str(config.get("model_type"))
-    if kind not in FAMILIES:
-        raise UsageError(f"{folder}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
     for key in _BLOCKS:
         if not isinstance(config.get(key) or {}, Mapping):
             raise UsageError(f"{folder}/config.json: {key} is not an object")
-    module, weights = FAMILIES[kind], read_checkpoint(folder)
+    module, weights = source_family(config), read_checkpoint(folder)
     foreign = (config.get("quantization_config") or {}).get("quant_method")
     if foreign and not module.is_native(weights):
         raise UsageError(f"{folder}: quantised with {foreign}; convert the full-precision model")
@@ -67,30 +82,29 @@ def convert(
     if target.exists() and target.samefile(folder):
         raise UsageError(f"{target} is the source; name another folder to write to")
     config, weights = to_native(folder, read_config(folder))
+    module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config["model_type"]), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
     with new_folder(target, overwrite=overwrite) as partial:
         copied = copy_files(folder, partial)
-        write_processor(partial, config)
+        module.write_files(partial, config)
         save_json(partial / "config.json", config)
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")
-            _verify(folder, partial, verification.tolerances(bits, dtype), say)
+            verification.verify(
+                lambda: to_native(folder, read_config(folder)), partial, module.probe(config),
+                verification.tolerances(bits, dtype), say, _unmerged(folder),
+            )  # fmt: skip
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
 
 
-def _verify(folder: Path, written: Path, limits: Mapping[str, float], say: Report) -> None:
-    config = read_config(folder)
-    module = FAMILIES[str(config["model_type"])]
+def _unmerged(folder: Path) -> Arrays:
+    """The source's weights with their branches apart, {} where it is not in the training form."""
     weights = read_checkpoint(folder)
-    unmerged: Arrays = {} if module.is_native(weights) else module.place(weights)
-    del weights
-    if not is_training_form(unmerged):
-        unmerged = {}
-    verification.verify(lambda: to_native(folder, config), written, limits, say, unmerged)
+    return fastvlm.place(weights) if is_training_form(weights) else {}
 
 
 def _reshape(
@@ -109,38 +123,6 @@ def _reshape(
     if block:
         config["quantization"] = config["quantization_config"] = block
     return config, weights
-
-
-def write_processor(folder: Path, config: Mapping[str, Any]) -> None:
-    """Complete preprocessor_config.json and processor_config.json as mlx-community writes them.
-
-    mlx-swift-lm finds FastVLM's processor by `processor_class` and reads `crop_size`; other keys
-    of a source are kept.
-    """
-    size = config["vision_config"]["image_size"]
-    published = {
-        "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [1.0, 1.0, 1.0],
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": size},
-    }
-    processor = {
-        "image_token": "<image>",
-        "num_additional_image_tokens": 0,
-        "patch_size": config["vision_config"]["patch_size"],
-    }
-    kind = {"processor_class": "FastVLMProcessor"}
-    for name, defaults in (("preprocessor", published), ("processor", processor)):
-        path = folder / f"{name}_config.json"
-        save_json(path, {**defaults, **read_json(path), **kind})
 
 
 def _count(weights: Mapping[str, mx.array]) -> str:

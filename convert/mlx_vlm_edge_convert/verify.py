@@ -1,8 +1,9 @@
 """A written model against its source, part by part: vision tower, connector, decoder, logits.
 
-Both run the same small random inputs in float32; the decoder goes layer by layer, so that no more
-than one layer of each is held in float32 at once. A source in the training form also has its
-branches run one by one, each sum against the written kernel.
+Both run the same random inputs in float32: the family's probe image through `encode_image`, whose
+stages are compared as they are marked, and random tokens through the decoder, layer by layer, so
+that no more than one layer of each is held in float32 at once. A source in the training form also
+has its branches run one by one, each sum against the written kernel.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,19 +15,21 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.language.llama import LanguageModel
 from mlx_vlm_edge.load import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.weights import find_shards, read_safetensors
 
 from . import branches
 
-SIDE = 128  # pixels; a FastViTHD takes any multiple of 64
 TOKENS = 16
 BRANCHES = "merged branches"
 Native = tuple[Mapping[str, Any], Mapping[str, mx.array]]
 
+_PARTS = {"vision": "vision tower"}  # stages whose part has another name
 _SAME = 1e-5
 # Relative errors that a sound conversion stays below, from random weights, which suffer more than
 # trained ones. Unrelated outputs are off by 1.4. Quantised layers are held to the first number one
@@ -43,13 +46,14 @@ _BITS = {
 
 
 def tolerances(bits: int | None, dtype: str | None) -> dict[str, float]:
-    """What the error of each part must stay below, for a conversion to bits and dtype."""
+    """What the error of a part must stay below, for a conversion to bits and dtype.
+
+    "parts" is for every part that is not named.
+    """
     cast = _SAME if dtype is None else _DTYPES[dtype]
     layer, logits = (cast, cast) if bits is None else (max(cast, limit) for limit in _BITS[bits])
     return {
-        BRANCHES: _SAME,
-        "vision tower": cast,
-        "connector": cast,
+        "parts": cast,
         "decoder layers": layer,
         "logits": logits,
     }
@@ -66,13 +70,15 @@ class Error(NamedTuple):
 def verify(
     source: Callable[[], Native],
     written: Path,
+    probe: Pixels,
     limits: Mapping[str, float],
     report: Callable[[str], None],
     unmerged: Mapping[str, mx.array] | None = None,
 ) -> list[Error]:
     """Compare the model in the folder `written` with the config and weights that `source` reads.
 
-    `unmerged`: the source's weights with their branches apart, where it is in the training form.
+    probe: an image as the family's preprocessing makes them.
+    unmerged: the source's weights with their branches apart, where it is in the training form.
     Raises UsageError when a part is off by more than its limit.
     """
     errors: list[Error] = []
@@ -81,11 +87,11 @@ def verify(
         errors.append(_branch_error(unmerged, kernels))
         limits = {**limits, BRANCHES: _rounding(kernels)}
         del kernels
-    errors += compare(_build(_read(written)), _build(source()))
+    errors += compare(_build(_read(written)), _build(source()), probe)
     for error in errors:
         report(f"  {error.part}: max abs {error.largest:.2e}, relative {error.relative:.2e}")
     for error in errors:
-        allowed = limits[error.part]
+        allowed = limits.get(error.part, limits["parts"])
         if not error.relative <= allowed:  # NaN fails too
             raise UsageError(
                 f"the written model is wrong: {error.part} off by {error.relative:.2e} (relative), "
@@ -117,37 +123,49 @@ def _rounding(written: Mapping[str, mx.array]) -> float:
     return max(limit for name, limit in _DTYPES.items() if getattr(mx, name) in dtypes)
 
 
-def compare(model: VisionLanguageModel, reference: VisionLanguageModel) -> Iterator[Error]:
-    """The error of every part. Uses both models up: a part's memory is freed after its turn."""
-    key = mx.random.key(0)
-    pixels = mx.random.uniform(shape=(1, SIDE, SIDE, 3), key=key)
-    features = _run("vision_tower", model, reference, pixels)
-    yield _error("vision tower", *features)
-    yield _error("connector", *_run("mm_projector", model, reference, features[1]))
-    yield from _language_model(model.language_model, reference.language_model, key)
+class _Recorder(Stages):
+    """Keeps what each stage came out with, by the part's name."""
+
+    def __init__(self) -> None:
+        super().__init__(measured=True)
+        self.outputs: dict[str, mx.array] = {}
+
+    def mark(self, name: str, *arrays: mx.array) -> None:
+        mx.eval(*arrays)
+        if arrays:
+            self.outputs[_PARTS.get(name, name)] = arrays[0]
 
 
-def _run(
-    part: str, model: nn.Module, reference: nn.Module, x: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Outputs of one part of both models for the same input; the part is then let go."""
-    outputs = []
-    for owner in (model, reference):
-        module = owner.pop(part)
-        outputs.append(_float32(module)(x))
-    mx.eval(outputs)
-    return outputs[0], outputs[1]
-
-
-def _language_model(
-    model: LanguageModel, reference: LanguageModel, key: mx.array
+def compare(
+    model: VisionLanguageModel, reference: VisionLanguageModel, probe: Pixels
 ) -> Iterator[Error]:
+    """The error of every part. Uses both models up: a part's memory is freed after its turn."""
+    found, expected = (_stages(owner, probe) for owner in (model, reference))
+    for part, output in expected.items():
+        yield _error(part, found[part], output)
+    yield from _language_model(model.language_model, reference.language_model)
+
+
+def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
+    """What each stage of an image's encoding gives; all parts but the decoder are then let go."""
+    recorder = _Recorder()
+    parts = [name for name in model.children() if name != "language_model"]
+    for part in parts:
+        _float32(model[part])
+    model.encode_image(probe, recorder)
+    for part in parts:
+        model.pop(part)
+    return recorder.outputs
+
+
+def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[Error]:
     """The worst error of any one decoder layer, and that of the logits, for random ids.
 
     A layer's own error is what it adds to the source's activations, so it does not depend on the
     layers before.
     """
-    ids = mx.random.randint(0, reference.config.vocab_size, shape=(1, TOKENS), key=key)
+    key, vocabulary = mx.random.key(0), reference.config.vocab_size
+    ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=key)
     x, wanted = (owner.embed(ids).astype(mx.float32) for owner in (model, reference))
     worst = Error("decoder layers", 0.0, 0.0)
     for index in range(len(reference.model.layers)):

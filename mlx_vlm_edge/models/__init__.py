@@ -8,6 +8,11 @@ from ..errors import UsageError
 FAMILIES = {
     "llava_qwen2": "fastvlm",
     "fast_vlm": "fastvlm",
+    "llava": "llava",
+    "llava_llama": "llava",
+    "mobilevlm": "mobilevlm",
+    "llava_onevision": "llava_onevision",
+    "llava_qwen": "llava_onevision",
 }
 
 
