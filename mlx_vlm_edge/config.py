@@ -1,7 +1,7 @@
 """Values of a config.json held against the types of the dataclass they go into."""
 
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
 
@@ -31,6 +31,8 @@ def fits(value: Any, hint: Any) -> bool:
             and len(value) == len(each)
             and all(fits(item, of) for item, of in zip(value, each, strict=True))
         )
+    if kind is Literal:
+        return value in inner
     if kind in (Union, type(int | str)):
         return any(fits(value, one) for one in inner)
     if hint in (int, float):

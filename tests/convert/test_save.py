@@ -199,7 +199,7 @@ def test_tolerances_follow_what_was_asked():
         verify.tolerances(*kind) for kind in ((None, None), (None, "bfloat16"), (4, None))
     )
     assert set(exact.values()) == {1e-5}
-    assert half["connector"] > exact["connector"] == four["connector"]
+    assert half["parts"] > exact["parts"] == four["parts"]
     assert exact["logits"] < half["logits"] < four["decoder layers"] < four["logits"]
 
 
