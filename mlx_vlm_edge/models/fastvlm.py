@@ -23,7 +23,7 @@ from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy
+from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy, with_tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,12 +106,7 @@ def rename(name: str) -> str:
 
 def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     """The model's parameters from renamed native weights; the vision tower's in float32."""
-    vision = fold_vision(weights, VISION, config.vision)
-    return {
-        **{f"vision_tower.{name}": array for name, array in vision.items()},
-        **weights.take_prefix("mm_projector."),
-        **weights.take_prefix("language_model."),
-    }
+    return with_tower(weights, fold_vision(weights, VISION, config.vision))
 
 
 class Model(VisionLanguageModel):

@@ -25,7 +25,7 @@ from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy
+from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy, with_tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,12 +130,7 @@ def rename(name: str) -> str:
 
 def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     """The model's parameters from renamed native weights."""
-    vision = fold_vision(weights, VISION, config.vision)
-    return {
-        **{f"vision_tower.{name}": array for name, array in vision.items()},
-        **weights.take_prefix("mm_projector."),
-        **weights.take_prefix("language_model."),
-    }
+    return with_tower(weights, fold_vision(weights, VISION, config.vision))
 
 
 class Model(VisionLanguageModel):
