@@ -20,6 +20,14 @@ def _gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1.0 + mx.erf(x * (1.0 / math.sqrt(2.0))))
 
 
+def _gelu_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _quick_gelu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(1.702 * x)
+
+
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
@@ -39,15 +47,28 @@ def gelu(x: mx.array) -> mx.array:
     return _run(_gelu, x)
 
 
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh approximation of GELU, as SigLIP uses it."""
+    return _run(_gelu_tanh, x)
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """x * sigmoid(1.702 x), as CLIP uses it."""
+    return _run(_quick_gelu, x)
+
+
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, element by element."""
     return _run(_swiglu, gate, up)
 
 
-def depthwise_conv2d(x: mx.array, weight: mx.array, bias: mx.array, stride: int = 1) -> mx.array:
+def depthwise_conv2d(
+    x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1
+) -> mx.array:
     """Depthwise convolution with "same" padding k // 2.
 
     x [B, H, W, C], weight [C, k, k, 1], bias [C] -> [B, ceil(H / stride), ceil(W / stride), C].
     """
     channels, size = weight.shape[0], weight.shape[1]
-    return mx.conv2d(x, weight, stride=stride, padding=size // 2, groups=channels) + bias
+    y = mx.conv2d(x, weight, stride=stride, padding=size // 2, groups=channels)
+    return y if bias is None else y + bias

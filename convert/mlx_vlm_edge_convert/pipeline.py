@@ -1,6 +1,7 @@
 """A published checkpoint -> the native layout, in memory or as a folder (quantised, verified)."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,16 +11,32 @@ import mlx.core as mx
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import locate
 from mlx_vlm_edge.load import build, read_config
-from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification
 from .checkpoint import read_checkpoint, read_json
-from .families import fastvlm
 from .quantize import cast, dequantize, quantize
 from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
 
-FAMILIES: Mapping[str, ModuleType] = {"llava_qwen2": fastvlm, "fast_vlm": fastvlm}
+# Published layouts that share their model_type with another family.
+ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
+
+
+def source_family(config: Mapping[str, Any]) -> ModuleType:
+    """The converter's file of a family: `families/<the runtime's name of it>.py`.
+
+    It offers to_native(config, weights, preprocessor), is_native(weights), write_files(folder,
+    config) for what a model folder has beside weights and config, and probe(config), pixels for
+    `--verify`.
+    Raises UsageError for a model_type this version does not know.
+    """
+    kind = config.get("model_type")
+    named = next(iter(config.get("architectures") or ()), None)
+    name = ARCHITECTURES.get(str(named)) or FAMILIES.get(str(kind))
+    if name is None:
+        raise UsageError(f"config.json: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    return import_module(f".families.{name}", __package__)
 
 
 def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
@@ -27,10 +44,7 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
     Raises UsageError for what is missing, damaged, unknown or contradictory.
     """
-    kind = str(config.get("model_type"))
-    if kind not in FAMILIES:
-        raise UsageError(f"{folder}: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
-    module, weights = FAMILIES[kind], read_checkpoint(folder)
+    module, weights = source_family(config), read_checkpoint(folder)
     foreign = (config.get("quantization_config") or {}).get("quant_method")
     if foreign and not module.is_native(weights):
         raise UsageError(f"{folder}: quantised with {foreign}; convert the full-precision model")
@@ -62,19 +76,20 @@ def convert(
     if target.exists() and target.samefile(folder):
         raise UsageError(f"{target} is the source; name another folder to write to")
     config, weights = to_native(folder, read_config(folder))
+    module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config["model_type"]), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
     with new_folder(target, overwrite=overwrite) as partial:
         copied = copy_files(folder, partial)
-        write_processor(partial, config)
+        module.write_files(partial, config)
         save_json(partial / "config.json", config)
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")
             limit = verification.tolerance(bits, dtype)
             original = to_native(folder, read_config(folder))
-            verification.verify(original, partial, limit, say)
+            verification.verify(original, partial, module.probe(config), limit, say)
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
 
@@ -95,38 +110,6 @@ def _reshape(
     if block:
         config["quantization"] = config["quantization_config"] = block
     return config, weights
-
-
-def write_processor(folder: Path, config: Mapping[str, Any]) -> None:
-    """Complete preprocessor_config.json and processor_config.json as mlx-community writes them.
-
-    mlx-swift-lm finds FastVLM's processor by `processor_class` and reads `crop_size`; other keys
-    of a source are kept.
-    """
-    size = config["vision_config"]["image_size"]
-    published = {
-        "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [1.0, 1.0, 1.0],
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": size},
-    }
-    processor = {
-        "image_token": "<image>",
-        "num_additional_image_tokens": 0,
-        "patch_size": config["vision_config"]["patch_size"],
-    }
-    kind = {"processor_class": "FastVLMProcessor"}
-    for name, defaults in (("preprocessor", published), ("processor", processor)):
-        path = folder / f"{name}_config.json"
-        save_json(path, {**defaults, **read_json(path), **kind})
 
 
 def _count(weights: Mapping[str, mx.array]) -> str:

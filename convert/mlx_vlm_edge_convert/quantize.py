@@ -18,14 +18,13 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 LANGUAGE_MODEL = "language_model."
 VISION_TOWER = "vision_tower."
-CONNECTOR = ("mm_projector.0", "mm_projector.2")
 _NAMES = ("weight", "scales", "biases")
 
 
 def cast(weights: Mapping[str, mx.array], dtype: str) -> Arrays:
     """The floating-point weights in another dtype, packed ones as they are.
 
-    float16 leaves the vision tower in the source's dtype: FastViTHD overflows it.
+    float16 leaves the vision tower in the source's dtype, since its activations may overflow it.
     Raises UsageError for an unknown dtype.
     """
     if dtype not in DTYPES:
@@ -45,6 +44,7 @@ def quantize(
 ) -> tuple[Arrays, dict[str, Any]]:
     """Quantised weights and the `quantization` block of their config.
 
+    The block names the connector's layers, which mlx-vlm would take for quantised.
     Affine: weight uint32[out, in * bits / 32], scales and biases [out, in / group_size].
     Raises UsageError when bits or group size are not MLX's, or the group does not divide a width.
     """
@@ -67,7 +67,8 @@ def quantize(
         parts = mx.quantize(array, group_size=group_size, bits=bits)
         packed |= {f"{stem}{part}": value for part, value in zip(_NAMES, parts, strict=True)}
     block: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    return packed, block | dict.fromkeys(CONNECTOR, False)
+    kept = (name.removesuffix(".weight") for name in packed if _is_kept_matrix(name, packed[name]))
+    return packed, block | dict.fromkeys(kept, False)
 
 
 def dequantize(weights: Mapping[str, mx.array], block: Mapping[str, Any]) -> Arrays:
@@ -102,8 +103,17 @@ def _kind(block: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 def _quantised_by_default(name: str, array: mx.array) -> bool:
     """A linear layer or an embedding of the language model."""
-    matrix = array.ndim == 2 and mx.issubdtype(array.dtype, mx.floating)
-    return name.startswith(LANGUAGE_MODEL) and name.endswith(".weight") and matrix
+    return name.startswith(LANGUAGE_MODEL) and _is_matrix(name, array)
+
+
+def _is_kept_matrix(name: str, array: mx.array) -> bool:
+    """A linear layer of the connector."""
+    return not name.startswith((LANGUAGE_MODEL, VISION_TOWER)) and _is_matrix(name, array)
+
+
+def _is_matrix(name: str, array: mx.array) -> bool:
+    floating = mx.issubdtype(array.dtype, mx.floating)
+    return name.endswith(".weight") and array.ndim == 2 and bool(floating)
 
 
 def _fitting(width: int) -> str:

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
 
+from .checkpoint import read_json
 from .rules import Arrays
 
 SHARD_BYTES = 5 << 30
@@ -120,6 +121,29 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON file with sorted keys."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def complete_json(path: Path, defaults: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Write a JSON file: what is there goes before `defaults`, `fixed` before both."""
+    save_json(path, {**defaults, **read_json(path), **fixed})
+
+
+def clip_preprocessor(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """preprocessor_config.json of transformers' CLIPImageProcessor for square images of `size`."""
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
 
 
 def copy_files(source: Path, folder: Path) -> list[str]:

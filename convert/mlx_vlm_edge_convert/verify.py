@@ -1,7 +1,8 @@
 """A written model against its source, part by part: vision tower, connector, language model.
 
-Both run the same small random inputs in float32; the decoder goes layer by layer, so that no more
-than one layer of each is held in float32 at once.
+Both run the same random inputs in float32: the family's probe image through `encode_image`, whose
+stages are compared as they are marked, and random tokens through the decoder, layer by layer, so
+that no more than one layer of each is held in float32 at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +14,16 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.load import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.weights import find_shards, read_safetensors
 
-SIDE = 128  # pixels; a FastViTHD takes any multiple of 64
 TOKENS = 16
 _SAME = 1e-5
+_PARTS = {"vision": "vision tower"}  # stages whose part has another name
 # Relative errors that a sound conversion stays below (measured on random weights, whose errors are
 # larger than trained ones'); a mistake in a layout gives about 1.
 _DTYPES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
@@ -51,10 +54,13 @@ class Error(NamedTuple):
 def verify(
     source: tuple[Mapping[str, Any], Mapping[str, mx.array]],
     written: Path,
+    probe: Pixels,
     limit: Tolerance,
     report: Callable[[str], None],
 ) -> list[Error]:
     """Compare the model in the folder `written` with native config and weights.
+
+    probe: an image as the family's preprocessing makes them.
 
     Raises UsageError when a part is off by more than `limit`.
     """
@@ -63,7 +69,7 @@ def verify(
     model = build(family(config["model_type"]), config, arrays)
     reference = build(family(source[0]["model_type"]), *source)
     del arrays, source
-    errors = list(compare(model, reference))
+    errors = list(compare(model, reference, probe))
     for error in errors:
         report(f"  {error.part}: max abs {error.largest:.2e}, relative {error.relative:.2e}")
     for error in errors:
@@ -76,35 +82,48 @@ def verify(
     return errors
 
 
-def compare(model: VisionLanguageModel, reference: VisionLanguageModel) -> Iterator[Error]:
+class _Recorder(Stages):
+    """Keeps what each stage came out with, by the part's name."""
+
+    def __init__(self) -> None:
+        super().__init__(measured=True)
+        self.outputs: dict[str, mx.array] = {}
+
+    def mark(self, name: str, *arrays: mx.array) -> None:
+        mx.eval(*arrays)
+        if arrays:
+            self.outputs[_PARTS.get(name, name)] = arrays[0]
+
+
+def compare(
+    model: VisionLanguageModel, reference: VisionLanguageModel, probe: Pixels
+) -> Iterator[Error]:
     """The error of every part. Uses both models up: a part's memory is freed after its turn."""
-    key = mx.random.key(0)
-    pixels = mx.random.uniform(shape=(1, SIDE, SIDE, 3), key=key)
-    features = _run("vision_tower", model, reference, pixels)
-    yield _error("vision tower", *features)
-    yield _error("connector", *_run("mm_projector", model, reference, features[1]))
-    yield _error("language model", *_language_model(model, reference, key))
+    found, expected = (_stages(owner, probe) for owner in (model, reference))
+    for part, output in expected.items():
+        yield _error(part, found[part], output)
+    yield _error("language model", *_language_model(model, reference))
 
 
-def _run(
-    part: str, model: nn.Module, reference: nn.Module, x: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Outputs of one part of both models for the same input; the part is then let go."""
-    outputs = []
-    for owner in (model, reference):
-        module = owner.pop(part)
-        outputs.append(_float32(module)(x))
-    mx.eval(outputs)
-    return outputs[0], outputs[1]
+def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
+    """What each stage of an image's encoding gives; all parts but the decoder are then let go."""
+    recorder = _Recorder()
+    parts = [name for name in model.children() if name != "language_model"]
+    for part in parts:
+        _float32(model[part])
+    model.encode_image(probe, recorder)
+    for part in parts:
+        model.pop(part)
+    return recorder.outputs
 
 
 def _language_model(
-    model: VisionLanguageModel, reference: VisionLanguageModel, key: mx.array
+    model: VisionLanguageModel, reference: VisionLanguageModel
 ) -> tuple[mx.array, mx.array]:
     """Logits of both language models for the same random ids."""
     owners = [model.language_model, reference.language_model]
     vocabulary = owners[1].config.vocab_size
-    ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=key)
+    ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=mx.random.key(0))
     xs = [owner.embed(ids).astype(mx.float32) for owner in owners]
     for index in range(len(owners[1].model.layers)):
         xs = [

@@ -8,33 +8,32 @@ become channels-last. Sources: apple/ml-fastvlm; transformers models/fast_vlm; t
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.image import Pixels
 
 from .. import reparam
 from ..rules import Arrays, Rule, apply, some, to_channels_last, to_last_axis
+from ..save import clip_preprocessor, complete_json
+from .decoder import decoder_rules, says_tied, settle_head
 from .fastvlm_config import Config, head_width, native_config
 
 TOWER = "vision_tower.vision_model."
 APPLE_TOWER = "model.vision_tower.vision_tower.model."
 TIMM_TOWER = "model.vision_tower.timm_model."
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
 CLIP_HEAD = f"{TOWER}head.proj"
-_COMPARE_ROWS = 8192
+PROBE_SIDE = 128  # pixels of the image that `--verify` runs; the tower takes any multiple of 64
 
 _WB = "(?:weight|bias)"
 _BN = "(?:weight|bias|running_mean|running_var)"
 _APPLE_BRANCH = rf"(?:rbr_conv\.\d+\.|rbr_scale\.)(?:conv\.weight|bn\.{_BN})|rbr_skip\.{_BN}"
 _APPLE_MOBILE_ONE = rf"(?:reparam_conv\.{_WB}|{_APPLE_BRANCH})"
 _ATTENTION = rf"token_mixer\.(?:qkv\.weight|proj\.{_WB})|norm\.{_WB}"
-_DECODER = (
-    rf"self_attn\.(?:[qkv]_proj\.{_WB}|o_proj\.weight)|mlp\.(?:gate|up|down)_proj\.weight"
-    r"|(?:input|post_attention)_layernorm\.weight"
-)
 
 _TO_NATIVE_TENSORS = (
     Rule(
@@ -49,9 +48,6 @@ _TO_NATIVE_TENSORS = (
 
 _BATCH_COUNTS = Rule(
     r".*\.num_batches_tracked", None, why="counts training steps; inference never reads it"
-)
-_ROTARY_TABLE = Rule(
-    r".*\.rotary_emb\.inv_freq", None, why="a table computed from rope_theta, saved by old versions"
 )
 
 
@@ -142,20 +138,9 @@ def _timm_tower(prefix: str, names: Iterable[str]) -> tuple[Rule, ...]:
     )
 
 
-def _decoder(prefix: str) -> tuple[Rule, ...]:
-    """Qwen2's names under `prefix`."""
-    x = re.escape(prefix)
-    return (
-        _ROTARY_TABLE,
-        Rule(rf"{x}(layers\.\d+\.(?:{_DECODER}))", r"language_model.model.\1"),
-        Rule(rf"{x}(embed_tokens\.weight|norm\.weight)", r"language_model.model.\1"),
-        Rule(r"lm_head\.weight", HEAD),
-    )
-
-
 def _apple_rules() -> tuple[Rule, ...]:
     connector = Rule(rf"model\.(mm_projector\.[02]\.{_WB})", r"\1")
-    return (*_apple_tower(APPLE_TOWER), connector, *_decoder("model."))
+    return (*_apple_tower(APPLE_TOWER), connector, *decoder_rules("model."))
 
 
 def _transformers_rules(names: Iterable[str]) -> tuple[Rule, ...]:
@@ -164,7 +149,7 @@ def _transformers_rules(names: Iterable[str]) -> tuple[Rule, ...]:
         *_timm_tower(TIMM_TOWER, names),
         Rule(rf"{connector}1\.({_WB})", r"mm_projector.0.\1"),
         Rule(rf"{connector}2\.({_WB})", r"mm_projector.2.\1"),
-        *_decoder("model.language_model."),
+        *decoder_rules("model.language_model."),
     )
 
 
@@ -215,7 +200,7 @@ def to_native(
     Raises UsageError when names, shapes and config disagree.
     """
     native = rename(weights)
-    tied = settle_head(native, _says_tied(config))
+    tied = settle_head(native, says_tied(config))
     translated = native_config(config, native, tied=tied, preprocessor=preprocessor)
     if CLIP_HEAD not in native:
         like = native[f"{TOWER}conv_exp.reparam_conv.bias"]
@@ -223,37 +208,25 @@ def to_native(
     return translated, native
 
 
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config") or {}
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
+def write_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """Complete preprocessor_config.json and processor_config.json as mlx-community writes them.
 
-
-def settle_head(weights: Arrays, tied: bool) -> bool:
-    """Drop an output head that equals the embedding; whether the two are tied.
-
-    The weights decide, not the config: Apple's 0.5B and 1.5B say tied and store a head all the
-    same, and fine-tuned copies may say so wrongly. Raises UsageError when there is no head and
-    the config says it is not tied.
+    mlx-swift-lm finds FastVLM's processor by `processor_class` and reads `crop_size`; other keys
+    of a source are kept.
     """
-    if f"{HEAD.removesuffix('weight')}scales" in weights:
-        return False
-    if HEAD not in weights:
-        if not tied:
-            raise UsageError("the checkpoint lacks lm_head.weight and its config does not tie it")
-        return True
-    if EMBEDDING not in weights or not _equal(weights[HEAD], weights[EMBEDDING]):
-        return False
-    for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
-        del weights[name]
-    return True
+    size = config["vision_config"]["image_size"]
+    processor = {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 0,
+        "patch_size": config["vision_config"]["patch_size"],
+    }
+    kind = {"processor_class": "FastVLMProcessor"}
+    pixels = clip_preprocessor(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    complete_json(folder / "preprocessor_config.json", pixels, kind)
+    complete_json(folder / "processor_config.json", processor, kind)
 
 
-def _equal(left: mx.array, right: mx.array) -> bool:
-    """Bit-for-bit, a few rows at a time, so that a difference shows without reading all."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    starts = range(0, left.shape[0], _COMPARE_ROWS)
-    return all(
-        bool(mx.array_equal(left[at : at + _COMPARE_ROWS], right[at : at + _COMPARE_ROWS]).item())
-        for at in starts
-    )
+def probe(config: Mapping[str, Any]) -> Pixels:
+    """A small random image for `--verify`."""
+    data = np.random.default_rng(0).integers(0, 256, (PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
+    return Pixels(data, (PROBE_SIDE, PROBE_SIDE))

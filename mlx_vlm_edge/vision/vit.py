@@ -1,0 +1,233 @@
+"""CLIP and SigLIP vision transformers: pixels [B, H, W, 3], normalised -> hidden states [B, N, D].
+
+One file for both: CLIP has a class token, a norm before the layers, quick GELU and no bias in its
+patch embedding; SigLIP has none of these and the tanh GELU. Only the layers up to the one whose
+output is wanted exist; `fold` leaves the rest of a checkpoint out by name.
+Source: openai/CLIP, clip/model.py; big_vision, models/vit.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UsageError
+from ..kernels import gelu_tanh, quick_gelu
+from ..weights import Weights
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
+GEOMETRY = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size",
+)  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a tower's `model_type` says where its config does not."""
+
+    class_token: bool
+    hidden_act: str
+    layer_norm_eps: float
+
+
+KINDS = {
+    "clip_vision_model": Kind(True, "quick_gelu", 1e-5),
+    "siglip_vision_model": Kind(False, "gelu_pytorch_tanh", 1e-6),
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Geometry of a tower: `layers` counts those that are run, `post_norm` is the final norm."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    class_token: bool
+    post_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise UsageError(f"vision_config: hidden_act {self.hidden_act!r} is not known")
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError("vision_config: hidden_size is no multiple of num_attention_heads")
+
+    @classmethod
+    def from_dict(
+        cls, config: Mapping[str, Any], feature_layer: int, *, post_norm: bool = False
+    ) -> "ViTConfig":
+        """Read a `vision_config` of CLIP or SigLIP.
+
+        feature_layer: index into the N + 1 hidden states (embeddings first) of the N layers there
+        are; -2 is what leaves the last but one. Raises UsageError for a missing key or a layer
+        that is not there.
+        """
+        kind = config.get("model_type", "clip_vision_model")
+        if kind not in KINDS:
+            raise UsageError(f"vision_config: model_type {kind!r} is not known")
+        try:
+            available = config["num_hidden_layers"]
+            layers = feature_layer + (available + 1 if feature_layer < 0 else 0)
+            if not 0 <= layers <= available:
+                raise UsageError(f"layer {feature_layer} of a vision tower that has {available}")
+            return cls(
+                layers=layers,
+                class_token=KINDS[kind].class_token,
+                hidden_act=config.get("hidden_act", KINDS[kind].hidden_act),
+                layer_norm_eps=config.get("layer_norm_eps", KINDS[kind].layer_norm_eps),
+                post_norm=post_norm,
+                **{name: config[name] for name in GEOMETRY},
+            )
+        except KeyError as error:
+            raise UsageError(f"vision_config lacks {error.args[0]!r}") from error
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side; a rest that fills no patch is cut off, as in the originals."""
+        return self.image_size // self.patch_size
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution of kernel = stride = patch, as one matmul: [B, H, W, 3] -> [B, N, D]."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.size = config.patch_size
+        self.proj = nn.Linear(3 * self.size**2, config.hidden_size, bias=not config.class_token)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, _ = x.shape
+        rows, columns, p = H // self.size, W // self.size, self.size
+        x = x[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, 3)
+        return self.proj(x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, -1))
+
+
+class Attention(nn.Module):
+    """Full attention over the patches; `mask` bool [B, 1, 1, N] hides padding patches."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        scale = (D // self.heads) ** -0.5
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, N, D))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.self_attn = Attention(config)
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self._activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.fc2(self._activation(self.fc1(self.layer_norm2(x))))
+
+
+class ViT(nn.Module):
+    """The tower up to its last wanted layer."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.patch_embedding = PatchEmbedding(config)
+        tokens = config.grid**2 + config.class_token
+        self.position_embedding = mx.zeros((tokens, width))
+        if config.class_token:
+            self.class_embedding = mx.zeros((width,))
+            self.pre_layernorm = nn.LayerNorm(width, eps=eps)
+        self.layers = [Layer(config) for _ in range(config.layers)]
+        if config.post_norm:
+            self.post_layernorm = nn.LayerNorm(width, eps=eps)
+
+    def __call__(
+        self, x: mx.array, positions: mx.array | None = None, mask: mx.array | None = None
+    ) -> mx.array:
+        """Hidden states [B, N, D], class token first where there is one.
+
+        positions int[B, N]: rows of the position embedding, when they are not simply 0..N-1.
+        """
+        x = self.patch_embedding(x)
+        if "class_embedding" in self:
+            first = mx.broadcast_to(self.class_embedding, (x.shape[0], 1, x.shape[2]))
+            x = mx.concatenate([first, x], axis=1)
+        table = self.position_embedding
+        x = x + (table if positions is None else table[positions])
+        if "pre_layernorm" in self:
+            x = self.pre_layernorm(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.post_layernorm(x) if "post_layernorm" in self else x
+
+
+def fold(weights: Weights, prefix: str, config: ViTConfig) -> dict[str, mx.array]:
+    """Take the weights under `prefix` (Hugging Face's names, NHWC) and give the parameters of ViT.
+
+    q, k and v become one matmul, the patch convolution another. Layers after the last wanted one,
+    a final norm nobody asks for, position ids and a pooling head are left out by name.
+    Raises UsageError for a missing or misshapen weight.
+    """
+    D, p = config.hidden_size, config.patch_size
+    embeddings = f"{prefix}embeddings."
+    patch = weights.take(f"{embeddings}patch_embedding.weight", D, p, p, 3)
+    tokens = config.grid**2 + config.class_token
+    folded = {
+        "patch_embedding.proj.weight": patch.reshape(D, -1),
+        "position_embedding": weights.take(f"{embeddings}position_embedding.weight", tokens, D),
+    }
+    if config.class_token:
+        folded["class_embedding"] = weights.take(f"{embeddings}class_embedding", D)
+        folded |= _pair(weights, f"{prefix}pre_layrnorm", "pre_layernorm", D)
+    else:
+        folded["patch_embedding.proj.bias"] = weights.take(f"{embeddings}patch_embedding.bias", D)
+    for index in range(config.layers):
+        folded |= _layer(weights, f"{prefix}encoder.layers.{index}.", f"layers.{index}.", config)
+    if config.post_norm:
+        folded |= _pair(weights, f"{prefix}post_layernorm", "post_layernorm", D)
+    for unused in ("encoder.layers.", "post_layernorm.", "head.", "embeddings.position_ids"):
+        weights.take_prefix(prefix + unused)
+    return folded
+
+
+def _pair(weights: Weights, source: str, target: str, *shape: int) -> dict[str, mx.array]:
+    """A weight of that shape and the bias of its first dimension."""
+    return {
+        f"{target}.weight": weights.take(f"{source}.weight", *shape),
+        f"{target}.bias": weights.take(f"{source}.bias", shape[0]),
+    }
+
+
+def _layer(weights: Weights, source: str, target: str, config: ViTConfig) -> dict[str, mx.array]:
+    D, inner, attention = config.hidden_size, config.intermediate_size, f"{source}self_attn."
+    parts = [_pair(weights, f"{attention}{x}_proj", x, D, D) for x in "qkv"]
+    return {
+        **{
+            f"{target}self_attn.qkv.{name}": mx.concatenate(
+                [part[f"{x}.{name}"] for x, part in zip("qkv", parts, strict=True)]
+            )
+            for name in ("weight", "bias")
+        },
+        **_pair(weights, f"{attention}out_proj", f"{target}self_attn.out_proj", D, D),
+        **_pair(weights, f"{source}layer_norm1", f"{target}layer_norm1", D),
+        **_pair(weights, f"{source}layer_norm2", f"{target}layer_norm2", D),
+        **_pair(weights, f"{source}mlp.fc1", f"{target}fc1", inner, D),
+        **_pair(weights, f"{source}mlp.fc2", f"{target}fc2", D, inner),
+    }
