@@ -5,7 +5,7 @@ checkpoint's (`model.layers.0.self_attn.q_proj`); `fuse` merges q/k/v and gate/u
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from ..errors import UsageError
 from ..kernels import swiglu
-from .cache import Cache, KVCache, Mask, attend
+from . import decoder
+from .cache import Cache, Mask, attend
 from .fuse import fuse
 
 _BIASES = {"llama": False, "qwen2": True}  # q/k/v biases where the config does not say
@@ -168,53 +169,16 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def fuse(self) -> None:
+        self.self_attn.fuse()
+        self.mlp.fuse()
+
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class LanguageModel(decoder.LanguageModel):
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class LanguageModel(nn.Module):
-    """`model` and, when the head is not tied to the embeddings, `lm_head`."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def fuse(self) -> None:
-        """Merge q/k/v and gate/up layer by layer, so that no more than one layer is held twice."""
-        for layer in self.model.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
-            mx.eval(layer.parameters())
-
-    def make_cache(self) -> list[Cache]:
-        """One empty cache per layer."""
-        return [KVCache() for _ in self.model.layers]
-
-    def embed(self, ids: mx.array) -> mx.array:
-        """Token ids [B, L] -> input embeddings [B, L, D]."""
-        return self.model.embed_tokens(ids)
-
-    def __call__(
-        self, embeddings: mx.array, cache: Sequence[Cache] | None = None, last_only: bool = False
-    ) -> mx.array:
-        """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
-        x, L = embeddings, embeddings.shape[1]
-        mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
-        for index, layer in enumerate(self.model.layers):
-            x = layer(x, mask, cache[index] if cache else None)
-        x = self.model.norm(x[:, -1:] if last_only else x)
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(x)
-        return self.lm_head(x)
+        layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        super().__init__(config, layers, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..image import Pixels
 from ..language.cache import Cache
-from ..language.llama import LanguageModel
+from ..language.decoder import LanguageModel
 from ..prompt import Inputs
 from ..timings import Stages
 
