@@ -18,6 +18,17 @@ ALIASES: dict[str, str] = {
     "fastvlm-0.5b": "apple/FastVLM-0.5B",
     "fastvlm-1.5b": "apple/FastVLM-1.5B",
     "fastvlm-7b": "apple/FastVLM-7B",
+    "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "smolvlm-500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
+    "smolvlm-2.2b": "HuggingFaceTB/SmolVLM-Instruct",
+    "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+    "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "idefics3-8b": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "fuyu-8b": "adept/fuyu-8b",
+    "eve-7b": "BAAI/EVE-7B-v1.0",
+    "eve-7b-hd": "BAAI/EVE-7B-HD-v1.0",
+    "eve-7b-hd-v2": "BAAI/EVE-7B-HD-v2.0",
 }
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"

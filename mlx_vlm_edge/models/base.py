@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import UsageError
 from ..image import Pixels
 from ..language.cache import Cache
 from ..language.decoder import LanguageModel
@@ -25,6 +26,12 @@ def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) 
         raise ValueError(f"{rows.shape[0]} visual tokens for {len(visual)} positions")
     embeddings[0, mx.array(visual)] = rows
     return embeddings
+
+
+def refuse_max_tiles(max_tiles: int | None) -> None:
+    """For the families that do not cut images up. Raises UsageError when a limit is given."""
+    if max_tiles is not None:
+        raise UsageError("this model takes an image as one tile: use resolution, not max tiles")
 
 
 class VisionLanguageModel(nn.Module):

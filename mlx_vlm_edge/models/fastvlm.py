@@ -22,7 +22,7 @@ from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel
+from .base import VisionLanguageModel, refuse_max_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,8 +78,11 @@ class Config:
             source=config,
         )
 
-    def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        refuse_max_tiles(max_tiles)
         if image_strategy not in (None, *STRATEGIES):
             raise UsageError(
                 f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}"
