@@ -126,10 +126,7 @@ def _language_model(
     ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=mx.random.key(0))
     xs = [owner.embed(ids).astype(mx.float32) for owner in owners]
     for index in range(len(owners[1].model.layers)):
-        xs = [
-            _float32(owner.model.layers[index])(x, "causal", None)
-            for owner, x in zip(owners, xs, strict=True)
-        ]
+        xs = [_through(owner.blocks(index), x) for owner, x in zip(owners, xs, strict=True)]
         mx.eval(xs)
         for owner in owners:
             owner.model.layers[index] = nn.Identity()
@@ -139,6 +136,13 @@ def _language_model(
         outputs.append(_float32(owner)(x))  # norm and head
     mx.eval(outputs)
     return outputs[0], outputs[1]
+
+
+def _through(blocks: list[nn.Module], x: mx.array) -> mx.array:
+    """One layer's blocks after one another."""
+    for block in blocks:
+        x = _float32(block)(x, "causal", None)
+    return x
 
 
 def _float32(module: nn.Module) -> nn.Module:

@@ -45,6 +45,10 @@ class LanguageModel(nn.Module):
             layer.fuse()
             mx.eval(layer.parameters())
 
+    def blocks(self, index: int) -> list[nn.Module]:
+        """What a layer has that takes x, mask and cache by itself; to compare models by layers."""
+        return [self.model.layers[index]]
+
     def make_cache(self) -> list[Cache]:
         """One empty cache per layer."""
         return [KVCache() for _ in self.model.layers]
@@ -61,7 +65,11 @@ class LanguageModel(nn.Module):
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
         for index, layer in enumerate(self.model.layers):
             x = layer(x, mask, cache[index] if cache else None)
-        x = self.model.norm(x[:, -1:] if last_only else x)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits [B, L, V] of the last layer's output [B, L, D]."""
+        x = self.model.norm(x)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(x)
         return self.lm_head(x)

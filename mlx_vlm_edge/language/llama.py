@@ -115,7 +115,8 @@ class Attention(nn.Module):
             del self.q_proj, self.k_proj, self.v_proj
             self.qkv_proj = fused
 
-    def _qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of x [B, L, D], each [B, L, heads * head_dim]."""
         if "qkv_proj" not in self:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -130,14 +131,20 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        B, L, _ = x.shape
-        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in self._qkv(x))
+        return self.o_proj(self.attend(self.qkv(x), mask, cache))
+
+    def attend(
+        self, qkv: tuple[mx.array, mx.array, mx.array], mask: Mask, cache: Cache | None
+    ) -> mx.array:
+        """What `qkv` gave, in the order of positions -> [B, L, heads * head_dim]."""
+        B, L, _ = qkv[0].shape
+        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in qkv)
         offset = 0 if cache is None else cache.offset
         q, k = self._rope(q, offset), self._rope(k, offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = attend(q, k, v, cache, self.head_dim**-0.5, mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return out.swapaxes(1, 2).reshape(B, L, -1)
 
 
 class MLP(nn.Module):
