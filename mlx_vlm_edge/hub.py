@@ -29,6 +29,14 @@ ALIASES: dict[str, str] = {
     "eve-7b": "BAAI/EVE-7B-v1.0",
     "eve-7b-hd": "BAAI/EVE-7B-HD-v1.0",
     "eve-7b-hd-v2": "BAAI/EVE-7B-HD-v2.0",
+    "mobilevlm-v2-1.7b": "mtgv/MobileVLM_V2-1.7B",
+    "mobilevlm-v2-3b": "mtgv/MobileVLM_V2-3B",
+    "mobilevlm-v2-7b": "mtgv/MobileVLM_V2-7B",
+    "mobilevlm-1.7b": "mtgv/MobileVLM-1.7B",
+    "mobilevlm-3b": "mtgv/MobileVLM-3B",
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"

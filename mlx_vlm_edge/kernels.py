@@ -81,3 +81,28 @@ def depthwise_conv2d(
     channels, size = weight.shape[0], weight.shape[1]
     y = mx.conv2d(x, weight, stride=stride, padding=size // 2, groups=channels)
     return y if bias is None else y + bias
+
+
+def resize_bilinear(x: mx.array, height: int, width: int) -> mx.array:
+    """[H, W, C] -> [height, width, C], as torch's interpolate: bilinear, align_corners False.
+
+    No smoothing when it shrinks: each result is a mix of its four nearest. Computed in float32.
+    """
+    low, high, weight = _neighbours(x.shape[0], height)
+    rows = x[low].astype(mx.float32)
+    rows = rows + (x[high].astype(mx.float32) - rows) * weight[:, None, None]
+    low, high, weight = _neighbours(x.shape[1], width)
+    mixed = rows[:, low] + (rows[:, high] - rows[:, low]) * weight[:, None]
+    return mixed.astype(x.dtype)
+
+
+def _neighbours(size: int, out: int) -> tuple[mx.array, mx.array, mx.array]:
+    """For each of `out` samples of a line of `size`: the one before, the one after, its weight.
+
+    _neighbours(4, 2) -> [0, 2], [1, 3], [0.5, 0.5]: samples lie at (i + 0.5) * 4 / 2 - 0.5.
+    """
+    places = [max((i + 0.5) * size / out - 0.5, 0.0) for i in range(out)]
+    low = [min(int(place), size - 1) for place in places]
+    high = [min(place + 1, size - 1) for place in low]
+    weight = [place - before for place, before in zip(places, low, strict=True)]
+    return mx.array(low), mx.array(high), mx.array(weight)

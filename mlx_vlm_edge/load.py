@@ -117,8 +117,7 @@ def build(
 ) -> VisionLanguageModel:
     """A family's model from its native config and weights; nothing is evaluated yet."""
     native = Weights({module.rename(name): array for name, array in arrays.items()})
-    headless = "language_model.lm_head.weight" not in arrays
-    tied = headless and config.get("tie_word_embeddings", True)
+    tied = "language_model.lm_head.weight" not in arrays and says_tied(config)
     parsed = module.Config.from_dict({**config, "tie_word_embeddings": tied})
     weights = module.fold(native, parsed)
     native.finish()
@@ -129,6 +128,14 @@ def build(
     model.update(tree_unflatten(list(weights.items())))
     model.eval()
     return model
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config ties the output head to the embedding: it, or its text_config, or neither
+    says anything. transformers writes false beside a text_config that says true."""
+    key = "tie_word_embeddings"
+    said = [part[key] for part in (config, config.get("text_config") or {}) if key in part]
+    return any(said) or not said
 
 
 def _place_quantized_layers(

@@ -81,9 +81,9 @@ class Processor(ABC):
         kinds = ["video" if isinstance(source, Video) else "image" for source in images]
         text = self._text(prompt, kinds, raw)
         segments = self.split(text, len(images))
-        pixels = []
+        preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
-            pixels.append(self.read(source, self.preprocess, stages))
+            pixels.append(self.read(source, preprocess, stages))
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
@@ -131,6 +131,10 @@ class Processor(ABC):
                 f"{_count(images, 'image')} {'was' if images == 1 else 'were'} given"
             )
         return segments
+
+    def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
+        """What prepares each of a prompt's images; `preprocess`, however many there are."""
+        return self.preprocess
 
     @abstractmethod
     def preprocess(self, image: "Image") -> Pixels:
@@ -219,6 +223,21 @@ def join_parts(content: Sequence[Mapping[str, Any]]) -> str:
         text += "\n" + piece if touching and (is_image or after_image) else piece
         after_image = is_image
     return text
+
+
+def chatml(messages: Sequence[Message], system: str) -> str:
+    """Qwen's chat format: each turn between <|im_start|> and <|im_end|>, and no BOS.
+
+    `system` goes first where the messages have no system turn of their own.
+    """
+    if messages[0]["role"] != "system":
+        content = [{"type": "text", "text": system}]
+        messages = [{"role": "system", "content": content}, *messages]
+    turns = [
+        f"<|im_start|>{message['role']}\n{join_parts(message['content'])}<|im_end|>\n"
+        for message in messages
+    ]
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 def expand_around_images(

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from . import sentencepiece
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,18 +55,20 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json, or build a Qwen2 tokenizer from vocab.json and merges.txt.
+        """Read tokenizer.json, or build from vocab.json and merges.txt (Qwen2) or tokenizer.model.
 
-        Raises UsageError when there is neither, or one of the files is damaged.
+        Raises UsageError when there is none, or one of the files is damaged.
         """
         config = _read_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             backend = _from_file(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _qwen2(folder, config)
+        elif (folder / "tokenizer.model").is_file():
+            backend = sentencepiece.backend(folder / "tokenizer.model")
         else:
             raise UsageError(
-                f"{folder}: no tokenizer.json (nor vocab.json with merges.txt): "
+                f"{folder}: no tokenizer.json (nor tokenizer.model, nor vocab.json and merges.txt): "
                 "copy the tokenizer's files from the original model"
             )
         _add_missing_tokens(backend, config, folder)

@@ -1,77 +1,108 @@
-"""Splitting images into tiles: the grids of the facts, the reference's pixels at odd sizes."""
+"""Tiles and their geometry, against transformers' functions and the original's."""
+
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_vlm_edge.tiling import (
-    affordable_edge,
-    longest_edge_size,
-    single,
-    split,
-    split_grid,
-    whole_tiles_size,
+    Box,
+    anyres_tiles,
+    best_resolution,
+    capped,
+    cut,
+    scaled_size,
+    unpad,
 )
 
-# Tile edges of the published models and the visual tokens of one tile.
-PUBLISHED = {"idefics3-8b": (364, 169), "smolvlm-2.2b": (384, 81), "smolvlm-256m": (512, 64)}
-TOKENS = {  # per image, for 17, 13, 9 and 5 tiles
-    "idefics3-8b": (2873, 2197, 1521, 845),
-    "smolvlm-2.2b": (1377, 1053, 729, 405),
-    "smolvlm-256m": (1088, 832, 576, 320),
-}
-SHAPES = {
-    17: [(336, 336), (1000, 1000), (10, 10)],
-    13: [(640, 480), (1920, 1080), (1080, 1920), (480, 640)],
-    9: [(1170, 2532)],
-    5: [(3000, 500), (50_000, 3)],
-}
-
-
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_tokens_per_image_of_the_published_sizes(model):
-    tile, tokens = PUBLISHED[model]
-    for (tiles, sizes), wanted in zip(SHAPES.items(), TOKENS[model], strict=True):
-        for size in sizes:
-            rows, columns = split_grid(size, 4 * tile, tile)
-            assert rows * columns + 1 == tiles, size
-            assert (rows * columns + 1) * tokens == wanted
+GRID = [(384 * i, 384 * j) for i in range(1, 7) for j in range(1, 7)]
+SIDES = (1, 2, 27, 100, 384, 385, 640, 767, 768, 1000, 1021, 1243, 1920, 2304, 4032)
+SIZES = [(width, height) for width in SIDES for height in SIDES]
 
 
 def test_the_worked_examples():
-    assert longest_edge_size((640, 480), 1456) == (1456, 1092)
-    assert longest_edge_size((3000, 500), 1456) == (1456, 242)
-    assert whole_tiles_size((1456, 820), 364) == (1456, 1092)
-    assert split_grid((640, 480), 1456, 364) == (3, 4)
-    assert split_grid((640, 480), 364, 364) == (0, 0)
-    assert affordable_edge((640, 480), 1456, 364, 8) == 728
-    assert affordable_edge((640, 480), 1456, 364, 13) == 1456
-    assert affordable_edge((640, 480), 1456, 364, 1) == 364
+    assert best_resolution((640, 480), [(384, 384), (768, 384), (768, 768)]) == (768, 768)
+    assert scaled_size((640, 480), (768, 768)) == (768, 576)
+    assert unpad((640, 480), (54, 54)) == Box(top=7, left=0, height=40, width=54)
+    assert capped(108, 108, 9 * 27**2) == (81, 81)
+    assert capped(88, 88, 9 * 27**2) == (88, 88)
 
 
-SIZES = [(5, 5), (2, 900), (900, 2), (31, 33), (33, 31), (97, 64), (64, 97), (200, 200), (255, 60)]
+def test_best_resolution_and_scaled_size_are_the_reference_s():
+    from .reference import torchvision_shim
+
+    torchvision_shim.install()
+    from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+
+    for width, height in SIZES:
+        target = best_resolution((width, height), GRID)
+        assert target == select_best_resolution((height, width), [(h, w) for w, h in GRID])[::-1]
+        row = np.broadcast_to(np.uint8(0), (height, width, 3))
+        want = get_patch_output_size(row, target[::-1], "channels_last")
+        assert scaled_size((width, height), target) == want[::-1]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("tile", "longest"), [(16, 64), (38, 152), (16, 50), (32, 32), (16, 96)])
-def test_the_reference_cuts_the_same_tiles(size, tile, longest):
-    from .reference import idefics3 as theirs
-
-    image = theirs.picture(sum(size), *size)
-    case = theirs.CASES["idefics3"]
-    edges = {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
-    processor = theirs.image_processor(case, do_rescale=False, do_normalize=False, **edges)
-    found = processor([[image]], return_row_col_info=True, return_tensors="np")
-    want = found["pixel_values"][0].transpose(0, 2, 3, 1)
-    assert split_grid(size, longest, tile) == (found["rows"][0][0], found["cols"][0][0])
-    assert np.array_equal(split(Image.fromarray(image), longest, tile), want)
-    whole = processor([[image]], do_image_splitting=False, return_tensors="np")["pixel_values"][0]
-    assert np.array_equal(
-        single(Image.fromarray(image), longest, tile), whole.transpose(0, 2, 3, 1)
-    )
+def test_of_equal_resolutions_the_one_with_least_to_pad():
+    assert best_resolution((100, 60), GRID) == (384, 384)
+    assert best_resolution((384, 100), [(384, 768), (768, 384), (384, 384)]) == (384, 384)
+    assert best_resolution((500, 500), [(768, 384), (384, 768)]) == (768, 384), "the first of two"
 
 
-def test_an_edge_beyond_the_limit_is_brought_below_it():
-    """The reference enlarges to the longest edge, then shrinks to 4096, here 9 tiles of 500."""
-    assert longest_edge_size((100, 50), 5000) == (4096, 2048)
-    assert split_grid((100, 50), 5000, 500) == (5, 9)
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 130), (90, 400), (384, 384)])
+def test_unpad_leaves_what_the_padding_did_not_cover(size):
+    """A picture of ones, fitted and padded with zeros, by the features' share of it."""
+    target = best_resolution(size, GRID)
+    rows, columns = target[1] // 384 * 27, target[0] // 384 * 27
+    (across, down), box = scaled_size(size, target), unpad(size, (rows, columns))
+    assert abs(box.width - across / target[0] * columns) < 2
+    assert abs(box.height - down / target[1] * rows) < 2
+    assert box.top * 2 + box.height == rows
+    assert box.left * 2 + box.width == columns
+
+
+def test_unpad_counts_in_whole_numbers():
+    """Where floats come out a hair too low: 270 * 624 / 1872 is 90, in floats 89.99999999999999."""
+    size, grid = (1872, 624), (54, 135)
+    assert int(624 * (135 / 1872)) == 44 != 135 * 624 // 1872
+    assert unpad(size, grid) == Box(top=4, left=0, height=46, width=135)
+
+
+def test_capped_is_the_reference_s_float_arithmetic():
+    for height in range(1, 163, 7):
+        for width in range(1, 163, 5):
+            ratio = math.sqrt(height * width / 6561)
+            small = (height, width) if ratio <= 1.1 else (int(height // ratio), int(width // ratio))
+            assert capped(height, width, 6561) == small
+
+
+def test_cut_goes_row_by_row():
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    tiles = cut(picture, 2)
+    assert tiles.shape == (6, 2, 2, 3)
+    assert np.array_equal(tiles[0], picture[:2, :2])
+    assert np.array_equal(tiles[1], picture[:2, 2:4])
+    assert np.array_equal(tiles[3], picture[2:, :2])
+
+
+def test_tiles_are_the_original_s():
+    """Step by step as llava/mm_utils.py does it, with Pillow alone."""
+    noise = np.random.default_rng(0).integers(0, 256, (110, 201, 3), np.uint8)
+    image = Image.fromarray(noise)
+    tiles = anyres_tiles(image, 64, [(64 * i, 64 * j) for i in range(1, 5) for j in range(1, 5)])
+    assert tiles.shape == (1 + 4 * 2, 64, 64, 3)
+    assert np.array_equal(tiles[0], image.resize((64, 64)))
+    canvas = Image.new("RGB", (256, 128), (0, 0, 0))
+    scaled = image.resize((math.ceil(201 * (128 / 110)), 128))
+    canvas.paste(scaled, ((256 - scaled.width) // 2, 0))
+    for index in range(8):
+        row, column = divmod(index, 4)
+        box = (64 * column, 64 * row, 64 * column + 64, 64 * row + 64)
+        assert np.array_equal(tiles[1 + index], canvas.crop(box))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (7, 2000)])
+def test_an_elongated_image_still_has_tiles(size):
+    tiles = anyres_tiles(Image.new("RGB", size, "white"), 384, GRID)
+    assert len(tiles) >= 2
+    assert tiles[1:].max() == 255

@@ -13,6 +13,11 @@ FAMILIES = {
     "fuyu": "fuyu",
     "eve": "eve",
     "eve-qwen2": "eve2",
+    "llava": "llava",
+    "llava_llama": "llava",
+    "mobilevlm": "mobilevlm",
+    "llava_onevision": "llava_onevision",
+    "llava_qwen": "llava_onevision",
 }
 
 

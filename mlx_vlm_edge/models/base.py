@@ -1,17 +1,50 @@
 """What every family's model does the same way: merge visual tokens into text, prefill, decode."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..errors import UsageError
-from ..image import Pixels
+from ..image import Pixels, Strategy
 from ..language.cache import Cache
 from ..language.decoder import LanguageModel
 from ..prompt import Inputs
 from ..timings import Stages
+
+# LLaVA's names for what is done to a picture that is not square -> ours. "square" is its image
+# processor's own resize and crop.
+STRATEGIES: dict[str, Strategy] = {
+    "pad": "pad",
+    "center_crop": "center_crop",
+    "square": "center_crop",
+    "stretch": "stretch",
+}
+
+
+def image_strategy(config: Mapping[str, Any]) -> Strategy:
+    """What config.json asks for. Raises UsageError for an image_aspect_ratio that is not known."""
+    aspect = config.get("image_aspect_ratio") or "square"
+    if aspect not in STRATEGIES:
+        raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
+    return STRATEGIES[aspect]
+
+
+def chosen_strategy(name: str) -> Strategy:
+    """What the user asks for. Raises UsageError for a name that is not known."""
+    if name not in STRATEGIES:
+        raise UsageError(f"image strategy {name!r} is not one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer by config.json: none, one, or a list of them."""
+    eos = config.get("eos_token_id")
+    if isinstance(eos, list):
+        return tuple(eos)
+    return () if eos is None else (eos,)
 
 
 def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) -> mx.array:

@@ -8,7 +8,7 @@ Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,18 +22,18 @@ from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel, refuse_max_tiles
+from .base import (
+    VisionLanguageModel,
+    chosen_strategy,
+    eos_ids,
+    image_strategy,
+    refuse_max_tiles,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
-STRATEGIES = {
-    "pad": "pad",
-    "center_crop": "center_crop",
-    "square": "center_crop",  # LLaVA's name for its image processor's own resize and crop
-    "stretch": "stretch",
-}
 SYSTEM = "You are a helpful assistant."
 
 
@@ -44,7 +44,7 @@ class Config:
     text: TextConfig
     vision: VisionConfig
     image_size: int
-    image_strategy: str
+    image_strategy: Strategy
     image_token_index: int
     eos_token_ids: tuple[int, ...]
     context: int
@@ -56,24 +56,16 @@ class Config:
         projector = config.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
             raise UsageError(f"config.json: mm_projector_type {projector!r} is not known")
-        aspect = config.get("image_aspect_ratio") or "square"
-        if aspect not in STRATEGIES:
-            raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
         if "vision_config" not in config:
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.from_dict(config, "qwen2")
-        eos = config.get("eos_token_id")
         return cls(
             text=text,
             vision=_vision(config["vision_config"]),
             image_size=_checked_size(config["vision_config"].get("image_size", 1024)),
-            image_strategy=STRATEGIES[aspect],
+            image_strategy=image_strategy(config),
             image_token_index=config.get("image_token_index", -200),
-            eos_token_ids=tuple(eos)
-            if isinstance(eos, list)
-            else (eos,)
-            if eos is not None
-            else (),
+            eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             source=config,
         )
@@ -83,11 +75,7 @@ class Config:
     ) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         refuse_max_tiles(max_tiles)
-        if image_strategy not in (None, *STRATEGIES):
-            raise UsageError(
-                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}"
-            )
-        strategy = STRATEGIES[image_strategy] if image_strategy else self.image_strategy
+        strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
         size = self.image_size if resolution is None else _checked_size(resolution)
         return replace(self, image_strategy=strategy, image_size=size)
 
@@ -156,18 +144,11 @@ class Processor(prompt.Processor):
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
         side = self.config.image_size
-        fitted = fit(image, (side, side), cast(Strategy, self.config.image_strategy))
+        fitted = fit(image, (side, side), self.config.image_strategy)
         return Pixels(np.asarray(fitted), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
-        if messages[0]["role"] != "system":
-            system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
-            messages = [system, *messages]
-        turns = [
-            f"<|im_start|>{message['role']}\n{prompt.join_parts(message['content'])}<|im_end|>\n"
-            for message in messages
-        ]
-        return "".join(turns) + "<|im_start|>assistant\n"
+        return prompt.chatml(messages, SYSTEM)
 
     def visual_tokens(self, pixels: Pixels) -> int:
         height, width = pixels.data.shape[:2]

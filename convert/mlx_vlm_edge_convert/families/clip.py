@@ -1,0 +1,86 @@
+"""CLIP towers for the LLaVA families: inside a checkpoint, or a repository of their own."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.hub import local_snapshot, repo_id
+from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.load import read_config
+
+from ..checkpoint import read_checkpoint
+from ..rules import Arrays, Rule, apply
+from .vit import TOWER, tower_rules
+
+HEAD_WIDTH = 64  # of every CLIP vision transformer; shapes do not tell the number of heads
+_CONSTANTS = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_NOT_VISION = Rule(
+    r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
+    None,
+    why="CLIP's text side and the projection into their common space",
+)
+
+
+def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    """`vision_config` and native weights of the tower that a config's mm_vision_tower names.
+
+    It must be on this machine. Raises UsageError that says how to get it otherwise.
+    """
+    name = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
+    folder = Path(name).expanduser() if name else None
+    if folder is None:
+        raise UsageError("the checkpoint has no vision tower and its config names none")
+    if not folder.is_dir():
+        found = local_snapshot(repo_id(name))
+        if found is None:
+            raise UsageError(
+                f"the checkpoint has no vision tower; it was trained with {name}, which is not on "
+                f"this machine: `mlx-vlm-edge models pull {name}` gets it"
+            )
+        folder = found
+    rules = (*tower_rules("vision_model."), _NOT_VISION)
+    weights = apply(rules, read_checkpoint(folder), f"{name}, a CLIP model")
+    whole = read_config(folder)
+    return complete(whole.get("vision_config") or whole, weights, name), weights
+
+
+def complete(given: Mapping[str, Any], weights: Arrays, name: str) -> dict[str, Any]:
+    """A native `vision_config`: what a source says, the geometry of the weights, CLIP's constants.
+
+    name: of the tower's repository. Raises UsageError where the two disagree, and for a tower
+    that is not OpenAI's, whose activation nothing says.
+    """
+    patch = weights.get(f"{TOWER}embeddings.patch_embedding.weight")
+    positions = weights.get(f"{TOWER}embeddings.position_embedding.weight")
+    inner = weights.get(f"{TOWER}encoder.layers.0.mlp.fc1.bias")
+    if patch is None or positions is None or inner is None:
+        raise UsageError("the checkpoint's vision tower is incomplete: fetch it again")
+    if "hidden_act" not in given and name.startswith("laion/"):
+        raise UsageError(f"vision tower {name!r}: its config is needed; only OpenAI's are known")
+    layers = 0
+    while f"{TOWER}encoder.layers.{layers}.mlp.fc1.bias" in weights:
+        layers += 1
+    width, side = patch.shape[0], patch.shape[1]
+    derived = {
+        "hidden_size": width,
+        "intermediate_size": inner.size,
+        "num_hidden_layers": layers,
+        "patch_size": side,
+        "image_size": math.isqrt(positions.shape[0] - 1) * side,
+    }
+    for key, value in derived.items():
+        if given.get(key, value) != value:
+            raise UsageError(f"vision_config says {key} {given[key]}, but the weights have {value}")
+    heads = {"num_attention_heads": max(width // HEAD_WIDTH, 1), "num_channels": 3}
+    return {**_CONSTANTS, **heads, **given, **derived, "model_type": "clip_vision_model"}
+
+
+def probe(config: Mapping[str, Any]) -> Pixels:
+    """A random image for `--verify`."""
+    side = config["vision_config"]["image_size"]
+    data = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    return Pixels(data, (side, side))

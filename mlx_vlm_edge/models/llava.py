@@ -1,0 +1,216 @@
+"""LLaVA-1.5: CLIP ViT-L/14-336 -> mlp2x_gelu -> Llama. One image is 576 visual tokens.
+
+The base case: features of the last layer but one, without the class token. The original pads a
+picture to a square with its mean colour, transformers' conversions crop its centre; which of them a
+checkpoint wants stands in its config (`image_aspect_ratio`).
+Native layout: mlx-vlm's (`vision_tower.vision_model.*`, `multi_modal_projector.linear_1|2.*`,
+`language_model.*`).
+Source: haotian-liu/LLaVA, llava/model/llava_arch.py, conversation.py (vicuna_v1), mm_utils.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import prompt
+from ..connectors.mlp import MLP
+from ..errors import UsageError
+from ..image import Pixels, Strategy, fit
+from ..language.llama import LanguageModel, TextConfig
+from ..timings import Stages
+from ..vision.vit import ViT, ViTConfig
+from ..vision.vit import fold as fold_vision
+from ..weights import Weights
+from .base import (
+    VisionLanguageModel,
+    chosen_strategy,
+    eos_ids,
+    image_strategy,
+    refuse_max_tiles,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VISION = "vision_tower.vision_model."
+# CLIP's, by which pixels in 0..1 are normalised; the padding is the mean in uint8.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+FILL = (122, 116, 104)
+# transformers' LlamaConfig, whose values published text_configs leave out.
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+}
+BOS = 1
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# What `mm_vision_select_feature` and `vision_feature_select_strategy` say of the class token.
+KEEPS_CLASS_TOKEN = {"patch": False, "default": False, "cls_patch": True, "full": True}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json; `source` has every key of it, known or not."""
+
+    text: TextConfig
+    vision: ViTConfig
+    image_strategy: Strategy
+    image_token_index: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    context: int
+    keeps_class_token: bool
+    projector: str
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
+        if (activation := config.get("projector_hidden_act", "gelu")) != "gelu":
+            raise UsageError(f"config.json: projector_hidden_act {activation!r} is not known")
+        if "vision_config" not in config:
+            raise UsageError("config.json lacks 'vision_config'")
+        text = {**LLAMA, **(config.get("text_config") or {})}
+        if (kind := text.get("model_type", "llama")) != "llama":
+            raise UsageError(f"config.json: a text model of type {kind!r} is not known in LLaVA")
+        tied = config.get("tie_word_embeddings", False)
+        return cls(
+            text=TextConfig.from_dict({**text, "tie_word_embeddings": tied}, "llama"),
+            vision=ViTConfig.from_dict(
+                config["vision_config"], config.get("vision_feature_layer", -2)
+            ),
+            image_strategy=image_strategy(config),
+            image_token_index=config.get("image_token_index", 32000),
+            bos_token_id=config.get("bos_token_id", BOS),
+            eos_token_ids=eos_ids(config),
+            context=text["max_position_embeddings"],
+            keeps_class_token=keeps_class_token(
+                config.get("vision_feature_select_strategy", "default")
+            ),
+            projector="mlp2x_gelu",
+            source=config,
+        )
+
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
+        """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        refuse_max_tiles(max_tiles)
+        if resolution not in (None, self.vision.image_size):
+            raise UsageError(
+                f"image size {resolution}: this vision tower takes {self.vision.image_size} only"
+            )
+        strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
+        return replace(self, image_strategy=strategy)
+
+
+def keeps_class_token(feature: str) -> bool:
+    """Whether the class token is a feature. Raises UsageError for a word that is not known."""
+    if feature not in KEEPS_CLASS_TOKEN:
+        raise UsageError(f"config.json: vision features {feature!r} are not known")
+    return KEEPS_CLASS_TOKEN[feature]
+
+
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these weights are in the native layout: its names, and channels last."""
+    patch = weights.get(f"{VISION}embeddings.patch_embedding.weight")
+    return patch is not None and patch.shape[-1] == 3
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's (the vision tower's are folded instead)."""
+    for number, index in ((1, 0), (2, 2)):
+        name = name.replace(
+            f"multi_modal_projector.linear_{number}.", f"mm_projector.layers.{index}.", 1
+        )
+    return name
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights."""
+    vision = fold_vision(weights, VISION, config.vision)
+    return {
+        **{f"vision_tower.{name}": array for name, array in vision.items()},
+        **weights.take_prefix("mm_projector."),
+        **weights.take_prefix("language_model."),
+    }
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = ViT(config.vision)
+        self.mm_projector = self.make_connector(config)
+        self.language_model = LanguageModel(config.text)
+
+    def make_connector(self, config: Config) -> nn.Module:
+        return MLP(config.vision.hidden_size, config.text.hidden_size)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image -> visual tokens [N, D]."""
+        stages = stages or Stages()
+        x = normalize(pixels).astype(self.vision_tower.position_embedding.dtype)
+        features = self.vision_tower(x)
+        if not self.config.keeps_class_token:
+            features = features[:, 1:]
+        stages.mark("vision", features)
+        tokens = self.mm_projector(features)[0]
+        stages.mark("connector", tokens)
+        return tokens
+
+
+def normalize(pixels: Pixels) -> mx.array:
+    """uint8 [H, W, 3] -> float32 [1, H, W, 3] as CLIP takes it."""
+    x = mx.array(pixels.data)[None].astype(mx.float32) * (1 / 255)
+    return (x - mx.array(MEAN)) / mx.array(STD)
+
+
+class Processor(prompt.Processor):
+    """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer."""
+
+    stop_tokens = ("</s>",)
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
+        side = self.config.vision.image_size
+        fitted = fit(image, (side, side), self.config.image_strategy, FILL)
+        return Pixels(np.asarray(fitted), image.size)
+
+    def render(self, messages: list[prompt.Message]) -> str:
+        system = [{"type": "text", "text": SYSTEM}]
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        text = prompt.join_parts(system) + " "
+        for message in messages:
+            content = prompt.join_parts(message["content"])
+            if message["role"] == "system":
+                raise UsageError("a system message must be the first")
+            user = message["role"] == "user"
+            text += f"USER: {content} " if user else f"ASSISTANT: {content}</s>"
+        return text + "ASSISTANT:"
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        return self.config.vision.grid**2 + self.config.keeps_class_token
+
+    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        """BOS, then the segments, each tokenised by itself: the one after an image begins with
+        the word mark that the tokenizer puts before every text (29871, 13 for a line break)."""
+        counts = [self.visual_tokens(image) for image in pixels]
+        ids, visual = prompt.expand_around_images(
+            segments, counts, self.tokenizer, self.config.image_token_index
+        )
+        if ids[:1] == [self.config.bos_token_id]:  # written out in a raw prompt
+            return ids, visual
+        return [self.config.bos_token_id, *ids], visual + 1

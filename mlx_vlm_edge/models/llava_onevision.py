@@ -1,0 +1,302 @@
+"""LLaVA-OneVision: SigLIP on square tiles -> mlp2x_gelu -> Qwen2; 729 to 8,765 tokens per image.
+
+Unlike LLaVA-1.5, a lone image is seen twice: whole, stretched to one tile, and cut into up to 6 x 6
+tiles. The tiles' features are put together, their padding is cut off, more than 9 tiles' worth is
+shrunk, and a learned newline token ends each row. One of several images is padded to a single tile.
+Native layout: mlx-vlm's (`vision_tower.vision_model.*`, `multi_modal_projector.linear_*`,
+`image_newline`, `language_model.*`; transformers' names, convolutions NHWC).
+Source: LLaVA-VL/LLaVA-NeXT, llava/model/llava_arch.py, llava/mm_utils.py, llava/train/train.py.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .. import prompt
+from ..connectors.mlp import MLP
+from ..errors import UsageError
+from ..image import Pixels, fit
+from ..kernels import resize_bilinear
+from ..language.llama import LanguageModel, TextConfig
+from ..tiling import Box, Size, anyres_tiles, best_resolution, capped, unpad
+from ..timings import Stages
+from ..vision.vit import ViT, ViTConfig
+from ..vision.vit import fold as fold_vision
+from ..weights import Weights
+from .base import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VISION = "vision_tower.vision_model."
+PATCHES = f"{VISION}embeddings.patch_embedding.weight"
+CONNECTOR = "multi_modal_projector."
+LAYERS = {"linear_1.": "layers.0.", "linear_2.": "layers.2."}
+# The tower of every published model: transformers leaves out what equals its defaults.
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+GRID_SIDE = 6  # of the largest grid of tiles, where a config lists none
+STRATEGIES = ("anyres", "pad")
+PADDING = (127, 127, 127)  # int(255 * 0.5), the processor's mean; tiles are padded black
+SYSTEM = "You are a helpful assistant."
+TILES_AT_ONCE = 4  # in the vision tower; a tile's activations take some 30 MB in float32
+FIXED = {
+    "vision_feature_select_strategy": "full",
+    "projector_hidden_act": "gelu",
+    "use_image_newline_parameter": True,
+    "multimodal_projector_bias": True,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json; `source` has every key of it, known or not.
+
+    resolutions: (width, height) of the grids of tiles. max_tiles: beyond as many tiles' features,
+    they are shrunk. image_strategy: None tiles a lone image, "anyres" every one, "pad" none.
+    """
+
+    text: TextConfig
+    vision: ViTConfig
+    resolutions: tuple[Size, ...]
+    max_tiles: int
+    image_token_index: int
+    eos_token_ids: tuple[int, ...]
+    context: int
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+    image_strategy: str | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
+        for key, value in FIXED.items():
+            if config.get(key, value) != value:
+                raise UsageError(f"config.json: {key} {config[key]!r} is not known")
+        if not isinstance(config.get("text_config"), Mapping):
+            raise UsageError("config.json lacks 'text_config'")
+        text = dict(config["text_config"])
+        if text.get("model_type", "qwen2") != "qwen2":
+            raise UsageError(f"text_config: model_type {text['model_type']!r} is not known")
+        text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+        layer = config.get("vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            raise UsageError(f"config.json: vision_feature_layer {layer!r} is not known")
+        vision = {**SIGLIP, **(config.get("vision_config") or {})}
+        eos = config.get("eos_token_id", text.get("eos_token_id"))
+        parsed = TextConfig.from_dict(text, "qwen2")
+        return cls(
+            text=parsed,
+            vision=ViTConfig.from_dict(vision, layer),
+            resolutions=_resolutions(config.get("image_grid_pinpoints"), vision["image_size"]),
+            max_tiles=_max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
+            image_token_index=config.get("image_token_index", 151646),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            context=parsed.max_position_embeddings,
+            source=config,
+        )
+
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
+        """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        if image_strategy not in (None, *STRATEGIES):
+            raise UsageError(
+                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}, which "
+                "is what LLaVA-OneVision has"
+            )
+        if resolution not in (None, self.vision.image_size):
+            raise UsageError(
+                f"image size {resolution}: LLaVA-OneVision's tiles are {self.vision.image_size} "
+                "pixels wide; make the image smaller for fewer of them"
+            )
+        chosen = replace(self, image_strategy=image_strategy or self.image_strategy)
+        return chosen if max_tiles is None else chosen.limited(max_tiles)
+
+    def limited(self, tiles: int) -> "Config":
+        """The same without the grids that make more than `tiles` tiles, the whole image included.
+
+        When none is left, every image is padded to one tile.
+        """
+        if tiles < 1:
+            raise UsageError(f"max tiles {tiles}: an image is at least one tile")
+        side = self.vision.image_size
+        fitting = tuple(
+            (width, height)
+            for width, height in self.resolutions
+            if (width // side) * (height // side) < tiles
+        )
+        if not fitting:
+            return replace(self, image_strategy="pad")
+        return replace(self, resolutions=fitting)
+
+
+def default_pinpoints(side: int) -> list[list[int]]:
+    """[height, width] of every grid from 1 x 1 to 6 x 6 tiles."""
+    lengths = [side * (n + 1) for n in range(GRID_SIDE)]
+    return [[height, width] for height in lengths for width in lengths]
+
+
+def _resolutions(pinpoints: Any, side: int) -> tuple[Size, ...]:
+    """[[height, width], ...] -> ((width, height), ...); the default ones where there are none."""
+    pinpoints = default_pinpoints(side) if pinpoints is None else pinpoints
+    if not isinstance(pinpoints, list) or not pinpoints or not all(map(_is_pair, pinpoints)):
+        raise UsageError("config.json: image_grid_pinpoints is no list of [height, width]")
+    if any(length < side or length % side for pair in pinpoints for length in pair):
+        raise UsageError(f"config.json: image_grid_pinpoints are no multiples of {side}")
+    return tuple((width, height) for height, width in pinpoints)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list | tuple) and [type(n) for n in item] == [int, int]
+
+
+def _max_tiles(aspect: str) -> int:
+    """The 9 of "anyres_max_9"."""
+    match = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect))
+    if not match:
+        raise UsageError(f"config.json: vision_aspect_ratio {aspect!r} is not known")
+    return int(match[1])
+
+
+class Packing(NamedTuple):
+    """How the features of an image's tiles become rows of tokens.
+
+    tiles: rows and columns of them. picture: where the image is in their features. kept: the rows
+    and columns that remain of it, before a newline ends each row.
+    """
+
+    tiles: Size
+    picture: Box
+    kept: Size
+
+
+def packing(size: Size, config: Config) -> Packing:
+    """The packing of a tiled image of `size`.
+
+    640 x 480 in tiles of 384: 2 x 2 tiles, 54 x 54 features, 40 x 54 of them are the picture.
+    """
+    side, grid = config.vision.image_size, config.vision.grid
+    width, height = best_resolution(size, config.resolutions)
+    rows, columns = height // side, width // side
+    picture = unpad(size, (rows * grid, columns * grid))
+    kept = capped(picture.height, picture.width, config.max_tiles * grid**2)
+    return Packing((rows, columns), picture, kept)
+
+
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these are weights of the native layout; the Hub's differs in one tensor's axes."""
+    return PATCHES in weights and weights[PATCHES].shape[-1] == 3
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's (the vision tower's are folded instead)."""
+    for source, layer in LAYERS.items():
+        name = name.replace(CONNECTOR + source, CONNECTOR + layer, 1)
+    return name
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights."""
+    vision = fold_vision(weights, VISION, config.vision)
+    return {
+        **{f"vision_tower.{name}": array for name, array in vision.items()},
+        "image_newline": weights.take("image_newline", config.text.hidden_size),
+        **weights.take_prefix(CONNECTOR),
+        **weights.take_prefix("language_model."),
+    }
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = ViT(config.vision)
+        self.multi_modal_projector = MLP(config.vision.hidden_size, config.text.hidden_size)
+        self.image_newline = mx.zeros((config.text.hidden_size,))
+        self.language_model = LanguageModel(config.text)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image, uint8 [tiles, side, side, 3] -> visual tokens [N, D]."""
+        stages = stages or Stages()
+        features = self.encode_tiles(pixels.data)
+        stages.mark("vision", features)
+        tokens = self.pack(self.multi_modal_projector(features), pixels.size)
+        stages.mark("connector", tokens)
+        return tokens
+
+    def encode_tiles(self, tiles: np.ndarray) -> mx.array:
+        """uint8 [tiles, side, side, 3] -> image features [tiles, N, C], a few tiles at a time."""
+        dtype = self.vision_tower.position_embedding.dtype
+        features: list[mx.array] = []
+        for start in range(0, len(tiles), TILES_AT_ONCE):
+            mx.eval(features[-1:])  # so that one batch's activations are held, not all
+            batch = mx.array(tiles[start : start + TILES_AT_ONCE])
+            x = batch.astype(mx.float32) * (2 / 255) - 1  # mean and deviation 0.5
+            features.append(self.vision_tower(x.astype(dtype)))
+        return mx.concatenate(features)
+
+    def pack(self, tokens: mx.array, size: Size) -> mx.array:
+        """Tokens [tiles, N, D] of an image of `size` -> [N + rows * (columns + 1), D].
+
+        The whole image's, then the picture row by row with a newline after each; a lone tile's,
+        then one newline.
+        """
+        newline = self.image_newline.astype(tokens.dtype)[None]
+        if len(tokens) == 1:
+            return mx.concatenate([tokens[0], newline])
+        n, (tiles, picture, kept) = self.config.vision.grid, packing(size, self.config)
+        (rows, columns), (top, left, height, width) = tiles, picture
+        grid = tokens[1:].reshape(rows, columns, n, n, -1).swapaxes(1, 2)
+        grid = grid.reshape(rows * n, columns * n, -1)[top : top + height, left : left + width]
+        if kept != (height, width):
+            grid = resize_bilinear(grid, *kept)
+        newlines = mx.broadcast_to(newline, (kept[0], 1, newline.shape[1]))
+        lines = mx.concatenate([grid, newlines], axis=1)
+        return mx.concatenate([tokens[0], lines.flatten(0, 1)])
+
+
+class Processor(prompt.Processor):
+    """The qwen_1_5 prompt, with the system turn that the model was trained with."""
+
+    stop_tokens = ("<|im_end|>", "<|endoftext|>")
+
+    def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
+        """A lone image is tiled, one of several is not, as in training (unless told otherwise)."""
+        strategy = self.config.image_strategy or ("anyres" if images == 1 else "pad")
+        return self.preprocess if strategy == "anyres" else self.single_tile
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [1 + tiles, side, side, 3]: the whole image, then its parts."""
+        side = self.config.vision.image_size
+        return Pixels(anyres_tiles(image, side, self.config.resolutions), image.size)
+
+    def single_tile(self, image: "Image") -> Pixels:
+        """uint8 [1, side, side, 3]: padded to a square with grey."""
+        side = self.config.vision.image_size
+        return Pixels(np.asarray(fit(image, (side, side), "pad", PADDING))[None], image.size)
+
+    def render(self, messages: list[prompt.Message]) -> str:
+        return prompt.chatml(messages, SYSTEM)
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        whole: int = self.config.vision.grid**2
+        if len(pixels.data) == 1:
+            return whole + 1
+        rows, columns = packing(pixels.size, self.config).kept
+        return whole + rows * (columns + 1)
+
+    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        counts = [self.visual_tokens(image) for image in pixels]
+        placeholder = self.config.image_token_index
+        return prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)
