@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..vision.vit import ViTConfig
+from .base import eos_ids
 
 SIZES = 4  # the longest edge, in tiles, that the published processors have
 MARKED = 6  # rows and columns that the vocabulary and the training have markers for
@@ -78,7 +79,6 @@ class Config:
             raise UsageError(
                 f"config.json: scale_factor {scale} does not divide tiles of {tile} pixels"
             )
-        eos = config.get("eos_token_id")
         return cls(
             text=text,
             vision=vision,
@@ -89,7 +89,7 @@ class Config:
             mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
             std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
             video=_sampling(processor, tile) if config.get("model_type") == "smolvlm" else None,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             source=config,
         )

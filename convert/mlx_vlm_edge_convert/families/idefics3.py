@@ -4,7 +4,7 @@ All published ones have transformers' names (`model.vision_model.*`, `model.text
 checkpoints from before that have Llama's names at the top, with added vocabulary rows apart.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.load import says_tied
+from mlx_vlm_edge.models.idefics3 import is_native
+from mlx_vlm_edge.models.idefics3_config import Config
 
 from ..rules import Arrays, Rule, apply, some
 from ..save import complete_json
-from .decoder import EMBEDDING, HEAD, decoder_rules, settle_head
+from .decoder import EMBEDDING, decoder_rules, settle_head
 from .vit import tower_rules
+
+__all__ = ["is_native", "probe", "rename", "to_native", "write_files"]
 
 CONNECTOR = "connector.modality_projection.proj.weight"
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
@@ -30,11 +35,6 @@ _TO_NATIVE = (
     Rule(r"language_model\.model\.(.*)", r"language_model.\1"),
     Rule(r"(.*)", r"\1"),
 )
-
-
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are names of the native layout."""
-    return any(name.startswith("vision_model.embeddings.") for name in names)
 
 
 def rules(decoder: str, connector: str) -> tuple[Rule, ...]:
@@ -87,18 +87,11 @@ def to_native(
     renamed = rename(weights)
     if CONNECTOR not in renamed or PATCHES not in renamed or EMBEDDING not in renamed:
         raise UsageError("the checkpoint has no complete Idefics3: shards may be missing")
-    tied = settle_head(renamed, _says_tied(config, HEAD in renamed))
+    tied = settle_head(renamed, says_tied(config))
     native = {**config, "tie_word_embeddings": tied}
     native["text_config"] = _text_config(config, renamed, tied)
     native["vision_config"] = _vision_config(config, renamed)
     return native, apply(_TO_NATIVE, renamed, "Idefics3")
-
-
-def _says_tied(config: Mapping[str, Any], has_head: bool) -> bool:
-    """Whether the config ties the head; one that says nothing ties it when there is none."""
-    text = config.get("text_config") or {}
-    said = [part["tie_word_embeddings"] for part in (config, text) if "tie_word_embeddings" in part]
-    return any(said) if said else not has_head
 
 
 def _text_config(config: Mapping[str, Any], weights: Arrays, tied: bool) -> dict[str, Any]:
@@ -139,8 +132,6 @@ def _vision_config(config: Mapping[str, Any], weights: Arrays) -> dict[str, Any]
 
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json and processor_config.json as peers read them."""
-    from mlx_vlm_edge.models.idefics3_config import Config
-
     parsed = Config.from_dict(config)
     kind = "SmolVLM" if config["model_type"] == "smolvlm" else "Idefics3"
     pixels = {
@@ -166,8 +157,6 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
 
 def probe(config: Mapping[str, Any]) -> Pixels:
     """One tile of noise for `--verify`."""
-    from mlx_vlm_edge.models.idefics3_config import Config
-
     tile = Config.from_dict(config).tile
     data = np.random.default_rng(0).integers(0, 256, (1, tile, tile, 3), np.uint8)
     return Pixels(data, (tile, tile))
