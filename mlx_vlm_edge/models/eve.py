@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .. import prompt
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, fit
 from ..language.llama import LanguageModel, TextConfig
 from ..timings import Stages
-from ..vision.eve import PatchConfig, PatchEmbedding, normalize
+from ..vision.eve import PatchConfig, PatchEmbedding
 from ..weights import Weights
-from . import vicuna
-from .base import VisionLanguageModel, refuse_max_tiles
+from . import llava
+from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,15 +66,15 @@ class Config:
         ratio, rest = divmod(size, config.get("image_size_clip", CLIP_SIZE))
         if rest or ratio % window:
             raise UsageError(f"config.json: an image size of {size} is not EVE's (672 or 1344)")
-        text, bos = TextConfig.from_dict(config, "llama"), config.get("bos_token_id")
+        text = TextConfig.from_dict(config, "llama")
         return cls(
             text=text,
             vision=PatchConfig(config["mm_hidden_size"], patch, window),
             image_size=size,
             ratio=ratio,
             image_token_index=config.get("image_token_index", -200),
-            bos_token_id=1 if bos is None else bos,
-            eos_token_ids=id_list(config.get("eos_token_id", 2)),
+            bos_token_id=config.get("bos_token_id", llava.BOS),
+            eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             source=config,
         )
@@ -103,17 +102,10 @@ def named_size(config: Mapping[str, Any], pattern: str) -> int:
 
     "openai/eve-patch14-anypixel-672" -> 672
     """
-    name = str(config.get("mm_vision_tower"))
+    name = str(config.get("mm_vision_tower")).rstrip("/")
     if match := re.fullmatch(pattern, name):
         return int(match[1])
     raise UsageError(f"config.json: mm_vision_tower {name!r} is not known, so no image size is")
-
-
-def id_list(ids: int | list[int] | None) -> tuple[int, ...]:
-    """A token id of config.json, or several, or none."""
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def refuse_strategy(image_strategy: str | None) -> None:
@@ -148,7 +140,7 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
         stages = stages or Stages()
-        x = normalize(mx.array(pixels.data)).astype(self.vision_tower.class_embedding.dtype)
+        x = llava.normalize(pixels).astype(self.vision_tower.class_embedding.dtype)
         features = self.vision_tower(x)
         stages.mark("vision", features)
         tokens = self.mm_projector(features)
@@ -156,10 +148,8 @@ class Model(VisionLanguageModel):
         return tokens
 
 
-class Processor(prompt.Processor):
-    """Vicuna's prompt; pictures resized in their own proportion."""
-
-    stop_tokens = ("</s>",)
+class Processor(llava.Processor):
+    """LLaVA's prompt; pictures resized in their own proportion."""
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [H, W, 3]: the longer side is `image_size`, both are multiples of `step`."""
@@ -169,20 +159,8 @@ class Processor(prompt.Processor):
         target = (size, other) if image.width > image.height else (other, size)
         return Pixels(np.asarray(fit(image, target, "stretch")), image.size)
 
-    def render(self, messages: list[prompt.Message]) -> str:
-        return vicuna.render(messages, "</s>")
-
     def visual_tokens(self, pixels: Pixels) -> int:
-        return visual_tokens(pixels, self.config.vision)
-
-    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
-        counts = [self.visual_tokens(image) for image in pixels]
-        placeholder = self.config.image_token_index
-        ids, visual = prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)
-        return vicuna.with_bos(ids, visual, self.config.bos_token_id)
-
-
-def visual_tokens(pixels: Pixels, config: PatchConfig) -> int:
-    """1 + h * (w + 1) for pixels of h x w tokens: class token, rows, each with a split token."""
-    height, width = pixels.data.shape[:2]
-    return 1 + height // config.stride * (width // config.stride + 1)
+        """1 + h * (w + 1): the class token, then rows that each end in a split token."""
+        stride = self.config.vision.stride
+        height, width = pixels.data.shape[:2]
+        return 1 + height // stride * (width // stride + 1)

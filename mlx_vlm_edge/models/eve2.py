@@ -25,10 +25,10 @@ from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
 from ..prompt import Inputs
 from ..timings import Stages
-from ..vision.eve import ConvPatchEmbedding, PatchConfig, normalize
+from ..vision.eve import ConvPatchEmbedding, PatchConfig
 from ..weights import Weights
-from . import eve, vicuna
-from .base import VisionLanguageModel, refuse_max_tiles
+from . import eve, llava
+from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +69,7 @@ class Config:
             vision=PatchConfig(config["mm_hidden_size"], patch, window),
             image_size=size,
             image_token_index=config.get("image_token_index", -200),
-            eos_token_ids=eve.id_list(config.get("eos_token_id")),
+            eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             source=config,
         )
@@ -111,7 +111,7 @@ class Model(VisionLanguageModel):
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
-        x = normalize(mx.array(pixels.data)).astype(self.vision_tower.class_embedding.dtype)
+        x = llava.normalize(pixels).astype(self.vision_tower.class_embedding.dtype)
         tokens = self.vision_tower(x)
         (stages or Stages()).mark("vision", tokens)
         return tokens
@@ -137,10 +137,11 @@ class Model(VisionLanguageModel):
         return self.language_model(self.embed(inputs), visual=inputs.visual)
 
 
-class Processor(prompt.Processor):
+class Processor(eve.Processor):
     """Vicuna's words with Qwen2's <|im_end|> and no BOS; pictures of one area in any shape."""
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
+    answer_end = "<|im_end|>"
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [H, W, 3] of about `image_size` squared pixels, sides rounded up to whole tokens.
@@ -156,12 +157,6 @@ class Processor(prompt.Processor):
                 f"an image of {image.width:,} x {image.height:,} pixels is too elongated: crop it"
             )
         return Pixels(np.asarray(fit(image, (width, height), "stretch")), image.size)
-
-    def render(self, messages: list[prompt.Message]) -> str:
-        return vicuna.render(messages, "<|im_end|>")
-
-    def visual_tokens(self, pixels: Pixels) -> int:
-        return eve.visual_tokens(pixels, self.config.vision)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         counts = [self.visual_tokens(image) for image in pixels]

@@ -180,7 +180,8 @@ def normalize(pixels: Pixels) -> mx.array:
 class Processor(prompt.Processor):
     """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer."""
 
-    stop_tokens = ("</s>",)
+    stop_tokens: tuple[str, ...] = ("</s>",)
+    answer_end = "</s>"
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
@@ -198,7 +199,7 @@ class Processor(prompt.Processor):
             if message["role"] == "system":
                 raise UsageError("a system message must be the first")
             user = message["role"] == "user"
-            text += f"USER: {content} " if user else f"ASSISTANT: {content}</s>"
+            text += f"USER: {content} " if user else f"ASSISTANT: {content}{self.answer_end}"
         return text + "ASSISTANT:"
 
     def visual_tokens(self, pixels: Pixels) -> int:

@@ -13,8 +13,6 @@ import mlx.nn as nn
 from ..errors import UsageError
 from ..kernels import gelu
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
 HEADS = 8  # of both cross-attentions, whatever the width
 
 
@@ -30,11 +28,6 @@ class PatchConfig:
     def stride(self) -> int:
         """Pixels along a token's side."""
         return self.patch * self.window
-
-
-def normalize(pixels: mx.array) -> mx.array:
-    """uint8 [..., 3] -> float32 with CLIP's mean and deviation taken out."""
-    return (pixels.astype(mx.float32) * (1 / 255) - mx.array(MEAN)) / mx.array(STD)
 
 
 def in_rows(tokens: mx.array, first: mx.array, last: mx.array) -> mx.array:
@@ -91,8 +84,8 @@ class PatchEmbedding(nn.Module):
         self.global_attention = CrossAttention(config.width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Normalised pixels [H, W, 3] -> [1 + h * (w + 1), C]."""
-        patches = self.patch_embedding(x[None])[0]
+        """Normalised pixels [1, H, W, 3] -> [1 + h * (w + 1), C]."""
+        patches = self.patch_embedding(x)[0]
         n, C = self.window, patches.shape[-1]
         h, w = patches.shape[0] // n, patches.shape[1] // n
         windows = patches.reshape(h, n, w, n, C).swapaxes(1, 2).reshape(h * w, n * n, C)
@@ -116,7 +109,7 @@ class ConvPatchEmbedding(nn.Module):
         self.split_embedding = mx.zeros((hidden_size,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Normalised pixels [H, W, 3] -> [1 + h * (w + 1), D]."""
+        """Normalised pixels [1, H, W, 3] -> [1 + h * (w + 1), D]."""
         patches, _, dense = self.patch_embedding
-        tokens = dense(gelu(patches(x[None])))[0]
+        tokens = dense(gelu(patches(x)))[0]
         return in_rows(tokens, self.class_embedding, self.split_embedding)

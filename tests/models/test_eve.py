@@ -6,6 +6,7 @@ The golden model is tiny (longer side 112, teacher's 56, width 32); see tests/go
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +22,8 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import ALIASES
 from mlx_vlm_edge.kernels import gelu_tanh
 from mlx_vlm_edge.load import build, read_config
-from mlx_vlm_edge.models import eve
+from mlx_vlm_edge.models import eve, llava
+from mlx_vlm_edge.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import eve as vision
 
 from ..parity import distance
@@ -83,7 +85,7 @@ def test_pixels(name, loaded, expected):
 def test_patch_embedding_and_visual_tokens(name, loaded, expected):
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected[f"{name}/image"]]).pixels[0]
-    embedded = model.vision_tower(vision.normalize(mx.array(pixels.data)))
+    embedded = model.vision_tower(llava.normalize(pixels))
     assert largest(embedded, expected[f"{name}/pel"]) < SMALL
     assert largest(model.encode_image(pixels), expected[f"{name}/proj"]) < SMALL
     assert processor.visual_tokens(pixels) == len(expected[f"{name}/pel"])
@@ -119,6 +121,17 @@ def test_bos_is_there_once(loaded):
     image = np.zeros((28, 28, 3), np.uint8)
     assert processor("<image>", images=[image], raw=True).input_ids[0].tolist()[:2] == [398, -200]
     assert processor("</s><s>").input_ids[0].tolist().count(398) == 1  # a user's is only text
+
+
+def test_a_sentencepiece_tokenizer_marks_the_text_after_the_image(loaded, expected):
+    """Vicuna's tokenizer: "\\n" after the image is the word mark and a byte (29871, 13 there)."""
+    tokenizer = Tokenizer.from_folder(GOLDEN / "mobilevlm_v1")
+    processor = eve.Processor(replace(loaded[0].config, bos_token_id=1), tokenizer)
+    row = processor(QUESTION, images=[expected["thin/image"]]).input_ids[0].tolist()
+    after = row[len(row) - row[::-1].index(-200) :]
+    assert after[:2] == [tokenizer.token_id("\u2581"), tokenizer.token_id("<0x0A>")]
+    assert row[:2].count(1) == row.count(1) == 1
+    assert 2 in processor.eos_ids
 
 
 def test_a_conversation(loaded):
@@ -212,7 +225,7 @@ FAULTS = {
         "in_rows",
         lambda tokens, first, last: ROWS(tokens, mx.zeros_like(first), last),
     ),
-    "no mean and deviation": (vision, "normalize", lambda pixels: pixels / 255),
+    "no mean and deviation": (llava, "normalize", lambda pixels: mx.array(pixels.data)[None] / 255),
 }
 
 
@@ -221,7 +234,7 @@ def test_a_planted_fault_is_caught(fault, loaded, expected, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected["port/image"]]).pixels[0]
-    embedded = model.vision_tower(vision.normalize(mx.array(pixels.data)))
+    embedded = model.vision_tower(llava.normalize(pixels))
     assert np.abs(np.array(embedded) - expected["port/pel"]).max() > 10 * SMALL
 
 

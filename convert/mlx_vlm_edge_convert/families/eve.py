@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.models import eve
-from mlx_vlm_edge.vision.eve import MEAN, STD
+from mlx_vlm_edge.models.llava import MEAN, STD
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json
