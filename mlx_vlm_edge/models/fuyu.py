@@ -23,7 +23,7 @@ from ..language.persimmon import LanguageModel, TextConfig
 from ..timings import Stages
 from ..tokenizer import Tokenizer
 from ..weights import Weights
-from .base import VisionLanguageModel, refuse_max_tiles
+from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,14 +66,13 @@ class Config:
             raise UsageError(
                 f"config.json: patches of {patch} pixels, {channels} channels: not Fuyu's"
             )
-        eos = keys.get("eos_token_id", 2)
         return cls(
             text=text,
             patch_size=patch,
             image_size=(WIDTH, HEIGHT),
             image_token_id=config.get("image_token_id", IMAGE_ID),
             image_newline_id=config.get("image_newline_id", NEWLINE_ID),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=eos_ids({"eos_token_id": 2, **keys}),
             context=text.max_position_embeddings,
             source=config,
         )
@@ -198,7 +197,7 @@ class Processor(prompt.Processor):
             )
         content = messages[0]["content"]
         text = "".join(part["text"] for part in content if part["type"] == "text")
-        places = prompt.MARKER * sum(part["type"] == "image" for part in content)
+        places = prompt.MARKER * sum(part["type"] != "text" for part in content)
         return places + (text if text.endswith("\n") else text + "\n")
 
     def split(self, text: str, images: int) -> list[str]:

@@ -21,7 +21,7 @@ from mlx_vlm_edge.load import build
 from mlx_vlm_edge.models import family, fuyu
 from mlx_vlm_edge.timings import Stages
 
-from ..parity import FLOAT32, distance
+from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
 QUESTION = "What is this?"
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "fuyu_8b_keys.json.gz"
@@ -192,6 +192,19 @@ def test_prefill_and_decoding_are_the_full_forward(hub, theirs, step_size):
         assert distance(step[0], model.language_model(embeddings)[0, -1]) < FLOAT32
 
 
+def test_bfloat16_as_near_as_the_original(folders, reference, theirs):
+    image = theirs.picture(1, 333, 200)
+    model, processor = load(str(folders["hub"]), dtype="bfloat16")
+    inputs = processor(QUESTION, images=[image])
+    ids = inputs.input_ids[0].tolist()
+    want = theirs.layers(reference, ids, image)
+    original = theirs.layers(copy.deepcopy(reference).bfloat16(), ids, image)
+    for stage, got in ((0, model.embed(inputs)), (-1, model(inputs))):
+        assert got.dtype == mx.bfloat16
+        allowed = BFLOAT16_FACTOR * distance(original[stage], want[stage])
+        assert distance(got[0].astype(mx.float32), want[stage]) < allowed < 0.05
+
+
 def _blocks_of_qkv(model, _):
     """As if the fused projection had all of q first, then k, then v."""
     for layer in model.language_model.model.layers:
@@ -335,6 +348,7 @@ def test_it_is_found_by_its_names():
         (QUESTION, 2, "one picture per question, not 2"),
         ([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], 0, "no conver"),
         ([{"role": "user", "content": [{"type": "image"}]}], 0, "1 place .* 0 images"),
+        ([{"role": "user", "content": [{"type": "video"}]}], 0, "1 place .* 0 images"),
     ],
 )
 def test_what_it_was_not_trained_for_is_refused(hub, prompt, images, message):
