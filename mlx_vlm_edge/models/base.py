@@ -13,6 +13,7 @@ from ..language.cache import Cache
 from ..language.decoder import LanguageModel
 from ..prompt import Inputs
 from ..timings import Stages
+from ..weights import Weights
 
 # LLaVA's names for what is done to a picture that is not square -> ours. "square" is its image
 # processor's own resize and crop.
@@ -45,6 +46,15 @@ def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     if isinstance(eos, list):
         return tuple(eos)
     return () if eos is None else (eos,)
+
+
+def with_tower(weights: Weights, tower: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A LLaVA's parameters: its folded tower, and connector and language model as they are."""
+    return {
+        **{f"vision_tower.{name}": array for name, array in tower.items()},
+        **weights.take_prefix("mm_projector."),
+        **weights.take_prefix("language_model."),
+    }
 
 
 def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) -> mx.array:

@@ -31,6 +31,7 @@ from .base import (
     eos_ids,
     image_strategy,
     refuse_max_tiles,
+    with_tower,
 )
 
 if TYPE_CHECKING:
@@ -139,12 +140,7 @@ def rename(name: str) -> str:
 
 def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     """The model's parameters from renamed native weights."""
-    vision = fold_vision(weights, VISION, config.vision)
-    return {
-        **{f"vision_tower.{name}": array for name, array in vision.items()},
-        **weights.take_prefix("mm_projector."),
-        **weights.take_prefix("language_model."),
-    }
+    return with_tower(weights, fold_vision(weights, VISION, config.vision))
 
 
 class Model(VisionLanguageModel):

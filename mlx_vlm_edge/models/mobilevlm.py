@@ -102,9 +102,14 @@ class Model(llava.Model):
         return CONNECTORS[config.projector](config.vision.hidden_size, config.text.hidden_size)
 
 
+def visual_tokens(projector: str, side: int) -> int:
+    """How many a grid of `side` x `side` features becomes: LDPv2's 144, or a quarter, rounded up.
+
+    visual_tokens("ldpnet", 24) -> 144
+    """
+    return POOLED**2 if projector == "ldpnetv2" else (-(-side // 2)) ** 2
+
+
 class Processor(llava.Processor):
     def visual_tokens(self, pixels: Pixels) -> int:
-        if self.config.projector == "ldpnetv2":
-            return POOLED**2
-        side: int = self.config.vision.grid
-        return (-(-side // 2)) ** 2  # LDP halves the grid, whatever it is
+        return visual_tokens(self.config.projector, self.config.vision.grid)

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.llava import MEAN, STD
 from mlx_vlm_edge.models.mobilevlm import is_native as is_native
+from mlx_vlm_edge.models.mobilevlm import visual_tokens
 
 from ..rules import Arrays, Rule, apply, some, to_channels_last
 from ..save import clip_preprocessor, complete_json
@@ -65,7 +66,9 @@ def to_native(
     }
     if EMBEDDING in native:
         translated.setdefault("vocab_size", native[EMBEDDING].shape[0])
-    translated["vision_config"] = place_tower(translated, native)
+    translated["vision_config"] = vision = place_tower(translated, native)
+    side = vision["image_size"] // vision["patch_size"]
+    translated["image_seq_length"] = visual_tokens(translated["mm_projector_type"], side)
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
     return translated, native
 
