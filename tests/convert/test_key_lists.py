@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_vlm_edge_convert.families import fastvlm
+from mlx_vlm_edge_convert.families import decoder, fastvlm
 from mlx_vlm_edge_convert.families.fastvlm_config import derive_geometry
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
@@ -37,10 +37,10 @@ def test_a_published_checkpoint_becomes_the_native_key_set(size, layout):
     source = unallocated(shapes(f"fastvlm_{size}_{layout}"))
     got = {name: tuple(array.shape) for name, array in fastvlm.rename(source).items()}
     if size in TIED:  # the head is dropped by comparing values, which these arrays do not have
-        assert got.pop(fastvlm.HEAD) == want["language_model.model.embed_tokens.weight"] or layout
+        assert got.pop(decoder.HEAD) == want["language_model.model.embed_tokens.weight"] or layout
     if layout == "transformers_native":  # its vocabulary is padded, its CLIP head left out
         del want[fastvlm.CLIP_HEAD]
-        for name in {fastvlm.EMBEDDING, fastvlm.HEAD} & want.keys():
+        for name in {decoder.EMBEDDING, decoder.HEAD} & want.keys():
             rows = want[name][0] + 64
             assert got[name][0] == rows
             want[name] = (rows, want[name][1])
