@@ -57,7 +57,7 @@ def open_image(source: "str | Path | bytes | Image | np.ndarray") -> "Image":
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        with _errors("the Pillow image"):
+        with reading("the Pillow image"):
             return _upright_rgb(source)
     if isinstance(source, str) and (source[:5].lower() == "data:" or "://" in source):
         from .fetch import fetch
@@ -99,7 +99,7 @@ def _checked_path(source: str | Path) -> Path:
 
 
 @contextmanager
-def _errors(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Turn what Pillow raises on bad data into one line with the source's name."""
     from PIL import Image, UnidentifiedImageError
 
@@ -129,7 +129,7 @@ def _decode(source: Path | bytes, name: str) -> "Image":
 
     if not (source if isinstance(source, bytes) else source.stat().st_size):
         raise UsageError(f"{name}: is empty (0 bytes); save or download it again")
-    with _errors(name), warnings.catch_warnings():
+    with reading(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
         _learn_heif(source, name)
         opened = io.BytesIO(source) if isinstance(source, bytes) else source

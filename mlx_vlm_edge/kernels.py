@@ -32,6 +32,10 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+def _relu_squared(x: mx.array) -> mx.array:
+    return mx.square(mx.maximum(x, 0))
+
+
 @cache
 def _compiled(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     compiled: Callable[..., mx.array] = mx.compile(function, shapeless=True)
@@ -55,6 +59,11 @@ def gelu_tanh(x: mx.array) -> mx.array:
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), as CLIP uses it."""
     return _run(_quick_gelu, x)
+
+
+def relu_squared(x: mx.array) -> mx.array:
+    """max(x, 0) squared, element by element, any shape."""
+    return _run(_relu_squared, x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

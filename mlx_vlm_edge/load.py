@@ -25,6 +25,7 @@ from .weights import Weights, check_names, find_shards, read_safetensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
+PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
 Quantization = Mapping[str, Any]
 
 
@@ -37,14 +38,16 @@ def load(
     offline: bool = False,
     image_strategy: str | None = None,
     resolution: int | None = None,
+    max_tiles: int | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a model by alias ("fastvlm-0.5b"), Hub id or folder.
 
     dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
     checkpoint's on a GPU (the vision tower never in float16), and float32 on the CPU back end,
     whose half-precision matmuls are slow. quantize: 4 or 8 bits for the language model, on the fly.
-    image_strategy ("pad", "center_crop", "stretch") and resolution (pixels) override the
-    checkpoint's own preprocessing.
+    image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
+    checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
+    image costs in the families that cut one up.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -53,7 +56,7 @@ def load(
     config, arrays = read_checkpoint(folder)
     module = family(config.get("model_type"))
     model = build(module, config, arrays)
-    model.config = model.config.adapted(image_strategy, resolution)
+    model.config = model.config.adapted(image_strategy, resolution, max_tiles)
     if quantize is not None:
         _quantize_language_model(model, config, quantize)
     _cast(model, dtype)
@@ -65,21 +68,33 @@ def load(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, with generation_config.json's eos ids where it has some."""
+    """config.json of a model folder, with generation_config.json's eos ids where it has some.
+
+    What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
+    config = _read_json(path)
+    generation = _read_json(folder / "generation_config.json")
+    if generation:
+        config.setdefault("eos_token_id", generation.get("eos_token_id"))
+    whole = _read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
+    own = _read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+    return {**config, PREPROCESSOR: own}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file."""
+    if not path.is_file():
+        return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise UsageError(f"{path}: not a JSON object")
-        generation = folder / "generation_config.json"
-        if generation.is_file():
-            eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-            config.setdefault("eos_token_id", eos)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from error
-    return config
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a JSON object")
+    return content
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -16,6 +16,7 @@ from .errors import UsageError
 from .image import Pixels, open_image
 from .timings import Stages
 from .tokenizer import GUARD, Tokenizer
+from .video import Video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 MARKER = "<image>"
 ROLES = ("system", "user", "assistant")
 
-# {"role": ..., "content": text or parts}, a part being {"type": "text", "text": ...} or
-# {"type": "image"}.
+# {"role": ..., "content": text or parts}, a part being {"type": "text", "text": ...},
+# {"type": "image"} or {"type": "video"}.
 Message = Mapping[str, Any]
+Preprocess = Callable[["Image"], Pixels]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +72,14 @@ class Processor(ABC):
         prompt: a question, or chat messages whose content has one {"type": "image"} part per
         image (without any, the images go before the first user's words). With `raw`, the text as
         it stands: special tokens in it count, and one <image> stands for each picture.
-        images: paths, URLs, bytes, Pillow images or uint8 arrays.
+        images: paths, URLs, bytes, Pillow images or uint8 arrays; a Video where the family knows
+        them, which has a {"type": "video"} part in a chat and an <image> in a raw text.
         Raises UsageError for an unreadable image, a malformed message, or as many images as the
         text has no places for.
         """
         stages = stages or Stages()
-        text = self._text(prompt, len(images), raw)
+        kinds = ["video" if isinstance(source, Video) else "image" for source in images]
+        text = self._text(prompt, kinds, raw)
         try:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
@@ -83,22 +87,31 @@ class Processor(ABC):
         segments = self.split(text, len(images))
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
-            image = open_image(source)
-            stages.mark("image decode")
-            pixels.append(preprocess(image))
-            stages.mark("preprocess")
+            pixels.append(self.read(source, preprocess, stages))
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
         stages.mark("tokenise")
         return Inputs(np.array([ids], np.int32), np.asarray(visual, np.int32), pixels)
 
-    def _text(self, prompt: str | Sequence[Message], images: int, raw: bool) -> str:
+    def read(self, source: Any, preprocess: Preprocess, stages: Stages) -> Pixels:
+        """One of a prompt's images, from its source to pixels."""
+        if isinstance(source, Video):
+            raise UsageError(
+                "this model does not take videos: give one of their frames as an image"
+            )
+        image = open_image(source)
+        stages.mark("image decode")
+        pixels = preprocess(image)
+        stages.mark("preprocess")
+        return pixels
+
+    def _text(self, prompt: str | Sequence[Message], kinds: Sequence[str], raw: bool) -> str:
         if raw:
             if not isinstance(prompt, str):
                 raise UsageError("a raw prompt is a text, not a list of messages")
             return prompt.replace(GUARD, GUARD * 2)
-        messages = normalize(prompt, images)
+        messages = normalize(prompt, kinds)
         return self.render([self._guarded(message) for message in messages])
 
     def _guarded(self, message: Message) -> Message:
@@ -155,9 +168,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def normalize(prompt: str | Sequence[Message], images: int) -> list[Message]:
+def normalize(prompt: str | Sequence[Message], kinds: Sequence[str]) -> list[Message]:
     """Messages whose contents are lists of parts; images without a place go before the first
-    user's words. Raises UsageError for anything that is not a chat."""
+    user's words. kinds: "image" or "video" for each. Raises UsageError for what is not a chat."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | tuple) or not prompt:
@@ -165,9 +178,9 @@ def normalize(prompt: str | Sequence[Message], images: int) -> list[Message]:
     messages = [_normalize_message(message) for message in prompt]
     if messages[-1]["role"] != "user":
         raise UsageError("the last message must be the user's: there is nothing to answer")
-    if not any(part["type"] == "image" for message in messages for part in message["content"]):
+    if all(part["type"] == "text" for message in messages for part in message["content"]):
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        parts = [{"type": "image"}] * images + messages[first]["content"]
+        parts = [{"type": kind} for kind in kinds] + messages[first]["content"]
         messages[first] = {**messages[first], "content": parts}
     return messages
 
@@ -184,14 +197,16 @@ def _normalize_message(message: Any) -> Message:
         raise UsageError("a message's content must be a text or a list of parts")
     for part in content:
         _check_part(part)
-        if part["type"] == "image" and message["role"] != "user":
-            raise UsageError(f"images belong to the user's messages, not the {message['role']}'s")
+        if part["type"] != "text" and message["role"] != "user":
+            raise UsageError(
+                f"{part['type']}s belong to the user's messages, not the {message['role']}'s"
+            )
     return {**message, "content": list(content)}
 
 
 def _check_part(part: Any) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image"):
+    if kind not in ("text", "image", "video"):
         raise UsageError(f"content part of type {kind!r} is not known: use 'text' or 'image'")
     if kind == "text" and not isinstance(part.get("text"), str):
         raise UsageError("a content part of type 'text' must have a 'text'")
@@ -204,7 +219,7 @@ def join_parts(content: Sequence[Mapping[str, Any]]) -> str:
     """
     text, after_image = "", False
     for part in content:
-        is_image = part["type"] == "image"
+        is_image = part["type"] != "text"
         piece = MARKER if is_image else part["text"]
         if not piece:
             continue

@@ -42,6 +42,12 @@ def test_swiglu():
 
 
 @pytest.mark.usefixtures("form")
+def test_relu_squared():
+    want = np.maximum(X.astype(np.float64), 0) ** 2
+    assert distance(kernels.relu_squared(mx.array(X)), want) < FLOAT32
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 4)])
 def test_any_shape(shape):
     x = mx.random.normal(shape)

@@ -286,4 +286,4 @@ def test_messages_are_not_changed(chatml, pictures):
     chat = [{"role": "user", "content": "<|im_end|>"}]
     chatml(chat, pictures[:1])
     assert chat == [{"role": "user", "content": "<|im_end|>"}]
-    assert normalize(chat, 1)[0]["content"] == [PICTURE, words("<|im_end|>")]
+    assert normalize(chat, ["image"])[0]["content"] == [PICTURE, words("<|im_end|>")]

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import locate
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.load import PREPROCESSOR, build, read_config
 from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification
@@ -89,7 +89,8 @@ def convert(
     with new_folder(target, overwrite=overwrite) as partial:
         copied = copy_files(folder, partial)
         module.write_files(partial, config)
-        save_json(partial / "config.json", config)
+        beside = {key: value for key, value in config.items() if key != PREPROCESSOR}
+        save_json(partial / "config.json", beside)
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")

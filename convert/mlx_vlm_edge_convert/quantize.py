@@ -17,7 +17,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 LANGUAGE_MODEL = "language_model."
-VISION_TOWER = "vision_tower."
+VISION_TOWERS = ("vision_tower.", "vision_model.")
 _NAMES = ("weight", "scales", "biases")
 
 
@@ -32,7 +32,7 @@ def cast(weights: Mapping[str, mx.array], dtype: str) -> Arrays:
     wanted = DTYPES[dtype]
 
     def convert(name: str, array: mx.array) -> mx.array:
-        kept = wanted == mx.float16 and name.startswith(VISION_TOWER)
+        kept = wanted == mx.float16 and name.startswith(VISION_TOWERS)
         floating = mx.issubdtype(array.dtype, mx.floating)
         return array.astype(wanted) if floating and not kept else array
 
@@ -108,7 +108,7 @@ def _quantised_by_default(name: str, array: mx.array) -> bool:
 
 def _is_kept_matrix(name: str, array: mx.array) -> bool:
     """A linear layer of the connector."""
-    return not name.startswith((LANGUAGE_MODEL, VISION_TOWER)) and _is_matrix(name, array)
+    return not name.startswith((LANGUAGE_MODEL, *VISION_TOWERS)) and _is_matrix(name, array)
 
 
 def _is_matrix(name: str, array: mx.array) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.language.llama import LanguageModel
+from mlx_vlm_edge.language.decoder import LanguageModel
 from mlx_vlm_edge.load import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
@@ -169,13 +169,13 @@ def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[
     x, wanted = (owner.embed(ids).astype(mx.float32) for owner in (model, reference))
     worst = Error("decoder layers", 0.0, 0.0)
     for index in range(len(reference.model.layers)):
-        layer, original = (_float32(owner.model.layers[index]) for owner in (model, reference))
-        after = original(wanted, "causal", None)
-        found = layer(wanted, "causal", None) - wanted
-        error = _error("decoder layers", found, after - wanted)
-        worst = max(worst, error, key=lambda error: error.relative)
-        x, wanted = layer(x, "causal", None), after
-        mx.eval(x, wanted)
+        for block, original in zip(model.blocks(index), reference.blocks(index), strict=True):
+            layer, after = _float32(block), _float32(original)(wanted, "causal", None)
+            found = layer(wanted, "causal", None) - wanted
+            error = _error("decoder layers", found, after - wanted)
+            worst = max(worst, error, key=lambda error: error.relative)
+            x, wanted = layer(x, "causal", None), after
+            mx.eval(x, wanted)
         for owner in (model, reference):
             owner.model.layers[index] = nn.Identity()
     yield worst

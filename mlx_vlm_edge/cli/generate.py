@@ -64,17 +64,32 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
         "--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="images or their URLs, in order; - reads standard input",
     )  # fmt: skip
+    group.add_argument(
+        "--video", action="append", default=[], metavar="PATH",
+        help="an animated GIF, a film or a folder of frames, after the images (SmolVLM2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--fps", type=float, metavar="N",
+        help="frames to take per second of video (default: the checkpoint's); of a folder, "
+        "how many a second has",
+    )  # fmt: skip
     group.add_argument("--system", metavar="TEXT", help="another system prompt")
     group.add_argument(
         "--raw", action="store_true", help="the prompt is used as it stands, <image> for images"
     )
     group.add_argument(
-        "--image-strategy", choices=("pad", "center_crop", "stretch"),
-        help="how a picture becomes square (default: the checkpoint's)",
+        "--image-strategy", metavar="NAME",
+        help="how a picture becomes square: pad, center_crop or stretch, or as the family has it "
+        "(default: the checkpoint's)",
     )  # fmt: skip
     group.add_argument(
         "--resolution", type=int, metavar="PX",
-        help="side the picture is resized to; less is faster (default: the checkpoint's)",
+        help="side the picture is resized to, or its longest edge before it is cut into tiles; "
+        "less is faster (default: the checkpoint's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-tiles", type=int, metavar="N",
+        help="cut a picture into at most N tiles; fewer are faster (Idefics3, SmolVLM, ...)",
     )  # fmt: skip
 
 
@@ -114,13 +129,17 @@ def run(args: argparse.Namespace) -> int:
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+    if args.fps is not None and not args.video:
+        raise UsageError("--fps is for videos: give one with --video")
     from ..generate import stream_generate
     from ..load import load
+    from ..video import Video
 
+    images += [Video(path, args.fps) for path in args.video]
     model, processor = load(
         args.model or default_model(), dtype=args.dtype, revision=args.revision,
         quantize=args.bits, offline=args.offline, image_strategy=args.image_strategy,
-        resolution=args.resolution,
+        resolution=args.resolution, max_tiles=args.max_tiles,
     )  # fmt: skip
     options = {name: getattr(args, name) for name in SAMPLING}
     results = stream_generate(

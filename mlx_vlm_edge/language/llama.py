@@ -5,7 +5,7 @@ checkpoint's (`model.layers.0.self_attn.q_proj`); `fuse` merges q/k/v and gate/u
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import mlx.nn as nn
 from ..config import check
 from ..errors import UsageError
 from ..kernels import swiglu
-from .cache import Cache, KVCache, Mask, attend
+from . import decoder
+from .cache import Cache, Mask, attend
 from .fuse import fuse
 
 _BIASES = {"llama": False, "qwen2": True}  # q/k/v biases where the config does not say
@@ -125,7 +126,8 @@ class Attention(nn.Module):
             del self.q_proj, self.k_proj, self.v_proj
             self.qkv_proj = fused
 
-    def _qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of x [B, L, D], each [B, L, heads * head_dim]."""
         if "qkv_proj" not in self:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -140,14 +142,20 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        B, L, _ = x.shape
-        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in self._qkv(x))
+        return self.o_proj(self.attend(self.qkv(x), mask, cache))
+
+    def attend(
+        self, qkv: tuple[mx.array, mx.array, mx.array], mask: Mask, cache: Cache | None
+    ) -> mx.array:
+        """What `qkv` gave, in the order of positions -> [B, L, heads * head_dim]."""
+        B, L, _ = qkv[0].shape
+        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in qkv)
         offset = 0 if cache is None else cache.offset
         q, k = self._rope(q, offset), self._rope(k, offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = attend(q, k, v, cache, self.head_dim**-0.5, mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        return out.swapaxes(1, 2).reshape(B, L, -1)
 
 
 class MLP(nn.Module):
@@ -179,53 +187,16 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def fuse(self) -> None:
+        self.self_attn.fuse()
+        self.mlp.fuse()
+
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class LanguageModel(decoder.LanguageModel):
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class LanguageModel(nn.Module):
-    """`model` and, when the head is not tied to the embeddings, `lm_head`."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def fuse(self) -> None:
-        """Merge q/k/v and gate/up layer by layer, so that no more than one layer is held twice."""
-        for layer in self.model.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
-            mx.eval(layer.parameters())
-
-    def make_cache(self) -> list[Cache]:
-        """One empty cache per layer."""
-        return [KVCache() for _ in self.model.layers]
-
-    def embed(self, ids: mx.array) -> mx.array:
-        """Token ids [B, L] -> input embeddings [B, L, D]."""
-        return self.model.embed_tokens(ids)
-
-    def __call__(
-        self, embeddings: mx.array, cache: Sequence[Cache] | None = None, last_only: bool = False
-    ) -> mx.array:
-        """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
-        x, L = embeddings, embeddings.shape[1]
-        mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
-        for index, layer in enumerate(self.model.layers):
-            x = layer(x, mask, cache[index] if cache else None)
-        x = self.model.norm(x[:, -1:] if last_only else x)
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(x)
-        return self.lm_head(x)
+        layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        super().__init__(config, layers, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))

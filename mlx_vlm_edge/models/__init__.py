@@ -8,6 +8,11 @@ from ..errors import UsageError
 FAMILIES = {
     "llava_qwen2": "fastvlm",
     "fast_vlm": "fastvlm",
+    "idefics3": "idefics3",
+    "smolvlm": "idefics3",
+    "fuyu": "fuyu",
+    "eve": "eve",
+    "eve-qwen2": "eve2",
     "llava": "llava",
     "llava_llama": "llava",
     "mobilevlm": "mobilevlm",

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UsageError
 from ..image import Pixels, Strategy
 from ..language.cache import Cache
-from ..language.llama import LanguageModel
+from ..language.decoder import LanguageModel
 from ..prompt import Inputs
 from ..timings import Stages
 from ..weights import Weights
@@ -69,6 +69,12 @@ def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) 
         raise ValueError(f"{rows.shape[0]} visual tokens for {len(visual)} positions")
     embeddings[0, mx.array(visual)] = rows
     return embeddings
+
+
+def refuse_max_tiles(max_tiles: int | None) -> None:
+    """For the families that do not cut images up. Raises UsageError when a limit is given."""
+    if max_tiles is not None:
+        raise UsageError("this model takes an image as one tile: use resolution, not max tiles")
 
 
 class VisionLanguageModel(nn.Module):

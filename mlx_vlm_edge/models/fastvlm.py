@@ -23,7 +23,14 @@ from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy, with_tower
+from .base import (
+    VisionLanguageModel,
+    chosen_strategy,
+    eos_ids,
+    image_strategy,
+    refuse_max_tiles,
+    with_tower,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,8 +84,11 @@ class Config:
             source=config,
         )
 
-    def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        refuse_max_tiles(max_tiles)
         strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
         size = self.image_size if resolution is None else resolution
         return replace(self, image_strategy=strategy, image_size=size)

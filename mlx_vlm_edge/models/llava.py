@@ -25,7 +25,14 @@ from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel, chosen_strategy, eos_ids, image_strategy, with_tower
+from .base import (
+    VisionLanguageModel,
+    chosen_strategy,
+    eos_ids,
+    image_strategy,
+    refuse_max_tiles,
+    with_tower,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,8 +103,11 @@ class Config:
             source=config,
         )
 
-    def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        refuse_max_tiles(max_tiles)
         if resolution not in (None, self.vision.image_size):
             raise UsageError(
                 f"image size {resolution}: this vision tower takes {self.vision.image_size} only"
@@ -166,7 +176,8 @@ def normalize(pixels: Pixels) -> mx.array:
 class Processor(prompt.Processor):
     """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer."""
 
-    stop_tokens = ("</s>",)
+    stop_tokens: tuple[str, ...] = ("</s>",)
+    answer_end = "</s>"
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
@@ -184,7 +195,7 @@ class Processor(prompt.Processor):
             if message["role"] == "system":
                 raise UsageError("a system message must be the first")
             user = message["role"] == "user"
-            text += f"USER: {content} " if user else f"ASSISTANT: {content}</s>"
+            text += f"USER: {content} " if user else f"ASSISTANT: {content}{self.answer_end}"
         return text + "ASSISTANT:"
 
     def visual_tokens(self, pixels: Pixels) -> int:

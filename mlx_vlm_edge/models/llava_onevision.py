@@ -105,7 +105,9 @@ class Config:
             source=config,
         )
 
-    def adapted(self, image_strategy: str | None, resolution: int | None) -> "Config":
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         if image_strategy not in (None, *STRATEGIES):
             raise UsageError(
@@ -117,7 +119,25 @@ class Config:
                 f"image size {resolution}: LLaVA-OneVision's tiles are {self.vision.image_size} "
                 "pixels wide; make the image smaller for fewer of them"
             )
-        return replace(self, image_strategy=image_strategy or self.image_strategy)
+        chosen = replace(self, image_strategy=image_strategy or self.image_strategy)
+        return chosen if max_tiles is None else chosen.limited(max_tiles)
+
+    def limited(self, tiles: int) -> "Config":
+        """The same without the grids that make more than `tiles` tiles, the whole image included.
+
+        When none is left, every image is padded to one tile.
+        """
+        if tiles < 1:
+            raise UsageError(f"max tiles {tiles}: an image is at least one tile")
+        side = self.vision.image_size
+        fitting = tuple(
+            (width, height)
+            for width, height in self.resolutions
+            if (width // side) * (height // side) < tiles
+        )
+        if not fitting:
+            return replace(self, image_strategy="pad")
+        return replace(self, resolutions=fitting)
 
 
 def default_pinpoints(side: int) -> list[list[int]]:

@@ -1,0 +1,85 @@
+"""Fuyu checkpoints -> the native layout, which is the published one.
+
+transformers 5 saves the same weights under other prefixes, with the decoder's keys of config.json
+in `text_config`; there they may stay.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.models import fuyu
+
+from ..rules import Arrays, Rule, apply
+from ..save import complete_json
+
+PROBE_PATCHES = 3, 4  # rows and columns of the image that `--verify` runs
+
+_WB = "(?:weight|bias)"
+_LAYER = (
+    rf"self_attn\.(?:query_key_value|dense|[qk]_layernorm)\.{_WB}"
+    rf"|mlp\.dense_(?:h_to_4h|4h_to_h)\.{_WB}|(?:input|post_attention)_layernorm\.{_WB}"
+)
+_TRANSFORMERS = (
+    Rule(
+        rf"model\.language_model\.(layers\.\d+\.(?:{_LAYER})|final_layernorm\.{_WB})",
+        r"language_model.model.\1",
+    ),
+    Rule(r"model\.language_model\.(embed_tokens\.weight)", r"language_model.model.\1"),
+    Rule(r"(lm_head\.weight)", r"language_model.\1"),
+    Rule(rf"model\.(vision_embed_tokens\.{_WB})", r"\1"),
+)
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether these are names of the native layout."""
+    return fuyu.is_native(names)
+
+
+def to_native(
+    config: Mapping[str, Any],
+    weights: Mapping[str, mx.array],
+    preprocessor: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Arrays]:
+    """The native config and weights of a published Fuyu checkpoint.
+
+    `preprocessor` is not read: the sizes are the same for every Fuyu.
+    Raises UsageError for names without a rule.
+    """
+    if is_native(weights):
+        return dict(config), dict(weights)
+    return dict(config), apply(_TRANSFORMERS, weights, "transformers' fuyu layout")
+
+
+def write_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """Complete preprocessor_config.json as transformers' FuyuImageProcessor writes it."""
+    patch = config.get("patch_size", 30)
+    published = {
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": 0.5,
+        "image_std": 0.5,
+        "padding_mode": "constant",
+        "padding_value": float(fuyu.PADDING),
+        "patch_size": {"height": patch, "width": patch},
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": fuyu.HEIGHT, "width": fuyu.WIDTH},
+    }
+    kind = {"image_processor_type": "FuyuImageProcessor", "processor_class": "FuyuProcessor"}
+    complete_json(folder / "preprocessor_config.json", published, kind)
+
+
+def probe(config: Mapping[str, Any]) -> Pixels:
+    """A small random image for `--verify`."""
+    patch = config.get("patch_size", 30)
+    rows, columns = PROBE_PATCHES
+    shape = (rows * patch, columns * patch, 3)
+    data = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return Pixels(data, (columns * patch, rows * patch))

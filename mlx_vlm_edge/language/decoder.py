@@ -1,0 +1,75 @@
+"""What every decoder does the same way: input embeddings [B, L, D] -> layers, norm, head -> logits.
+
+A layer is called with (x [B, L, D], mask, its cache or None), and `fuse` merges its projections.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Cache, KVCache
+
+
+class DecoderConfig(Protocol):
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig, layers: list[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = layers
+        self.norm = norm
+
+
+class LanguageModel(nn.Module):
+    """`model` and, when the head is not tied to the embeddings, `lm_head`."""
+
+    def __init__(self, config: DecoderConfig, layers: list[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, layers, norm)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def fuse(self) -> None:
+        """Merge projections layer by layer, so that no more than one layer is held twice."""
+        for layer in self.model.layers:
+            layer.fuse()
+            mx.eval(layer.parameters())
+
+    def blocks(self, index: int) -> list[nn.Module]:
+        """What a layer has that takes x, mask and cache by itself; to compare models by layers."""
+        return [self.model.layers[index]]
+
+    def make_cache(self) -> list[Cache]:
+        """One empty cache per layer."""
+        return [KVCache() for _ in self.model.layers]
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids [B, L] -> input embeddings [B, L, D]."""
+        return self.model.embed_tokens(ids)
+
+    def __call__(
+        self, embeddings: mx.array, cache: Sequence[Cache] | None = None, last_only: bool = False
+    ) -> mx.array:
+        """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
+        x, L = embeddings, embeddings.shape[1]
+        mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, mask, cache[index] if cache else None)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits [B, L, V] of the last layer's output [B, L, D]."""
+        x = self.model.norm(x)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(x)
+        return self.lm_head(x)

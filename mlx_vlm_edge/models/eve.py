@@ -1,0 +1,166 @@
+"""EVE-7B and EVE-7B-HD, v1.0: a patch embedding layer -> mlp2x_gelu -> Vicuna.
+
+Unlike LLaVA there is no vision encoder, and pictures keep their shape: the longer side becomes
+`image_size` (672, HD 1344), the other what its proportion asks for, so that a picture is
+1 + h * (w + 1) visual tokens. The preprocessor's file is not in the published repositories; its
+constants are here. Trained with one picture per conversation; more are taken in order.
+Native layout: `vision_tower.*`, `mm_projector.*`, `language_model.*` under the published names.
+Source: baaivision/EVE, EVEv1.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..connectors.mlp import MLP
+from ..errors import UsageError
+from ..image import Pixels, fit
+from ..language.llama import LanguageModel, TextConfig
+from ..timings import Stages
+from ..vision.eve import PatchConfig, PatchEmbedding
+from ..weights import Weights
+from . import llava
+from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARTS = ("vision_tower.", "mm_projector.", "language_model.")
+PATCH, WINDOW = 14, 2
+CLIP_SIZE = (
+    336  # pixels of the CLIP teacher's longer side, whose grid the picture's is a multiple of
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json; `source` has every key of it, known or not.
+
+    image_size: pixels of a picture's longer side. ratio: how many times that is the teacher's.
+    """
+
+    text: TextConfig
+    vision: PatchConfig
+    image_size: int
+    ratio: int
+    image_token_index: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    context: int
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
+        projector = config.get("mm_projector_type", "mlp2x_gelu")
+        if projector != "mlp2x_gelu":
+            raise UsageError(f"config.json: mm_projector_type {projector!r} is not known")
+        if "mm_hidden_size" not in config:
+            raise UsageError("config.json lacks 'mm_hidden_size'")
+        patch, window = config.get("patch_stride", PATCH), config.get("conv_stride", WINDOW)
+        size = config.get("image_size") or named_size(config, r".*-patch14-anypixel-(\d+)")
+        ratio, rest = divmod(size, config.get("image_size_clip", CLIP_SIZE))
+        if rest or ratio % window:
+            raise UsageError(f"config.json: an image size of {size} is not EVE's (672 or 1344)")
+        text = TextConfig.from_dict(config, "llama")
+        return cls(
+            text=text,
+            vision=PatchConfig(config["mm_hidden_size"], patch, window),
+            image_size=size,
+            ratio=ratio,
+            image_token_index=config.get("image_token_index", -200),
+            bos_token_id=config.get("bos_token_id", llava.BOS),
+            eos_token_ids=eos_ids(config),
+            context=text.max_position_embeddings,
+            source=config,
+        )
+
+    @property
+    def step(self) -> int:
+        """The pixels that both sides of a resized picture are multiples of."""
+        return self.vision.patch * self.ratio
+
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
+        """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
+        refuse_max_tiles(max_tiles)
+        refuse_strategy(image_strategy)
+        if resolution is None:
+            return self
+        if resolution < self.step or resolution % self.step:
+            raise UsageError(f"image size {resolution}: this EVE takes multiples of {self.step}")
+        return replace(self, image_size=resolution)
+
+
+def named_size(config: Mapping[str, Any], pattern: str) -> int:
+    """The image size that the name of the "vision tower" has in it.
+
+    "openai/eve-patch14-anypixel-672" -> 672
+    """
+    name = str(config.get("mm_vision_tower")).rstrip("/")
+    if match := re.fullmatch(pattern, name):
+        return int(match[1])
+    raise UsageError(f"config.json: mm_vision_tower {name!r} is not known, so no image size is")
+
+
+def refuse_strategy(image_strategy: str | None) -> None:
+    """Raises UsageError when the user wants pictures made square."""
+    if image_strategy is not None:
+        raise UsageError("EVE keeps a picture's shape: leave the image strategy out")
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether these are the weight names of the native layout."""
+    return any(name.startswith("vision_tower.") for name in names)
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's."""
+    return name.replace("mm_projector.", "mm_projector.layers.", 1)
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights: nothing is folded."""
+    return {name: array for part in PARTS for name, array in weights.take_prefix(part).items()}
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = PatchEmbedding(config.vision)
+        self.mm_projector = MLP(config.vision.width, config.text.hidden_size)
+        self.language_model = LanguageModel(config.text)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
+        stages = stages or Stages()
+        x = llava.normalize(pixels).astype(self.vision_tower.class_embedding.dtype)
+        features = self.vision_tower(x)
+        stages.mark("vision", features)
+        tokens = self.mm_projector(features)
+        stages.mark("connector", tokens)
+        return tokens
+
+
+class Processor(llava.Processor):
+    """LLaVA's prompt; pictures resized in their own proportion."""
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [H, W, 3]: the longer side is `image_size`, both are multiples of `step`."""
+        size, step = self.config.image_size, self.config.step
+        longer, shorter = max(image.size), min(image.size)
+        other = -(-size * shorter // (longer * step)) * step
+        target = (size, other) if image.width > image.height else (other, size)
+        return Pixels(np.asarray(fit(image, target, "stretch")), image.size)
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        """1 + h * (w + 1): the class token, then rows that each end in a split token."""
+        stride = self.config.vision.stride
+        height, width = pixels.data.shape[:2]
+        return 1 + height // stride * (width // stride + 1)

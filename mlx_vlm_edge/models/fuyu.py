@@ -1,0 +1,226 @@
+"""Fuyu: picture patches -> one linear layer -> Persimmon. There is no vision encoder.
+
+Unlike LLaVA a picture keeps its shape and its size, up to 1920 x 1080: every 30 x 30 patch is a
+visual token, and so is the newline that ends each row of them. The picture comes first, BOS after
+it, then the text, then <0x04>, the beginning of the answer. One picture and one question at a time.
+There are no roles, so tokens written in a question (|NEWLINE|) stay tokens, as in the original.
+Native layout: the published one (`vision_embed_tokens.*`, `language_model.*`).
+Source: transformers, models/fuyu (image_processing_pil_fuyu.py, processing_fuyu.py).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import prompt
+from ..errors import UsageError
+from ..image import Pixels
+from ..language.persimmon import LanguageModel, TextConfig
+from ..timings import Stages
+from ..tokenizer import Tokenizer
+from ..weights import Weights
+from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WIDTH, HEIGHT = 1920, 1080  # what larger pictures are scaled down to fit
+CHANNELS = 3
+PADDING = 1  # raw value (of 255) right of and below the picture, as in the original
+IMAGE_TOKEN, NEWLINE_TOKEN = "|SPEAKER|", "|NEWLINE|"  # an odd name; the tokenizer's own
+IMAGE_ID, NEWLINE_ID = 71011, 71019  # of adept/fuyu-8b, whose config does not name them
+BOS, ANSWER = "<s>", "<0x04>"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json; `source` has every key of it, known or not.
+
+    image_size: the (width, height) that larger pictures are scaled down to fit.
+    """
+
+    text: TextConfig
+    patch_size: int
+    image_size: tuple[int, int]
+    image_token_id: int
+    image_newline_id: int
+    eos_token_ids: tuple[int, ...]
+    context: int
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a config.json whose decoder's keys are its own or in `text_config`.
+
+        Raises UsageError for a missing key or an unknown value.
+        """
+        keys = {**config, **(config.get("text_config") or {})}
+        tied = config.get("tie_word_embeddings", False)
+        text = TextConfig.from_dict({**keys, "tie_word_embeddings": tied})
+        patch, channels = config.get("patch_size", 30), config.get("num_channels", CHANNELS)
+        if channels != CHANNELS or WIDTH % patch or HEIGHT % patch:
+            raise UsageError(
+                f"config.json: patches of {patch} pixels, {channels} channels: not Fuyu's"
+            )
+        return cls(
+            text=text,
+            patch_size=patch,
+            image_size=(WIDTH, HEIGHT),
+            image_token_id=config.get("image_token_id", IMAGE_ID),
+            image_newline_id=config.get("image_newline_id", NEWLINE_ID),
+            eos_token_ids=eos_ids({"eos_token_id": 2, **keys}),
+            context=text.max_position_embeddings,
+            source=config,
+        )
+
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
+        """The same with the user's preprocessing; `resolution` limits the picture's longer side.
+
+        Raises UsageError for values that cannot be.
+        """
+        refuse_max_tiles(max_tiles)
+        if image_strategy is not None:
+            raise UsageError("Fuyu takes pictures in their own shape: leave the image strategy out")
+        if resolution is None:
+            return self
+        patch = self.patch_size
+        if resolution < patch or resolution % patch:
+            raise UsageError(f"image size {resolution}: Fuyu takes multiples of {patch}")
+        width, height = self.image_size
+        return replace(self, image_size=(min(width, resolution), min(height, resolution)))
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether these are the weight names of the native layout."""
+    return any(name.startswith("language_model.model.") for name in names)
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's."""
+    return name.replace(".final_layernorm.", ".norm.", 1)
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights: nothing is folded."""
+    patches = weights.take_prefix("vision_embed_tokens.")
+    return {**patches, **weights.take_prefix("language_model.")}
+
+
+def fit_within(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) of a picture scaled down, where it must be, to fit `limit`.
+
+    (4000, 3000) in (1920, 1080) -> (1440, 1080); (300, 200) stays. Rounded down as in the original.
+    """
+    (width, height), (most_wide, most_high) = size, limit
+    if width <= most_wide and height <= most_high:
+        return size
+    scale = min(most_high / height, most_wide / width)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def patchify(x: mx.array, patch: int) -> mx.array:
+    """[H, W, C] -> [rows, columns, patch * patch * C]: each patch flattened by y, x, channel."""
+    H, W, C = x.shape
+    rows, columns = H // patch, W // patch
+    x = x.reshape(rows, patch, columns, patch, C).swapaxes(1, 2)
+    return x.reshape(rows, columns, patch * patch * C)
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.text.hidden_size
+        self.vision_embed_tokens = nn.Linear(config.patch_size**2 * CHANNELS, hidden)
+        self.language_model = LanguageModel(config.text)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image -> visual tokens [rows * (columns + 1), D], a newline after each row.
+
+        The newline is the vocabulary's own token.
+        """
+        stages = stages or Stages()
+        patches = patchify(mx.array(pixels.data), self.config.patch_size).astype(mx.float32)
+        x = (patches / 255 - 0.5) / 0.5
+        tokens = self.vision_embed_tokens(x.astype(self.vision_embed_tokens.weight.dtype))
+        stages.mark("vision", tokens)
+        rows, _, D = tokens.shape
+        newline = self.language_model.embed(mx.array([self.config.image_newline_id]))
+        ends = mx.broadcast_to(newline.astype(tokens.dtype), (rows, 1, D))
+        return mx.concatenate([tokens, ends], axis=1).reshape(-1, D)
+
+
+class Processor(prompt.Processor):
+    """The picture's rows, BOS, the text and <0x04>; without a picture BOS and the text alone."""
+
+    stop_tokens = ("|ENDOFTEXT|",)
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self._known(IMAGE_TOKEN, config.image_token_id)
+        self._known(NEWLINE_TOKEN, config.image_newline_id)
+        self._known(ANSWER)
+        self.bos_id = self._known(BOS)
+
+    def _known(self, token: str, wanted: int | None = None) -> int:
+        found = self.tokenizer.token_id(token)
+        if found is None or wanted not in (None, found):
+            raise UsageError(
+                f"the tokenizer does not have {token} where the model has it: copy the "
+                "tokenizer's files from the original model"
+            )
+        return found
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [H, W, 3], scaled down with PIL's bilinear filter, padded to whole patches."""
+        from PIL.Image import Resampling
+
+        size, patch = fit_within(image.size, self.config.image_size), self.config.patch_size
+        picture = np.asarray(
+            image if size == image.size else image.resize(size, Resampling.BILINEAR)
+        )
+        right, below = -size[0] % patch, -size[1] % patch
+        data = np.pad(picture, ((0, below), (0, right), (0, 0)), constant_values=PADDING)
+        return Pixels(data, image.size)
+
+    def render(self, messages: list[prompt.Message]) -> str:
+        """The question and a line end, as Fuyu's own examples have them."""
+        if len(messages) > 1:
+            raise UsageError(
+                "Fuyu was trained for one question and no conversation: give the question alone"
+            )
+        content = messages[0]["content"]
+        text = "".join(part["text"] for part in content if part["type"] == "text")
+        places = prompt.MARKER * sum(part["type"] != "text" for part in content)
+        return places + (text if text.endswith("\n") else text + "\n")
+
+    def split(self, text: str, images: int) -> list[str]:
+        """The text alone: the picture's place is fixed, so <image> may be left out of the text."""
+        if images > 1:
+            raise UsageError(
+                f"Fuyu was trained for one picture per question, not {images}: ask about each alone"
+            )
+        return ["".join(super().split(text, images))] if prompt.MARKER in text else [text]
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        rows, columns = self._grid(pixels)
+        return rows * (columns + 1)
+
+    def _grid(self, pixels: Pixels) -> tuple[int, int]:
+        height, width = pixels.data.shape[:2]
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        ids: list[int] = []
+        for image in pixels:
+            rows, columns = self._grid(image)
+            ids += ([self.config.image_token_id] * columns + [self.config.image_newline_id]) * rows
+        visual = np.arange(len(ids), dtype=np.int32)
+        text = segments[0] + ANSWER if pixels else segments[0]
+        return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual

@@ -1,0 +1,264 @@
+"""Idefics3 and SmolVLM: SigLIP on tiles -> pixel shuffle -> Llama. Up to 17 tiles per image.
+
+Unlike LLaVA, an image is enlarged and cut into tiles, each introduced by its row and column; the
+whole image comes last, as one more tile; the prompt is tokenised as one text. SmolVLM2 takes
+videos: frames of one tile each, with their time. Both model types are one architecture.
+Native layout: mlx-vlm's (`vision_model.*`, `connector.modality_projection.proj`,
+`language_model.*` without a `model.` in it, convolutions NHWC).
+Source: transformers, models/idefics3 and models/smolvlm.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import prompt
+from ..chat_template import render_chat_template
+from ..connectors.pixel_shuffle import PixelShuffle
+from ..errors import UsageError
+from ..image import Pixels
+from ..language.llama import LanguageModel
+from ..tiling import affordable_edge, single, split, split_grid
+from ..timings import Stages
+from ..tokenizer import Tokenizer
+from ..video import Video, number_in_words, read_video
+from ..vision.positions import patch_mask, position_ids
+from ..vision.vit import ViT, ViTConfig
+from ..vision.vit import fold as fold_vision
+from ..weights import Weights
+from .base import VisionLanguageModel
+from .idefics3_config import MARKED, Config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
+END = "<end_of_utterance>"
+BATCH_BYTES = 512 << 20  # activations of the vision tower that are held at once, about
+PARAMETERS = {
+    "connector.modality_projection.proj.": "connector.proj.",
+    "language_model.lm_head.": "language_model.lm_head.",
+    "language_model.": "language_model.model.",
+}
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether these are the weight names of the native layout."""
+    return any(name.startswith("vision_model.embeddings.") for name in names)
+
+
+def rename(name: str) -> str:
+    """A native weight's name -> its parameter's (the vision tower's are folded instead)."""
+    for prefix, own in PARAMETERS.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
+
+def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
+    """The model's parameters from renamed native weights."""
+    vision = fold_vision(weights, "vision_model.", config.vision)
+    return {
+        **{f"vision_model.{name}": array for name, array in vision.items()},
+        **weights.take_prefix("connector."),
+        **weights.take_prefix("language_model."),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Pixels):
+    """An image's tiles, row by row, and the whole image last; 0 rows when that is all there is."""
+
+    rows: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Frames(Pixels):
+    """A video's frames, one tile each, with the second each is from and the video's length."""
+
+    times: tuple[float, ...] = ()
+    duration: float = 0.0
+
+
+class Model(VisionLanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.vision.hidden_size
+        self.vision_model = ViT(config.vision)
+        self.connector = PixelShuffle(width, config.text.hidden_size, config.scale_factor)
+        self.language_model = LanguageModel(config.text)
+
+    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+        """Pixels of one image or video -> visual tokens [tiles * tokens per tile, D].
+
+        pixels.data: uint8 [tiles, H, W, 3]; pixels.mask: bool [tiles, H, W], which pixels are
+        picture. Tiles go through the tower a few at a time, so that memory does not grow with them.
+        """
+        stages = stages or Stages()
+        tokens: list[mx.array] = []
+        step = tiles_at_once(self.config.vision, pixels.data.shape[1:3])
+        for start in range(0, len(pixels.data), step):
+            mx.eval(tokens[-1:])
+            part = slice(start, start + step)
+            mask = None if pixels.mask is None else pixels.mask[part]
+            features = self.encode_tiles(pixels.data[part], mask)
+            stages.mark("vision", features)
+            tokens.append(self.connector(features).reshape(-1, self.config.text.hidden_size))
+            stages.mark("connector", tokens[-1])
+        return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+
+    def encode_tiles(self, tiles: np.ndarray, mask: np.ndarray | None = None) -> mx.array:
+        """uint8 [B, H, W, 3] and bool [B, H, W] -> image features [B, N, C]."""
+        config = self.config.vision
+        x = mx.array(tiles).astype(mx.float32)
+        x = (x * (1 / 255) - mx.array(self.config.mean)) / mx.array(self.config.std)
+        B, rows, columns = len(tiles), *(edge // config.patch_size for edge in tiles.shape[1:3])
+        positions = attended = None
+        if mask is not None:
+            x = mx.where(mx.array(mask)[..., None], x, 0)
+            patches = patch_mask(mask, config.patch_size)
+            attended = mx.array(patches.reshape(B, 1, 1, -1))
+        if mask is not None or (rows, columns) != (config.grid, config.grid):
+            patches = np.ones((B, rows, columns), bool) if mask is None else patches
+            positions = mx.array(position_ids(patches, config.grid))
+        dtype = self.vision_model.position_embedding.dtype
+        return self.vision_model(x.astype(dtype), positions, attended)
+
+
+def tiles_at_once(config: ViTConfig, shape: tuple[int, ...]) -> int:
+    """How many tiles of that height and width the tower takes together, by BATCH_BYTES in float32.
+
+    A layer holds attention scores (where attention is not fused) and the inner layer beside
+    about eight arrays of its width: some 90 MB for a SmolVLM-256M tile, so 5 at once.
+    """
+    patches = (shape[0] // config.patch_size) * (shape[1] // config.patch_size)
+    per_patch = config.num_attention_heads * patches + 2 * config.intermediate_size
+    return max(1, BATCH_BYTES // (4 * patches * (per_patch + 8 * config.hidden_size)))
+
+
+class Processor(prompt.Processor):
+    """Turns `User: ...<end_of_utterance>`; a tile is its marker and an <image> per visual token."""
+
+    stop_tokens = (END,)
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        image, around = tokenizer.token_id(IMAGE), tokenizer.token_id(AROUND)
+        if image is None or around is None:
+            raise UsageError(f"the tokenizer has no {IMAGE} or no {AROUND}: it is another model's")
+        self.image_id = image
+        bos = tokenizer.config.get("bos_token") or ""
+        self.bos: str = bos["content"] if isinstance(bos, Mapping) else bos
+        # What the tokenizer itself puts in front of a text (Idefics3's does, SmolVLM's does not).
+        self.prefix: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids[:1]
+
+    def read(self, source: Any, preprocess: prompt.Preprocess, stages: Stages) -> Pixels:
+        if not isinstance(source, Video):
+            return super().read(source, preprocess, stages)
+        sampling = self.config.video
+        if sampling is None:
+            raise UsageError("this model was not trained on videos: use SmolVLM2 (smolvlm2-500m)")
+        clip = read_video(source, sampling.fps, sampling.max_frames)
+        stages.mark("image decode")
+        tiles = [single(frame, sampling.longest_edge, self.config.tile) for frame in clip.frames]
+        stages.mark("preprocess")
+        size = clip.frames[0].size
+        return Frames(np.concatenate(tiles), size, None, tuple(clip.times), clip.duration)
+
+    def preprocess(self, image: "Image") -> Pixels:
+        """uint8 [tiles, tile, tile, 3]."""
+        config, longest = self.config, self.config.longest_edge
+        if config.strategy == "stretch":
+            return Tiles(single(image, longest, config.tile), image.size)
+        if config.strategy == "no-upscale":
+            longest = min(longest, max(image.size))
+        if config.max_tiles:
+            longest = affordable_edge(image.size, longest, config.tile, config.max_tiles)
+        rows, columns = split_grid(image.size, longest, config.tile)
+        if max(rows, columns) > MARKED:
+            raise UsageError(
+                f"an image of {image.width} x {image.height} makes {rows} x {columns} tiles, more "
+                f"than the {MARKED} in a row that the model knows: give a smaller --resolution"
+            )
+        tiles = split(image, longest, config.tile)
+        return Tiles(tiles, image.size, None, rows, columns)
+
+    def render(self, messages: list[prompt.Message]) -> str:
+        template = self.tokenizer.chat_template
+        if template and END not in template:  # a fine-tuned model with a format of its own
+            shown = [{**m, "content": [_as_image(part) for part in m["content"]]} for m in messages]
+            return render_chat_template(
+                template, shown, add_generation_prompt=True, bos_token=self.bos
+            )
+        return self.bos + "".join(map(_turn, messages)) + "Assistant:"
+
+    def tile_tokens(self, pixels: Pixels) -> int:
+        """How many visual tokens one tile makes: 64 of 512 x 512 pixels in SmolVLM-256M."""
+        step = self.config.vision.patch_size
+        scale = self.config.scale_factor
+        rows, columns = (edge // step // scale for edge in pixels.data.shape[1:3])
+        return int(rows * columns)
+
+    def visual_tokens(self, pixels: Pixels) -> int:
+        return len(pixels.data) * self.tile_tokens(pixels)
+
+    def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        """One text with a marker per tile, tokenised once; then each marker as often as needed."""
+        blocks = [_text_of(item) for item in pixels]
+        text = segments[0] + "".join(chain(*zip(blocks, segments[1:], strict=True)))
+        row = self.tokenizer.encode(text, special=True)
+        if row[:1] != self.prefix:
+            row = self.prefix + row
+        counts = iter([self.tile_tokens(item) for item in pixels for _ in item.data])
+        ids: list[int] = []
+        visual: list[int] = []
+        for token in row:
+            count = next(counts) if token == self.image_id else 1
+            if token == self.image_id:
+                visual += range(len(ids), len(ids) + count)
+            ids += [token] * count
+        return ids, np.array(visual, np.int32)
+
+
+def _as_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": "image"} if part["type"] == "video" else part
+
+
+def _turn(message: prompt.Message) -> str:
+    """`User:<image>What is it?<end_of_utterance>`; a space first unless an image comes first."""
+    parts = message["content"]
+    gap = "" if parts and parts[0]["type"] == "image" else " "
+    said = "".join(part["text"] if part["type"] == "text" else IMAGE for part in parts)
+    return f"{message['role'].capitalize()}:{gap}{said}{END}\n"
+
+
+def _text_of(pixels: Pixels) -> str:
+    """What stands for an image or a video in the text, with one <image> per tile."""
+    whole = f"{AROUND}{WHOLE}{IMAGE}{AROUND}"
+    if isinstance(pixels, Frames):
+        length = timedelta(seconds=int(pixels.duration))
+        frames = (f"\nFrame from {_clock(second)}:{whole}" for second in pixels.times)
+        intro = (
+            f"You are provided the following series of {number_in_words(len(pixels.times))} frames "
+            f"from a {length} [H:MM:SS] video.\n"
+        )
+        return intro + "".join(frames) + "\n\n"
+    if not isinstance(pixels, Tiles) or not pixels.rows:
+        return whole
+    lines = (
+        "".join(f"{AROUND}<row_{row + 1}_col_{col + 1}>{IMAGE}" for col in range(pixels.columns))
+        for row in range(pixels.rows)
+    )
+    return "".join(f"{line}\n" for line in lines) + f"\n{whole}"
+
+
+def _clock(seconds: float) -> str:
+    """65.4 -> "01:05"."""
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"

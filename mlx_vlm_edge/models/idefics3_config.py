@@ -1,0 +1,153 @@
+"""What Idefics3 and SmolVLM need of config.json and of the preprocessor_config.json beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import UsageError
+from ..language.llama import TextConfig
+from ..vision.vit import ViTConfig
+from .base import eos_ids
+
+SIZES = 4  # the longest edge, in tiles, that the published processors have
+MARKED = 6  # rows and columns that the vocabulary and the training have markers for
+STRATEGIES = ("split", "no-upscale", "stretch")
+
+# What transformers leaves out of a saved config, because it is the default of its class.
+VISION_DEFAULTS = {
+    "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "image_size": 224, "patch_size": 32,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+TEXT_DEFAULTS = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048,
+}  # fmt: skip
+FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 1}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Frames of a video that are taken per second, and in all; the longest edge of one."""
+
+    fps: float
+    max_frames: int
+    longest_edge: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the model needs of config.json and preprocessor_config.json; `source` has all of it.
+
+    tile: the edge of a tile. longest_edge: of an image before it is cut. max_tiles: per image,
+    the whole one included, None for no limit. video: None for models that were not trained on it.
+    """
+
+    text: TextConfig
+    vision: ViTConfig
+    scale_factor: int
+    tile: int
+    longest_edge: int
+    strategy: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    video: Sampling | None
+    eos_token_ids: tuple[int, ...]
+    context: int
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+    max_tiles: int | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a native config.json, which has `preprocessor_config` from the file beside it.
+
+        Raises UsageError for a missing key or an unknown value.
+        """
+        for part in ("text_config", "vision_config"):
+            if not isinstance(config.get(part), Mapping):
+                raise UsageError(f"config.json lacks {part!r}")
+        own, processor = config["vision_config"], config.get("preprocessor_config") or {}
+        for key, value in FIXED.items():
+            if processor.get(key, value) != value:
+                raise UsageError(f"preprocessor_config.json: {key} {processor[key]!r} is not known")
+        text, vision = _text(config), _vision(own)
+        tile = _edge(
+            processor.get("max_image_size"), _edge(own.get("max_image_size"), vision.image_size)
+        )
+        scale = config.get("scale_factor", 2)
+        if tile < vision.patch_size or tile // vision.patch_size % scale:
+            raise UsageError(
+                f"config.json: scale_factor {scale} does not divide tiles of {tile} pixels"
+            )
+        return cls(
+            text=text,
+            vision=vision,
+            scale_factor=scale,
+            tile=tile,
+            longest_edge=_edge(processor.get("size"), _edge(own.get("size"), SIZES * tile)),
+            strategy="split" if processor.get("do_image_splitting", True) else "stretch",
+            mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
+            std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
+            video=_sampling(processor, tile) if config.get("model_type") == "smolvlm" else None,
+            eos_token_ids=eos_ids(config),
+            context=text.max_position_embeddings,
+            source=config,
+        )
+
+    def adapted(
+        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
+    ) -> "Config":
+        """The same with the user's preprocessing. Raises UsageError for values that cannot be.
+
+        image_strategy: "split" cuts an enlarged image up, "no-upscale" leaves small ones small,
+        "stretch" makes one tile of any. resolution: the longest edge of an image before it is cut.
+        """
+        if image_strategy not in (None, *STRATEGIES):
+            raise UsageError(
+                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}, which "
+                "are what Idefics3 and SmolVLM have"
+            )
+        if resolution is not None and not 1 <= resolution <= MARKED * self.tile:
+            raise UsageError(
+                f"image size {resolution}: this model's tiles are {self.tile} pixels wide, and it "
+                f"knows {MARKED} of them side by side: give at most {MARKED * self.tile}"
+            )
+        if max_tiles is not None and max_tiles < 1:
+            raise UsageError(f"max tiles {max_tiles}: an image is at least one tile")
+        return replace(
+            self,
+            strategy=image_strategy or self.strategy,
+            longest_edge=resolution or self.longest_edge,
+            max_tiles=max_tiles,
+        )
+
+
+def _text(config: Mapping[str, Any]) -> TextConfig:
+    given = config["text_config"]
+    if given.get("model_type", "llama") != "llama":
+        raise UsageError(f"text_config: model_type {given['model_type']!r} is not known")
+    tied = config.get("tie_word_embeddings", False)
+    return TextConfig.from_dict({**TEXT_DEFAULTS, **given, "tie_word_embeddings": tied}, "llama")
+
+
+def _vision(given: Mapping[str, Any]) -> ViTConfig:
+    config = {**VISION_DEFAULTS, **given}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size",
+             "hidden_act", "layer_norm_eps")  # fmt: skip
+    return ViTConfig(
+        layers=config["num_hidden_layers"],
+        class_token=False,
+        post_norm=True,
+        **{name: config[name] for name in names},
+    )
+
+
+def _edge(size: Any, default: int) -> int:
+    """The pixels of {"longest_edge": ...}, or the default without one."""
+    return int((size or {}).get("longest_edge") or default)
+
+
+def _sampling(processor: Mapping[str, Any], tile: int) -> Sampling:
+    given = processor.get("video_sampling") or {}
+    edge = _edge(given.get("video_size"), tile)
+    return Sampling(float(given.get("fps", 1)), int(given.get("max_frames", 64)), edge)
