@@ -50,7 +50,7 @@ GRID_SIDE = 6  # of the largest grid of tiles, where a config lists none
 STRATEGIES = ("anyres", "pad")
 PADDING = (127, 127, 127)  # int(255 * 0.5), the processor's mean; tiles are padded black
 SYSTEM = "You are a helpful assistant."
-TILES_AT_ONCE = 4  # in the vision tower; a tile's activations take some 30 MB in float32
+TILES_AT_ONCE = 4  # in the vision tower, so that its activations do not grow with the image
 FIXED = {
     "vision_feature_select_strategy": "full",
     "projector_hidden_act": "gelu",
