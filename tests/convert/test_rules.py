@@ -133,7 +133,8 @@ def test_placeholders_and_image_strategies_of_both_conventions(
     config = native(apple)[0]
     assert (config["image_token_index"], config["image_aspect_ratio"]) == (-200, "pad")
     config = native(transformers_folder)[0]
-    assert (config["image_token_index"], config["image_aspect_ratio"]) == (300, "center_crop")
+    assert (config["image_token_index"], config["image_aspect_ratio"]) == (-200, "center_crop")
+    assert config["image_token_id"] == 300
     (transformers_folder / "preprocessor_config.json").write_text(
         json.dumps({"do_pad": True, "crop_size": {"height": 256, "width": 256}})
     )

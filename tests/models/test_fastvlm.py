@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -458,3 +459,18 @@ def test_golden_geometry(from_golden, golden):
     assert list(model.config.vision.layers) == arch["layers"]
     assert list(model.config.vision.embed_dims) == arch["embed_dims"]
     assert model.config.image_size == 192
+
+
+def test_the_placeholder_may_be_a_vocabulary_entry(loaded, picture):
+    """mlx-community's folders say -200, Apple's app exports and fast_vlm an entry for <image>."""
+    model, processor = loaded
+    image = picture(1)
+    kept = processor.config
+    want = model(processor(QUESTION, images=[image]))
+    try:
+        processor.config = replace(kept, image_token_index=9)
+        inputs = processor(QUESTION, images=[image])
+    finally:
+        processor.config = kept
+    assert (inputs.input_ids[0, inputs.visual] == 9).all()
+    assert mx.array_equal(model(inputs), want)

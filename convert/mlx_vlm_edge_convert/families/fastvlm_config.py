@@ -178,8 +178,9 @@ def _from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any
         "model_type": "llava_qwen2",
         "image_size": _image_size(config, preprocessor),
     }
-    placeholder = config.get("image_token_id", 151646)
-    native["image_token_index"] = config.get("image_token_index", placeholder)
+    # mlx-vlm and mlx-swift-lm put -200 for an image whatever the config says.
+    native["image_token_id"] = config.get("image_token_index", config.get("image_token_id", 151646))
+    native["image_token_index"] = -200
     native.setdefault("image_aspect_ratio", _aspect_ratio(preprocessor))
     return native
 
