@@ -12,10 +12,6 @@ from mlx_vlm_edge.hub import locate
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMO = locate("demo")
 
-pytestmark = pytest.mark.skipif(
-    not (DEMO / "config.json").is_file(), reason="the demo model is not in this checkout"
-)
-
 # Picture of examples/images (drawn by samples.py), question, right answer.
 SAMPLES = [
     ("text.png", "What does it say?", "K7QX"),

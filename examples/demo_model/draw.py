@@ -34,6 +34,7 @@ CONTRAST = 130  # least distance of colour and background, RGB units
 TEXT_CONTRAST = 60  # least difference in luminance of text and background
 COLOUR_JITTER = 20
 KINDS = ("text", "shapes", "position")
+LENGTHS = (1, 1.5, 2, 3, 4, 4)  # how often a reading scene has 1 ... 6 characters
 
 Box = tuple[float, float, float, float]
 
@@ -122,7 +123,7 @@ def text_scene(rng: Random, text: str = "", length: int = 0) -> Scene:
     index = rng.randrange(len(font_files()))
     face, tracking = font(index, 200), rng.uniform(0.0, 0.08)
     widths = [face.getlength(c) / 200 + tracking for c in text]
-    em = min(rng.uniform(0.2, 0.28), 0.92 / sum(widths))
+    em = min(rng.uniform(0.22, 0.28), 0.93 / sum(widths))
     slack = (0.96 - em * sum(widths)) / 2
     x = 0.5 - em * (sum(widths) - tracking) / 2 + min(slack, 0.05) * rng.uniform(-1, 1)
     height = em * (face.getbbox("H", anchor="ls")[3] - face.getbbox("H", anchor="ls")[1]) / 200
@@ -177,6 +178,14 @@ def scene(seed: int | str, kind: str = "") -> Scene:
     kind = kind or rng.choices(KINDS, (0.55, 0.27, 0.18))[0]
     makers = {"text": text_scene, "shapes": shapes_scene, "position": position_scene}
     return makers[kind](rng)
+
+
+def reading_scene(seed: int | str) -> Scene:
+    """The scene of a seed for the late stages of training: mostly text, and mostly long."""
+    rng = Random(seed)
+    if rng.random() < 0.72:
+        return text_scene(rng, length=rng.choices(range(1, MAX_TEXT + 1), LENGTHS)[0])
+    return scene(f"{seed}-o", rng.choice(KINDS[1:]))
 
 
 def outline(shape: str) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ from decoder import DemoModel
 from draw import draw, scene
 from language import VISUAL
 from network import Shape
+from PIL import Image
 from prompts import Prompter, save_tokenizer
 from vision import pixels_of, to_float
 
@@ -34,7 +35,7 @@ def config(shape: Shape, prompter: Prompter) -> dict[str, object]:
         "num_classes": 1000,
         "patch_size": 64,
         "pos_embs_shapes": [None, None, None, [7, 7], [7, 7]],
-        "projection_dim": shape.vision_dim // 4,
+        "projection_dim": 32,
         "repmixer_kernel_size": 3,
         "token_mixers": ["repmixer"] * 3 + ["attention"] * 2,
     }
@@ -91,8 +92,6 @@ def reference(model: DemoModel, prompter: Prompter, path: Path) -> None:
     square = np.zeros((width, width, 3), np.uint8)
     top = (width - height) // 2
     square[top : top + height] = image
-    from PIL import Image
-
     pixels = to_float(torch.from_numpy(pixels_of(Image.fromarray(square)))[None])
     features, middle = model.tower(pixels)
     visual = model.connect(features)
@@ -131,4 +130,3 @@ def export(model: DemoModel, prompter: Prompter, folder: Path, note: str) -> Non
     save_tokenizer(prompter.tokenizer, folder)
     reference(model, prompter, folder / "reference.npz")
     (folder / "NOTE.txt").write_text(note + "\n")
-    model.train()

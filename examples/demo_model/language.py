@@ -1,4 +1,4 @@
-"""Stages 2 and 3: questions and answers about drawn scenes, packed several to a picture.
+"""Stages 2, 3 and 5: questions and answers about drawn scenes, packed several to a picture.
 
 A row holds the prompt up to the image, the visual tokens, and then one branch per question; a
 branch sees the shared beginning and itself, at the positions it would have alone.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from decoder import DemoModel
-from draw import KINDS, draw, scene
+from draw import KINDS, draw, reading_scene, scene
 from prompts import Prompter
 from questions import answers, pairs, phrase
 from torch import Tensor
@@ -25,16 +25,17 @@ Sample = dict[str, np.ndarray]
 
 
 class Questions(IterableDataset[Sample]):
-    """Packed questions about scenes `language-start`, `language-(start+1)`, ..."""
+    """`count` packed questions about each of the scenes `stage-start`, `stage-(start+1)`, ..."""
 
-    def __init__(self, prompter: Prompter, start: int, count: int) -> None:
-        self.prompter, self.start, self.count = prompter, start, count
+    def __init__(self, prompter: Prompter, stage: str, start: int, count: int) -> None:
+        self.prompter, self.stage, self.start, self.count = prompter, stage, start, count
 
     def __iter__(self) -> Iterator[Sample]:
         index, before = self.start, self.prompter.before
         while True:
-            seed = f"language-{index}"
-            one, rng = scene(seed), Random(f"{seed}-questions")
+            seed = f"{self.stage}-{index}"
+            one = reading_scene(seed) if self.stage == "polish" else scene(seed)
+            rng = Random(f"{seed}-questions")
             ids, branch = before + [0] * VISUAL, [0] * (len(before) + VISUAL)
             positions, targets = list(range(len(ids))), [-100] * len(ids)
             shared = len(ids)
@@ -68,10 +69,10 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
 
 
 def question_batches(
-    prompter: Prompter, start: int, size: int, count: int
+    prompter: Prompter, stage: str, start: int, size: int, count: int
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of `size` pictures with `count` questions each, drawn by a background process."""
-    data = Questions(prompter, start, count)
+    data = Questions(prompter, stage, start, count)
     return iter(DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate))
 
 
@@ -120,5 +121,4 @@ def exact_match(model: DemoModel, prompter: Prompter, scenes: int) -> dict[str, 
             said = say(model, prompter, visual, phrase(category, one, rng))
             name = "no text" if category == "read" and not one.text else category
             right.setdefault(name, []).append(said == answer)
-    model.train()
     return {name: sum(hits) / len(hits) for name, hits in right.items()}

@@ -86,9 +86,7 @@ class MobileOne(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.rbr_conv = nn.ModuleList([ConvBN(cin, cout, kernel, stride, groups)] * conv)
-        self.rbr_scale = (
-            ConvBN(cin, cout, 1, stride, groups) if scale and kernel > 1 else None
-        )
+        self.rbr_scale = ConvBN(cin, cout, 1, stride, groups) if scale and kernel > 1 else None
         self.rbr_skip = nn.BatchNorm2d(cout) if cin == cout and stride == 1 else None
         self.se = SqueezeExcite(cout) if se else nn.Identity()
         self.act = nn.GELU() if act else nn.Identity()

@@ -1,8 +1,9 @@
-"""Train the demo model on drawn pictures in three stages, then write the checkpoint.
+"""Train the demo model on drawn pictures in five stages, then write the checkpoint.
 
 1. vision: the tower alone, on labels that the drawing knows; 2. align: connector and decoder on
-questions and answers, tower frozen; 3. joint: everything. A stage that was stopped goes on from
-its last checkpoint in --out; a finished stage is not repeated.
+questions and answers, tower frozen; 3. joint: everything; 4. settle: connector and decoder again,
+on stored features; 5. polish: everything, gently. A stage that was stopped goes on from its last
+checkpoint in --out; a finished stage is not repeated.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import torch
 from decoder import DemoModel
-from draw import KINDS, draw, scene
 from export import export
-from language import answer_loss, exact_match, question_batches, say
+from language import answer_loss, exact_match, question_batches
 from network import Shape, VisionTower
 from prompts import Prompter, train_tokenizer
+from settle import store, stored_batches, stored_loss
 from torch import Tensor, nn
-from vision import Heads, accuracy, batches, losses, pixels_of, to_float
+from vision import Heads, accuracy, batches, losses, to_float
 
 Batch = dict[str, Tensor]
 WEIGHTS = {"text": 1.0, "cells": 1.0, "order": 1.0}  # of the vision losses; others 0.5
-JOINT_TOWER_RATE = 0.4  # learning rate of the tower in stage 3, as a share of the decoder's
-JOINT_VISION = 0.5  # weight of the vision losses in stage 3
+TOWER_RATE = {"joint": 0.4, "polish": 1.0}  # the tower's learning rate, in the decoder's
+JOINT_VISION = 0.5  # weight of the vision losses in stages 3 and 5
+DECAY = {"polish": 0.985}  # of the averaged weights; other stages 0.998
 
 
 def rate(step: int, steps: int) -> float:
@@ -148,27 +149,28 @@ def print_figures(title: str, figures: dict[str, float]) -> None:
 def language_run(
     args: argparse.Namespace, stage: str, model: DemoModel, heads: Heads, steps: int
 ) -> Run:
-    """The modules and optimiser of stage 2 ("align") or 3 ("joint")."""
-    joint = stage == "joint"
+    """The modules and optimiser of one of the stages 2 to 5."""
+    joint = stage in TOWER_RATE
     model.tower.requires_grad_(joint)
     module = nn.ModuleDict({"model": model, "heads": heads}).to(memory_format=torch.channels_last)
-    peak = args.joint_rate if joint else args.align_rate
-    tower, rest = groups(model.tower, peak * JOINT_TOWER_RATE, 0.05), []
+    peak = float(getattr(args, f"{stage}_rate"))
+    share = TOWER_RATE.get(stage, 0.0)
+    tower, rest = groups(model.tower, peak * share, 0.05), []
     for part in (model.model.mm_projector, model.model.embed_tokens, model.model.layers):
         rest += groups(part, peak, 0.05)
     rest += groups(model.model.norm, peak, 0.0)
-    tower += groups(heads, peak * JOINT_TOWER_RATE, 0.05)
+    tower += groups(heads, peak * share, 0.05)
     tuner = torch.optim.AdamW(rest + tower * joint, betas=(0.9, 0.98), fused=True)
-    return Run(args.out / f"{stage}.pt", module, tuner, steps)
+    return Run(args.out / f"{stage}.pt", module, tuner, steps, DECAY.get(stage, 0.998))
 
 
 def train_language(args: argparse.Namespace, run: Run, prompter: Prompter, stage: str) -> None:
-    """Stages 2 and 3, to the end of their steps."""
-    model, heads, joint = run.module["model"], run.module["heads"], stage == "joint"
-    start, offset = len(prompter.before), 10_000_000 if joint else 0
+    """Stages 2, 3 and 5, to the end of their steps."""
+    model, heads, joint = run.module["model"], run.module["heads"], stage in TOWER_RATE
+    start = len(prompter.before)
     questions = args.joint_questions if joint else args.questions
     size = args.batch if joint else args.align_batch
-    source = question_batches(prompter, offset + run.step * size, size, questions)
+    source = question_batches(prompter, stage, run.step * size, size, questions)
     model.train()
     model.tower.train(joint)
     while run.step < run.steps:
@@ -189,6 +191,19 @@ def train_language(args: argparse.Namespace, run: Run, prompter: Prompter, stage
             model.tower.train(joint)
 
 
+def train_settle(args: argparse.Namespace, run: Run, prompter: Prompter) -> None:
+    """Stage 4: connector and decoder on stored features, to the end of its steps."""
+    model, start = run.module["model"], len(prompter.before)
+    scenes, features = store(model, args.stored)
+    source = stored_batches(scenes, features, prompter, args.batch, run.step)
+    while run.step < run.steps:
+        loss, right = stored_loss(model, next(source), start)
+        run.update(loss, {"answers": loss.item(), "tokens": right.item()})
+        if run.step % (2 * args.check) == 0 or run.step == run.steps:
+            run.save()
+            checkpoint(args, run, prompter, f"settle, step {run.step}", 150)
+
+
 def checkpoint(
     args: argparse.Namespace, run: Run, prompter: Prompter, title: str, scenes: int
 ) -> None:
@@ -200,31 +215,27 @@ def checkpoint(
     lines = [f"{title}; exact match on {scenes} held-out scenes:"]
     lines += [f"  {name}: {share:.1%}" for name, share in figures.items()]
     export(model, prompter, args.out / "export", "\n".join(lines))
-    rng = Random(run.step)
-    for kind in KINDS:
-        one = scene(f"look-{run.step}-{kind}", kind)
-        with torch.no_grad():
-            pixels = torch.from_numpy(pixels_of(draw(one)))[None]
-            visual = model.connect(model.tower(to_float(pixels))[0])
-        question = rng.choice(("Describe the image.", "What does it say?", "How many are there?"))
-        said = say(model, prompter, visual, question)
-        print(f"  {kind} {one.text or one.shape} {one.count} | {question} -> {said}", flush=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoints; export in OUT/export")
-    parser.add_argument("--vision-steps", type=int, default=3000, help="batches of stage 1")
-    parser.add_argument("--align-steps", type=int, default=1500, help="batches of stage 2")
-    parser.add_argument("--joint-steps", type=int, default=1000, help="batches of stage 3")
-    parser.add_argument("--batch", type=int, default=64, help="pictures in a batch, stages 1 and 3")
-    parser.add_argument("--align-batch", type=int, default=32, help="the same, stage 2")
+    parser.add_argument("--vision-steps", type=int, default=2400, help="batches of stage 1")
+    parser.add_argument("--align-steps", type=int, default=600, help="batches of stage 2")
+    parser.add_argument("--joint-steps", type=int, default=500, help="batches of stage 3")
+    parser.add_argument("--settle-steps", type=int, default=2000, help="batches of stage 4")
+    parser.add_argument("--polish-steps", type=int, default=350, help="batches of stage 5")
+    parser.add_argument("--stored", type=int, default=25600, help="pictures of stage 4")
+    parser.add_argument("--batch", type=int, default=64, help="pictures in a batch")
+    parser.add_argument("--align-batch", type=int, default=32, help="the same in stage 2")
     parser.add_argument("--questions", type=int, default=4, help="per picture, stage 2")
-    parser.add_argument("--joint-questions", type=int, default=2, help="the same, stage 3")
+    parser.add_argument("--joint-questions", type=int, default=2, help="the same in stages 3 and 5")
     parser.add_argument("--vision-rate", type=float, default=2e-3, help="peak rate, stage 1")
     parser.add_argument("--align-rate", type=float, default=2e-3, help="peak rate, stage 2")
-    parser.add_argument("--joint-rate", type=float, default=1e-3, help="peak rate, stage 3")
-    parser.add_argument("--check", type=int, default=250, help="batches between checks, 2 and 3")
+    parser.add_argument("--joint-rate", type=float, default=1.2e-3, help="peak rate, stage 3")
+    parser.add_argument("--settle-rate", type=float, default=1.5e-3, help="peak rate, stage 4")
+    parser.add_argument("--polish-rate", type=float, default=4e-4, help="peak rate, stage 5")
+    parser.add_argument("--check", type=int, default=250, help="batches between checks")
     parser.add_argument("--test", type=int, default=0, metavar="N",
                         help="scenes of a last evaluation in PyTorch")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")
@@ -243,9 +254,12 @@ def main() -> None:
     vision.averaged("tower", model.tower)
     vision.averaged("heads", heads)
     run = vision
-    for stage, steps in (("align", args.align_steps), ("joint", args.joint_steps)):
+    for stage in ("align", "joint", "settle", "polish"):
+        steps = int(getattr(args, f"{stage}_steps"))
         run = language_run(args, stage, model, heads, steps)
-        if run.step < steps:
+        if run.step < steps and stage == "settle":
+            train_settle(args, run, prompter)
+        elif run.step < steps:
             train_language(args, run, prompter, stage)
         run.averaged("model", model)
         run.averaged("heads", heads)
