@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 CODE := mlx_vlm_edge convert
-IMAGE ?= examples/images/demo.png
+IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 

@@ -67,7 +67,7 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     if name == DEMO:
         return _DEMO_FOLDER
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{name}: no config.json in it; name a folder with a model")
         return path
@@ -146,9 +146,9 @@ def is_complete(folder: Path) -> bool:
         if (folder / index).is_file():
             try:
                 shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 return False
-            return all((folder / shard).is_file() for shard in shards)
+            return all((folder / str(shard)).is_file() for shard in shards)
         if any(path.suffix in suffixes and path.is_file() for path in folder.iterdir()):
             return True
     return False

@@ -80,6 +80,10 @@ class Processor(ABC):
         stages = stages or Stages()
         kinds = ["video" if isinstance(source, Video) else "image" for source in images]
         text = self._text(prompt, kinds, raw)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
+            raise UsageError("the prompt is not valid Unicode text; write it in UTF-8") from None
         segments = self.split(text, len(images))
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:

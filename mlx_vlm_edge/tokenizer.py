@@ -68,8 +68,8 @@ class Tokenizer:
             backend = sentencepiece.backend(folder / "tokenizer.model")
         else:
             raise UsageError(
-                f"{folder}: no tokenizer.json (nor tokenizer.model, nor vocab.json with "
-                "merges.txt): copy the tokenizer's files from the original model"
+                f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
+                "copy the tokenizer's files from the original model"
             )
         _add_missing_tokens(backend, config, folder)
         return cls(backend, config | _template_files(folder))

@@ -4,11 +4,12 @@ Nothing here converts: a folder in the native layout is read as it stands.
 """
 
 import json
+import operator
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -45,12 +46,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise UsageError(f"{path}: damaged safetensors header; download it again") from error
+    if not isinstance(header, dict):
+        raise UsageError(f"{path}: damaged safetensors header; download it again")
     header.pop("__metadata__", None)
     return {name: _checked(path, name, entry, size - 8 - length) for name, entry in header.items()}
 
 
-def _checked(path: Path, name: str, entry: dict[str, list[int]], available: int) -> TensorInfo:
-    dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+def _checked(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
+        if min(begin, *shape, 0) < 0:
+            raise ValueError("a negative number")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: damaged safetensors header at {name} ({error}); download it again"
+        ) from error
     if dtype not in _BYTES:
         raise UsageError(f"{path}: {name} has type {dtype}, which MLX cannot hold")
     nbytes = _BYTES[dtype]
@@ -68,8 +79,8 @@ def _checked(path: Path, name: str, entry: dict[str, list[int]], available: int)
 def read_index(index: Path) -> list[Path]:
     """The shards named by an index file, in order. Raises UsageError when one is missing."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index}: not a readable shard index; download it again") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -95,7 +106,12 @@ def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
         doubled = read_header(path).keys() & weights.keys()
         if doubled:
             raise UsageError(f"{path}: {min(doubled)} is in another shard as well")
-        weights.update(cast(dict[str, mx.array], mx.load(str(path))))
+        try:
+            weights.update(cast(dict[str, mx.array], mx.load(str(path))))
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"{path}: MLX cannot read it ({str(error).splitlines()[0]})"
+            ) from error
     return weights
 
 

@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32 on NVIDIA GPUs as well
 
 GOLDEN = Path(__file__).parent / "golden" / "fastvlm_tiny"
 SHOWN = ("mlx", "numpy", "pillow", "tokenizers", "mlx-lm", "torch", "transformers", "timm")

@@ -1,10 +1,8 @@
 """Loading: strict about every weight, one clear line for everything that is wrong, no network."""
 
 import json
-import pickle
 import shutil
 import socket
-import zipfile
 
 import mlx.core as mx
 import numpy as np
@@ -200,27 +198,6 @@ def test_the_app_export_has_no_vision_weights(save, native_weights):
             "mm_projector.2.", "multi_modal_projector.linear_2."
         )] = array  # fmt: skip
     refused(save(weights, vision_config=None), "vision")
-
-
-class Payload:
-    """What a malicious pickle does: run something when it is read."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
-
-
-def test_a_malicious_pickle_is_refused_and_not_run(hf_folder, tmp_path):
-    folder = shutil.copytree(hf_folder, tmp_path / "evil")
-    (folder / "model.safetensors").unlink()
-    marker = tmp_path / "ran"
-    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Payload(marker)}))
-        archive.writestr("archive/version", "3\n")
-    refused(folder, "pytorch_model.bin")
-    assert not marker.exists()
 
 
 def test_an_unknown_name(tmp_path, monkeypatch):

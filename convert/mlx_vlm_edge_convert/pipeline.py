@@ -15,10 +15,13 @@ from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification
 from .checkpoint import read_checkpoint, read_json
+from .families import fastvlm
 from .quantize import cast, dequantize, quantize
+from .reparam import is_training_form
 from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
 
+_BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
 # Published layouts that share their model_type with another family.
 ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
 
@@ -44,6 +47,9 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
     Raises UsageError for what is missing, damaged, unknown or contradictory.
     """
+    for key in _BLOCKS:
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise UsageError(f"{folder}/config.json: {key} is not an object")
     module, weights = source_family(config), read_checkpoint(folder)
     foreign = (config.get("quantization_config") or {}).get("quant_method")
     if foreign and not module.is_native(weights):
@@ -88,11 +94,18 @@ def convert(
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")
-            limit = verification.tolerance(bits, dtype)
-            original = to_native(folder, read_config(folder))
-            verification.verify(original, partial, module.probe(config), limit, say)
+            verification.verify(
+                lambda: to_native(folder, read_config(folder)), partial, module.probe(config),
+                verification.tolerances(bits, dtype), say, _unmerged(folder),
+            )  # fmt: skip
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
+
+
+def _unmerged(folder: Path) -> Arrays:
+    """The source's weights with their branches apart, {} where it is not in the training form."""
+    weights = read_checkpoint(folder)
+    return fastvlm.place(weights) if is_training_form(weights) else {}
 
 
 def _reshape(

@@ -1,8 +1,9 @@
-"""A written model against its source, part by part: vision tower, connector, language model.
+"""A written model against its source, part by part: vision tower, connector, decoder, logits.
 
 Both run the same random inputs in float32: the family's probe image through `encode_image`, whose
 stages are compared as they are marked, and random tokens through the decoder, layer by layer, so
-that no more than one layer of each is held in float32 at once.
+that no more than one layer of each is held in float32 at once. A source in the training form also
+has its branches run one by one, each sum against the written kernel.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,32 +16,47 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.language.decoder import LanguageModel
 from mlx_vlm_edge.load import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.weights import find_shards, read_safetensors
 
+from . import branches
+
 TOKENS = 16
-_SAME = 1e-5
+BRANCHES = "merged branches"
+Native = tuple[Mapping[str, Any], Mapping[str, mx.array]]
+
 _PARTS = {"vision": "vision tower"}  # stages whose part has another name
-# Relative errors that a sound conversion stays below (measured on random weights, whose errors are
-# larger than trained ones'); a mistake in a layout gives about 1.
+_SAME = 1e-5
+# Relative errors that a sound conversion stays below, from random weights, which suffer more than
+# trained ones. Unrelated outputs are off by 1.4. Quantised layers are held to the first number one
+# by one, on the source's own inputs, and the logits to the second, where their errors add up.
 _DTYPES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
-_BITS = {8: 0.05, 6: 0.15, 5: 0.3, 4: 0.5, 3: 0.8, 2: 1.2}
+_BITS = {
+    8: (0.03, 0.2),
+    6: (0.08, 0.5),
+    5: (0.15, 0.8),
+    4: (0.3, 1.1),
+    3: (0.6, 1.3),
+    2: (1.2, 1.5),
+}
 
 
-class Tolerance(NamedTuple):
-    """The largest relative error of the unquantised parts, and of the language model."""
+def tolerances(bits: int | None, dtype: str | None) -> dict[str, float]:
+    """What the error of a part must stay below, for a conversion to bits and dtype.
 
-    parts: float
-    language_model: float
-
-
-def tolerance(bits: int | None, dtype: str | None) -> Tolerance:
-    """What the errors must stay below for a conversion to these bits and this dtype."""
-    parts = _SAME if dtype is None else _DTYPES[dtype]
-    return Tolerance(parts, parts if bits is None else max(parts, _BITS[bits]))
+    "parts" is for every part that is not named.
+    """
+    cast = _SAME if dtype is None else _DTYPES[dtype]
+    layer, logits = (cast, cast) if bits is None else (max(cast, limit) for limit in _BITS[bits])
+    return {
+        "parts": cast,
+        "decoder layers": layer,
+        "logits": logits,
+    }
 
 
 class Error(NamedTuple):
@@ -52,34 +68,59 @@ class Error(NamedTuple):
 
 
 def verify(
-    source: tuple[Mapping[str, Any], Mapping[str, mx.array]],
+    source: Callable[[], Native],
     written: Path,
     probe: Pixels,
-    limit: Tolerance,
+    limits: Mapping[str, float],
     report: Callable[[str], None],
+    unmerged: Mapping[str, mx.array] | None = None,
 ) -> list[Error]:
-    """Compare the model in the folder `written` with native config and weights.
+    """Compare the model in the folder `written` with the config and weights that `source` reads.
 
     probe: an image as the family's preprocessing makes them.
-
-    Raises UsageError when a part is off by more than `limit`.
+    unmerged: the source's weights with their branches apart, where it is in the training form.
+    Raises UsageError when a part is off by more than its limit.
     """
-    config = read_config(written)
-    arrays = read_safetensors(find_shards(written))
-    model = build(family(config["model_type"]), config, arrays)
-    reference = build(family(source[0]["model_type"]), *source)
-    del arrays, source
-    errors = list(compare(model, reference, probe))
+    errors: list[Error] = []
+    if unmerged:
+        kernels = _read(written)[1]
+        errors.append(_branch_error(unmerged, kernels))
+        limits = {**limits, BRANCHES: _rounding(kernels)}
+        del kernels
+    errors += compare(_build(_read(written)), _build(source()), probe)
     for error in errors:
         report(f"  {error.part}: max abs {error.largest:.2e}, relative {error.relative:.2e}")
     for error in errors:
-        allowed = limit.language_model if error.part == "language model" else limit.parts
+        allowed = limits.get(error.part, limits["parts"])
         if not error.relative <= allowed:  # NaN fails too
             raise UsageError(
-                f"the written {error.part} is off by {error.relative:.2e} (relative), more than "
-                f"{allowed:.0e}; nothing was kept"
+                f"the written model is wrong: {error.part} off by {error.relative:.2e} (relative), "
+                f"more than {allowed:.0e}; nothing was kept"
             )
     return errors
+
+
+def _read(folder: Path) -> Native:
+    return read_config(folder), read_safetensors(find_shards(folder))
+
+
+def _build(native: Native) -> VisionLanguageModel:
+    """The model of native config and weights, which nothing else then holds."""
+    config, weights = native
+    return build(family(config["model_type"]), config, weights)
+
+
+def _branch_error(unmerged: Mapping[str, mx.array], written: Mapping[str, mx.array]) -> Error:
+    """The largest error of any merged kernel."""
+    errors = [_error(BRANCHES, *pair) for pair in branches.outputs(unmerged, written)]
+    largest = max(error.largest for error in errors)
+    return Error(BRANCHES, largest, max(error.relative for error in errors))
+
+
+def _rounding(written: Mapping[str, mx.array]) -> float:
+    """What rounding to the written kernels' dtype may cost."""
+    dtypes = {array.dtype for name, array in written.items() if name.endswith("conv.weight")}
+    return max(limit for name, limit in _DTYPES.items() if getattr(mx, name) in dtypes)
 
 
 class _Recorder(Stages):
@@ -102,7 +143,7 @@ def compare(
     found, expected = (_stages(owner, probe) for owner in (model, reference))
     for part, output in expected.items():
         yield _error(part, found[part], output)
-    yield _error("language model", *_language_model(model, reference))
+    yield from _language_model(model.language_model, reference.language_model)
 
 
 def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
@@ -117,25 +158,30 @@ def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
     return recorder.outputs
 
 
-def _language_model(
-    model: VisionLanguageModel, reference: VisionLanguageModel
-) -> tuple[mx.array, mx.array]:
-    """Logits of both language models for the same random ids."""
-    owners = [model.language_model, reference.language_model]
-    vocabulary = owners[1].config.vocab_size
-    ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=mx.random.key(0))
-    xs = [owner.embed(ids).astype(mx.float32) for owner in owners]
-    for index in range(len(owners[1].model.layers)):
-        xs = [_through(owner.blocks(index), x) for owner, x in zip(owners, xs, strict=True)]
-        mx.eval(xs)
-        for owner in owners:
+def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[Error]:
+    """The worst error of any one decoder layer, and that of the logits, for random ids.
+
+    A layer's own error is what it adds to the source's activations, so it does not depend on the
+    layers before.
+    """
+    key, vocabulary = mx.random.key(0), reference.config.vocab_size
+    ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=key)
+    x, wanted = (owner.embed(ids).astype(mx.float32) for owner in (model, reference))
+    worst = Error("decoder layers", 0.0, 0.0)
+    for index in range(len(reference.model.layers)):
+        blocks, originals = (owner.blocks(index) for owner in (model, reference))
+        after = _through(originals, wanted)
+        found = _through(blocks, wanted) - wanted
+        error = _error("decoder layers", found, after - wanted)
+        worst = max(worst, error, key=lambda error: error.relative)
+        x, wanted = _through(blocks, x), after
+        mx.eval(x, wanted)
+        for owner in (model, reference):
             owner.model.layers[index] = nn.Identity()
-    outputs = []
-    for owner, x in zip(owners, xs, strict=True):
+    yield worst
+    for owner in (model, reference):
         owner.model.layers = []
-        outputs.append(_float32(owner)(x))  # norm and head
-    mx.eval(outputs)
-    return outputs[0], outputs[1]
+    yield _error("logits", _float32(model)(x), _float32(reference)(wanted))
 
 
 def _through(blocks: list[nn.Module], x: mx.array) -> mx.array:

@@ -32,7 +32,7 @@ MAX_TEXT = 6
 MAX_COUNT = 6
 CONTRAST = 130  # least distance of colour and background, RGB units
 TEXT_CONTRAST = 60  # least difference in luminance of text and background
-COLOUR_JITTER = 14
+COLOUR_JITTER = 20
 KINDS = ("text", "shapes", "position")
 
 Box = tuple[float, float, float, float]

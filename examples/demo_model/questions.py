@@ -121,6 +121,6 @@ def phrase(category: str, scene: Scene, rng: Random, plain: bool = False) -> str
 def pairs(scene: Scene, rng: Random, count: int) -> list[tuple[str, str]]:
     """`count` questions of different categories, the harder ones more often."""
     found = answers(scene)
-    weight = {"read": 6.0 if scene.text else 0.4, "describe": 3.0, "count": 2.0}
+    weight = {"read": 6.0 if scene.text else 1.0, "describe": 3.0, "count": 2.0}
     order = sorted(found, key=lambda c: rng.random() ** (1 / weight.get(c, 1.0)), reverse=True)
     return [(phrase(c, scene, rng), found[c]) for c in order[:count]]

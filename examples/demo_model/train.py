@@ -27,12 +27,13 @@ from vision import Heads, accuracy, batches, losses, pixels_of, to_float
 
 Batch = dict[str, Tensor]
 WEIGHTS = {"text": 1.0, "cells": 1.0, "order": 1.0}  # of the vision losses; others 0.5
-JOINT_TOWER_RATE = 0.3  # learning rate of the tower in stage 3, as a share of the decoder's
-JOINT_VISION = 0.3  # weight of the vision losses in stage 3
+JOINT_TOWER_RATE = 0.4  # learning rate of the tower in stage 3, as a share of the decoder's
+JOINT_VISION = 0.5  # weight of the vision losses in stage 3
 
 
-def rate(step: int, steps: int, warmup: int = 300) -> float:
+def rate(step: int, steps: int) -> float:
     """Share of the peak rate: linear warm-up, then a cosine down to 2 %."""
+    warmup = min(300, steps // 12)
     if step < warmup:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -164,9 +165,9 @@ def language_run(
 def train_language(args: argparse.Namespace, run: Run, prompter: Prompter, stage: str) -> None:
     """Stages 2 and 3, to the end of their steps."""
     model, heads, joint = run.module["model"], run.module["heads"], stage == "joint"
-    start, questions = len(prompter.before), args.questions
-    offset = 10_000_000 if joint else 0
-    size = args.language_batch
+    start, offset = len(prompter.before), 10_000_000 if joint else 0
+    questions = args.joint_questions if joint else args.questions
+    size = args.batch if joint else args.align_batch
     source = question_batches(prompter, offset + run.step * size, size, questions)
     model.train()
     model.tower.train(joint)
@@ -216,9 +217,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vision-steps", type=int, default=3000, help="batches of stage 1")
     parser.add_argument("--align-steps", type=int, default=1500, help="batches of stage 2")
     parser.add_argument("--joint-steps", type=int, default=1000, help="batches of stage 3")
-    parser.add_argument("--batch", type=int, default=64, help="pictures in a batch")
-    parser.add_argument("--language-batch", type=int, default=32, help="the same, stages 2 and 3")
-    parser.add_argument("--questions", type=int, default=4, help="questions per picture")
+    parser.add_argument("--batch", type=int, default=64, help="pictures in a batch, stages 1 and 3")
+    parser.add_argument("--align-batch", type=int, default=32, help="the same, stage 2")
+    parser.add_argument("--questions", type=int, default=4, help="per picture, stage 2")
+    parser.add_argument("--joint-questions", type=int, default=2, help="the same, stage 3")
     parser.add_argument("--vision-rate", type=float, default=2e-3, help="peak rate, stage 1")
     parser.add_argument("--align-rate", type=float, default=2e-3, help="peak rate, stage 2")
     parser.add_argument("--joint-rate", type=float, default=1e-3, help="peak rate, stage 3")

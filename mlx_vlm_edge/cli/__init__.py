@@ -5,6 +5,7 @@ user's is one line and exit code 2.
 """
 
 import argparse
+import io
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -73,6 +74,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:

@@ -125,7 +125,9 @@ def default_model() -> str:
 def run(args: argparse.Namespace) -> int:
     if args.prompt == "-" and "-" in args.image:
         raise UsageError("--prompt - and --image - cannot both read standard input")
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = args.prompt
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
     if args.fps is not None and not args.video:
         raise UsageError("--fps is for videos: give one with --video")

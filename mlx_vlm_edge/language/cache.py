@@ -41,7 +41,24 @@ def _grow(buffer: mx.array | None, like: mx.array, used: int) -> mx.array:
     return room if buffer is None else mx.concatenate([buffer[..., :used, :], room], axis=2)
 
 
-class KVCache:
+class _Growing:
+    """What caches that keep every position have in common."""
+
+    offset = 0
+
+    def make_mask(self, N: int) -> Mask:
+        return "causal" if N > 1 else None
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        n = min(self.offset, n)
+        self.offset -= n
+        return n
+
+
+class KVCache(_Growing):
     """Keeps every position."""
 
     def __init__(self) -> None:
@@ -57,17 +74,6 @@ class KVCache:
         self.keys[..., start : self.offset, :] = keys
         self.values[..., start : self.offset, :] = values
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
-
-    def make_mask(self, N: int) -> Mask:
-        return "causal" if N > 1 else None
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        n = min(self.offset, n)
-        self.offset -= n
-        return n
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "QuantizedKVCache":
         quantized = QuantizedKVCache(group_size, bits)
@@ -85,7 +91,7 @@ class KVCache:
         self.keys, self.values, self.offset = state
 
 
-class QuantizedKVCache:
+class QuantizedKVCache(_Growing):
     """Keeps every position in 4 or 8 bits: each of keys and values is (packed, scales, biases)."""
 
     def __init__(self, group_size: int = 64, bits: int = 8) -> None:
@@ -118,17 +124,6 @@ class QuantizedKVCache:
 
     def _used(self, buffers: list[mx.array]) -> list[mx.array]:
         return [buffer[..., : self.offset, :] for buffer in buffers]
-
-    def make_mask(self, N: int) -> Mask:
-        return "causal" if N > 1 else None
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        n = min(self.offset, n)
-        self.offset -= n
-        return n
 
     @property
     def state(self) -> tuple[Any, Any, int, int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import check
 from ..errors import UsageError
 from ..kernels import swiglu
 from . import decoder
@@ -40,6 +41,14 @@ class TextConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, positive=True)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"config.json: {self.num_attention_heads} heads cannot share "
+                f"{self.num_key_value_heads} key and value heads"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], model_type: str) -> "TextConfig":
@@ -70,6 +79,8 @@ class TextConfig:
             )
         except KeyError as error:
             raise UsageError(f"config.json lacks {error.args[0]!r}") from error
+        except (TypeError, ZeroDivisionError, AttributeError) as error:
+            raise UsageError(f"config.json: a size or rope setting is wrong ({error})") from error
 
 
 def rope_periods(config: TextConfig) -> mx.array | None:

@@ -23,7 +23,7 @@ FAMILIES = {
 
 def family(model_type: str | None) -> ModuleType:
     """The module of a family. Raises UsageError for a model_type this version does not know."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UsageError(
             f"config.json: model_type {model_type!r} is not supported (known: {known})"

@@ -28,7 +28,7 @@ STRATEGIES: dict[str, Strategy] = {
 def image_strategy(config: Mapping[str, Any]) -> Strategy:
     """What config.json asks for. Raises UsageError for an image_aspect_ratio that is not known."""
     aspect = config.get("image_aspect_ratio") or "square"
-    if aspect not in STRATEGIES:
+    if not isinstance(aspect, str) or aspect not in STRATEGIES:
         raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
     return STRATEGIES[aspect]
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import prompt
+from ..config import check
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, Strategy, fit
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
+ONLY = {  # settings of LLaVA that FastVLM has one value of
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_sliding_window": False,
+}
 SYSTEM = "You are a helpful assistant."
 
 
@@ -51,19 +59,24 @@ class Config:
     context: int
     source: Mapping[str, Any] = field(repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        check(self)
+        if self.image_size < STRIDE or self.image_size % STRIDE:
+            raise UsageError(f"image size {self.image_size}: FastViTHD takes multiples of {STRIDE}")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
         """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
-        projector = config.get("mm_projector_type", "mlp2x_gelu")
-        if projector != "mlp2x_gelu":
-            raise UsageError(f"config.json: mm_projector_type {projector!r} is not known")
-        if "vision_config" not in config:
+        for key, only in ONLY.items():
+            if config.get(key) not in (None, only):
+                raise UsageError(f"config.json: {key} {config[key]!r} is not known")
+        if not isinstance(config.get("vision_config"), Mapping):
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.from_dict(config, "qwen2")
         return cls(
             text=text,
             vision=_vision(config["vision_config"]),
-            image_size=_checked_size(config["vision_config"].get("image_size", 1024)),
+            image_size=config["vision_config"].get("image_size", 1024),
             image_strategy=image_strategy(config),
             image_token_index=config.get("image_token_index", -200),
             eos_token_ids=eos_ids(config),
@@ -77,14 +90,8 @@ class Config:
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         refuse_max_tiles(max_tiles)
         strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
-        size = self.image_size if resolution is None else _checked_size(resolution)
+        size = self.image_size if resolution is None else resolution
         return replace(self, image_strategy=strategy, image_size=size)
-
-
-def _checked_size(size: int) -> int:
-    if size < STRIDE or size % STRIDE:
-        raise UsageError(f"image size {size}: FastViTHD takes multiples of {STRIDE}")
-    return size
 
 
 def _vision(config: Mapping[str, Any]) -> VisionConfig:

@@ -27,7 +27,7 @@ from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from ..weights import Weights
-from .base import VisionLanguageModel
+from .base import VisionLanguageModel, eos_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,6 @@ class Config:
         if not isinstance(layer, int):
             raise UsageError(f"config.json: vision_feature_layer {layer!r} is not known")
         vision = {**SIGLIP, **(config.get("vision_config") or {})}
-        eos = config.get("eos_token_id", text.get("eos_token_id"))
         parsed = TextConfig.from_dict(text, "qwen2")
         return cls(
             text=parsed,
@@ -101,7 +100,7 @@ class Config:
             resolutions=_resolutions(config.get("image_grid_pinpoints"), vision["image_size"]),
             max_tiles=_max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
             image_token_index=config.get("image_token_index", 151646),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=eos_ids(text if config.get("eos_token_id") is None else config),
             context=parsed.max_position_embeddings,
             source=config,
         )

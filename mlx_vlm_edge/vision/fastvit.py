@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import check
 from ..errors import UsageError
 from ..kernels import depthwise_conv2d, gelu
 
@@ -36,6 +37,7 @@ class VisionConfig:
     projection_dim: int = 768
 
     def __post_init__(self) -> None:
+        check(self, positive=True)
         stages = len(self.embed_dims)
         lists = (self.layers, self.mlp_ratios, self.token_mixers, self.pos_embs_shapes)
         if stages != 5 or any(len(values) != stages for values in lists):

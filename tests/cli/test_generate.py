@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import pickle
+import shutil
 import sys
+import zipfile
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -70,7 +73,7 @@ def test_text_only(generate, native_folder):
 
 
 def test_the_prompt_from_standard_input(generate, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is this?")))
     assert generate("--max-tokens", 5, prompt="-")[1] == generate("--max-tokens", 5)[1]
 
 
@@ -204,12 +207,37 @@ def test_truncated_weights(generate, native_folder, tmp_path):
     refused(generate(model=tmp_path), "model.safetensors")
 
 
-def test_misshapen_weights(generate, native_weights, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
+def test_wrong_weights(generate, native_weights, tmp_path, fault):
     from ..reference import native
 
-    name = "mm_projector.2.bias"
-    folder = native.save(native_weights | {name: np.ones(3, np.float32)}, native.config(), tmp_path)
-    refused(generate(model=folder), name.split(".")[0])
+    name, weights = "mm_projector.2.bias", dict(native_weights)
+    array = weights.pop(name)
+    if fault != "missing":
+        weights[name if fault == "misshapen" else "mm_projector.4.bias"] = array[:3]
+    if fault == "extra":
+        weights[name] = array
+    folder = native.save(weights, native.config(), tmp_path)
+    refused(generate(model=folder), "mm_projector")
+
+
+class Payload:
+    """What a malicious pickle does: call something when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def test_a_malicious_pickle(generate, hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "evil")
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"w": Payload(tmp_path / "ran")}))
+    refused(generate(model=folder), "pytorch_model.bin")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_more_images_than_markers(generate, picture_file):
@@ -237,6 +265,17 @@ def test_a_prompt_longer_than_the_context(generate):
 )
 def test_bad_options(generate, arguments):
     refused(generate(*arguments))
+
+
+def test_a_cache_in_groups_that_fit_no_head(generate):
+    """The tiny model's heads have 16 values; found out before anything is printed."""
+    refused(generate("--kv-bits", "8"), "--kv-group-size")
+
+
+def test_a_prompt_that_is_no_text(generate, monkeypatch):
+    refused(generate(prompt="a\udcffb"), "UTF-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe hi")))
+    refused(generate(prompt="-"), "UTF-8")
 
 
 def test_no_prompt(generate):
@@ -282,6 +321,20 @@ def test_a_reader_that_goes_away_is_no_traceback(native_folder):
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     process.wait()
+
+
+def test_a_terminal_that_cannot_show_the_answer(native_folder):
+    import subprocess
+
+    command = [sys.executable, "-m", "mlx_vlm_edge", "generate", "--model", str(native_folder)]
+    done = subprocess.run(
+        [*command, "--prompt", "Hi", "--max-tokens", "20"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx_vlm_edge_convert.families.fastvlm import TIMM_TOWER
 
 LAYOUTS = ("apple_llava", "transformers_native")
 
@@ -28,6 +30,18 @@ def apple(golden, tmp_path) -> Path:
 def transformers_folder(golden, tmp_path) -> Path:
     """The golden model in transformers' layout."""
     return golden_folder(golden, "transformers_native", tmp_path / "hf")
+
+
+@pytest.fixture
+def unfused(golden, transformers_folder) -> Path:
+    """The golden model in transformers' layout with its encoder in the training form."""
+    path = transformers_folder / "model.safetensors"
+    weights = {k: v for k, v in mx.load(str(path)).items() if not k.startswith(TIMM_TOWER)}
+    encoder = mx.load(str(golden / "encoder_timm_trainform.safetensors"))
+    weights |= {TIMM_TOWER + name: array for name, array in encoder.items()}
+    mx.eval(weights)  # the file that is overwritten is the one they are read from
+    mx.save_safetensors(str(path), weights)
+    return transformers_folder
 
 
 @pytest.fixture

@@ -29,13 +29,19 @@ def test_arrays_are_those_of_mlx_nn_quantize(bits):
 
     part = Part()
     plain = {f"language_model.{k}": v for k, v in tree_flatten(part.parameters())}
-    got, block = quantize(plain, bits, 32)
+    connector = {"mm_projector.0.weight": mx.ones((4, 64)), "mm_projector.0.bias": mx.ones((4,))}
+    got, block = quantize(plain | connector, bits, 32)
     nn.quantize(part, group_size=32, bits=bits)
     want = {f"language_model.{k}": v for k, v in tree_flatten(part.parameters())}
-    assert set(got) == set(want)
+    assert set(got) == set(want | connector)
     for name, array in want.items():
         assert mx.array_equal(got[name], array), name
-    assert block == {"group_size": 32, "bits": bits, "mode": "affine"}
+    assert block == {
+        "group_size": 32,
+        "bits": bits,
+        "mode": "affine",
+        "mm_projector.0": False,
+    }
 
 
 def test_only_the_language_model_is_quantised(weights):

@@ -5,7 +5,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from mlx_vlm_edge_convert import convert, pipeline, verify
+from mlx_vlm_edge_convert import convert, pipeline, reparam, verify
 from mlx_vlm_edge_convert.save import new_folder, save_weights
 
 from mlx_vlm_edge.cli import main
@@ -15,6 +15,8 @@ from mlx_vlm_edge.models import family
 from mlx_vlm_edge.weights import find_shards, read_header
 
 from .conftest import golden_folder
+
+PARTS = ("vision tower", "connector", "decoder layers", "logits")
 
 
 def names(folder) -> set[str]:
@@ -160,9 +162,7 @@ def test_verify_reports_every_part_and_refuses_a_wrong_one(apple, tmp_path, monk
     lines: list[str] = []
     convert(apple, tmp_path / "out", bits=8, group_size=32, verify=True, report=lines.append)
     said = "\n".join(lines)
-    assert all(
-        f"{part}: max abs" in said for part in ("vision tower", "connector", "language model")
-    )
+    assert all(f"{part}: max abs" in said for part in PARTS)
     assert "vision tower: max abs 0.00e+00" in said
     real = pipeline.save_weights
 
@@ -172,17 +172,35 @@ def test_verify_reports_every_part_and_refuses_a_wrong_one(apple, tmp_path, monk
         real(folder, weights, **options)
 
     monkeypatch.setattr(pipeline, "save_weights", faulty)
-    with pytest.raises(UsageError, match="the written language model is off by"):
+    with pytest.raises(UsageError, match="decoder layers off by"):
         convert(apple, tmp_path / "wrong", verify=True)
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_verify_runs_the_branches_of_a_training_form(dtype, unfused, tmp_path):
+    lines: list[str] = []
+    convert(unfused, tmp_path / "out", dtype=dtype, verify=True, report=lines.append)
+    assert any(line.startswith("  merged branches: max abs") for line in lines)
+
+
+@pytest.mark.parametrize("fault", ["BN_EPS", "_identity"])
+def test_verify_catches_a_wrong_merge(fault, unfused, tmp_path, monkeypatch):
+    real = reparam._identity
+    wrong = {"BN_EPS": 1e-3, "_identity": lambda *shape: 1.001 * real(*shape)}
+    monkeypatch.setattr(reparam, fault, wrong[fault])
+    with pytest.raises(UsageError, match="merged branches off by"):
+        convert(unfused, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tolerances_follow_what_was_asked():
     exact, half, four = (
-        verify.tolerance(*kind) for kind in ((None, None), (None, "bfloat16"), (4, None))
+        verify.tolerances(*kind) for kind in ((None, None), (None, "bfloat16"), (4, None))
     )
-    assert exact.parts == exact.language_model < half.parts
-    assert four.parts == exact.parts < four.language_model
+    assert set(exact.values()) == {1e-5}
+    assert half["parts"] > exact["parts"] == four["parts"]
+    assert exact["logits"] < half["logits"] < four["decoder layers"] < four["logits"]
 
 
 def test_the_command_line(apple, tmp_path, capsys):

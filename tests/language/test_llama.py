@@ -237,6 +237,9 @@ def test_a_fault_is_caught(references, monkeypatch, fault):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
+        ({"num_attention_heads": 0}, "size"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(references, change, message):

@@ -186,6 +186,27 @@ def test_a_user_cannot_write_roles_or_placeholders(native, reference, picture):
     assert 300 not in row
 
 
+def test_a_rotating_cache_with_room_gives_the_same(native, picture):
+    plain, rotating = (
+        list(stream_generate(*native, QUESTION, images=[picture(1)], max_tokens=8, **options))
+        for options in ({}, {"max_kv_size": 128})
+    )
+    assert tokens(rotating) == tokens(plain)
+
+
+def test_a_rotating_cache_that_is_full_keeps_the_image(native, picture):
+    """What it keeps ends with the last visual token, so the picture still decides the answer."""
+    first, second = (
+        list(
+            stream_generate(
+                *native, QUESTION, images=[picture(seed)], max_tokens=40, max_kv_size=64
+            )
+        )
+        for seed in (1, 2)
+    )
+    assert tokens(first)[20:] != tokens(second)[20:]
+
+
 @pytest.mark.parametrize("step_size", [7, 16, 1])
 def test_prefill_in_chunks(native, picture, step_size):
     """The logits of the last position are those of the full forward, and so is what follows."""
@@ -346,6 +367,27 @@ def test_families_are_found_by_model_type():
     assert family("llava_qwen2") is family("fast_vlm") is fastvlm
     with pytest.raises(UsageError, match="'bert'"):
         family("bert")
+
+
+def test_an_encoder_with_every_branch_apart(hf_folder, reference, picture, tmp_path):
+    """timm's training form in the place of the fused tower: merged by the converter at load."""
+    from safetensors.numpy import load_file, save_file
+
+    from ..reference import encoder as theirs
+    from ..reference.fastvlm import as_pixels
+
+    encoder = theirs.build(seed=3)
+    folder = shutil.copytree(hf_folder, tmp_path / "unfused")
+    vision = "model.vision_tower.timm_model."
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: array for name, array in weights.items() if not name.startswith(vision)}
+    weights |= {vision + name: array.numpy() for name, array in encoder.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    model, processor = load(str(folder))
+    image = picture(1)
+    pixels = mx.array(processor(QUESTION, images=[image]).pixels[0].data)[None] / 255
+    want = theirs.features(encoder.double(), as_pixels(image).double())
+    assert distance(model.vision_tower(pixels)[0], want) < 2 * FLOAT32
 
 
 # The golden folder: fixed references, made before this project's code.

@@ -166,18 +166,21 @@ def rename(weights: Mapping[str, mx.array]) -> Arrays:
     """
     if is_native(weights):
         return dict(weights)
+    return apply(_TO_NATIVE_TENSORS, reparam.merge(place(weights)), "FastVLM")
+
+
+def place(weights: Mapping[str, mx.array]) -> Arrays:
+    """Any published layout -> Apple's words in native places, PyTorch's layout, branches apart."""
     if any(name.startswith(APPLE_TOWER) for name in weights):
-        renamed = apply(_apple_rules(), weights, "Apple's FastVLM layout")
-    elif any(name.startswith(TIMM_TOWER) for name in weights):
-        renamed = apply(_transformers_rules(weights), weights, "transformers' fast_vlm layout")
-    elif any(name.startswith("multi_modal_projector.linear_") for name in weights):
+        return apply(_apple_rules(), weights, "Apple's FastVLM layout")
+    if any(name.startswith(TIMM_TOWER) for name in weights):
+        return apply(_transformers_rules(weights), weights, "transformers' fast_vlm layout")
+    if any(name.startswith("multi_modal_projector.linear_") for name in weights):
         raise UsageError(
             "this is Apple's app export, which holds no vision weights; "
             "convert apple/FastVLM-0.5B (or -1.5B, -7B) instead"
         )
-    else:
-        raise UsageError(f"no FastVLM layout has names such as {some(weights)}")
-    return apply(_TO_NATIVE_TENSORS, reparam.merge(renamed), "FastVLM")
+    raise UsageError(f"no FastVLM layout has names such as {some(weights)}")
 
 
 def rename_encoder(weights: Mapping[str, mx.array]) -> Arrays:

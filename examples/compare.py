@@ -1,0 +1,20 @@
+"""Put two pictures into one question, each where it belongs in the text.
+
+python examples/compare.py before.jpg after.jpg [model]
+"""
+
+import sys
+
+from mlx_vlm_edge import generate, load
+
+before, after, *name = sys.argv[1:]
+model, processor = load(*name or ["fastvlm-0.5b"])
+content = [
+    {"type": "text", "text": "Before:"},
+    {"type": "image"},
+    {"type": "text", "text": "After:"},
+    {"type": "image"},
+    {"type": "text", "text": "What has changed?"},
+]
+messages = [{"role": "user", "content": content}]
+print(generate(model, processor, messages, images=[before, after], max_tokens=128))

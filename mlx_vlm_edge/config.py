@@ -1,0 +1,51 @@
+"""Values of a config.json held against the types of the dataclass they go into."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import UsageError
+
+
+def check(config: Any, *, positive: bool = False) -> None:
+    """Raises UsageError naming the first field of a dataclass whose value is of another type.
+
+    With `positive`, every number in it must be above zero, as sizes are.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not fits(value, hint):
+            raise UsageError(f"config.json: {name} cannot be {_shown(value)}")
+        if positive and any(number <= 0 for number in _numbers(value)):
+            raise UsageError(f"config.json: {name} must be above zero, not {_shown(value)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type: fits(3, float), fits((1, 2), tuple[int, ...])."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is tuple:
+        each = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, tuple) else inner
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(each)
+            and all(fits(item, of) for item, of in zip(value, each, strict=True))
+        )
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, type(int | str)):
+        return any(fits(value, one) for one in inner)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, Mapping if kind is Mapping else hint)
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

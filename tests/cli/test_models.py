@@ -1,0 +1,127 @@
+"""`models list | pull | show | rm`, and what each prints where."""
+
+import io
+import json
+import shutil
+
+import pytest
+
+from mlx_vlm_edge import hub
+from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.cli.models import licence
+
+REPO = hub.ALIASES["fastvlm-0.5b"]
+
+
+@pytest.fixture
+def cached(golden, tmp_path, monkeypatch):
+    """A Hub cache with the golden model in Apple's layout, as apple/FastVLM-0.5B."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / ("models--" + REPO.replace("/", "--"))
+    snapshot = home / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    shutil.copyfile(golden / "config_apple_llava.json", snapshot / "config.json")
+    shutil.copyfile(golden / "model_apple_llava.safetensors", snapshot / "model.safetensors")
+    (snapshot / "README.md").write_text("---\nlicense: apple-amlr\ntags: []\n---\n# FastVLM\n")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("c0ffee")
+    return home
+
+
+def test_list(cached, capsys):
+    assert main(["models", "list"]) == 0
+    shown = capsys.readouterr()
+    name, size, unit = shown.out.split()
+    assert (name, unit) == ("fastvlm-0.5b", "MB")
+    assert int(size) == 2
+    assert "to pull: fastvlm-1.5b, fastvlm-7b" in shown.err
+    assert main(["models", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["repo"], row["complete"]) for row in rows] == [(REPO, True)]
+
+
+def test_list_says_what_is_incomplete(cached, capsys):
+    (cached / "snapshots" / "c0ffee" / "model.safetensors").unlink()
+    assert main(["models", "list"]) == 0
+    assert "incomplete" in capsys.readouterr().out
+
+
+def test_show_of_a_model_that_is_here(cached, capsys):
+    assert main(["models", "show", "fastvlm-0.5b", "--offline"]) == 0
+    shown = capsys.readouterr().out
+    for said in ("llava_qwen2", "2 layers, width 64, 4 heads (2", "192 x 192", "apple-amlr"):
+        assert said in shown
+    assert main(["models", "show", "fastvlm-0.5b", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tokens per image"] == "9"
+    assert facts["quantisation"] == "none"
+
+
+def test_show_of_a_converted_folder(cached, tmp_path, capsys):
+    from mlx_vlm_edge_convert import convert
+
+    out = convert(REPO, tmp_path / "out", bits=4, group_size=32)
+    assert main(["models", "show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "4 bits, groups of 32" in shown
+    assert "layers [1, 2, 1, 1, 1], widths [16, 32, 32, 64, 128]" in shown
+    assert "apple-amlr" in shown  # README.md came along
+
+
+def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
+    from mlx_vlm_edge import download
+
+    assert main(["models", "show", "fastvlm-7b", "--offline"]) == 2
+    assert "not on this machine" in capsys.readouterr().err
+    remote = download.Remote("apple/FastVLM-7B", {"a": 15_500_000_000}, "apple-amlr")
+    monkeypatch.setattr(download, "describe", lambda repo, revision: remote)
+    assert main(["models", "show", "fastvlm-7b"]) == 0
+    shown = capsys.readouterr().out
+    assert "15.50 GB" in shown
+    assert "apple-amlr" in shown
+    assert "models pull fastvlm-7b" in shown
+
+
+def test_pull_prints_the_folder(cached, capsys, monkeypatch):
+    from mlx_vlm_edge import download
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    asked = []
+    monkeypatch.setattr(download, "download", lambda *args: asked.append(args) or cached)
+    assert main(["models", "pull", "fastvlm-0.5b", "--revision", "v1"]) == 0
+    assert asked == [(REPO, "v1")]
+    assert capsys.readouterr().out == f"{cached}\n"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["models", "pull", "fastvlm-0.5b"]) == 2
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "code", "kept"), [("y\n", 0, False), ("\n", 1, True)])
+def test_rm_asks(answer, code, kept, cached, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    assert main(["models", "rm", "fastvlm-0.5b"]) == code
+    assert "remove apple/FastVLM-0.5B (2 MB)? [y/N]" in capsys.readouterr().err
+    assert cached.exists() is kept
+
+
+def test_rm_with_yes_and_of_what_is_not_there(cached, capsys):
+    assert main(["models", "rm", REPO, "--yes"]) == 0
+    assert not cached.exists()
+    assert main(["models", "rm", REPO, "--yes"]) == 2
+    assert "not among the downloaded models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["frob"], ["show", "nosuchmodel"], ["pull"]])
+def test_mistakes_are_one_line_and_exit_code_2(arguments, cached, capsys):
+    assert main(["models", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mlx-vlm-edge: error:")
+    assert "\n" not in error
+
+
+def test_licences(tmp_path):
+    assert licence(tmp_path) == "not stated in its files"
+    (tmp_path / "LICENSE").write_text("\n   Apache License\n Version 2.0\n")
+    assert licence(tmp_path) == "LICENSE: Apache License"
+    (tmp_path / "README.md").write_text("---\nlicense_name: own\nlicense: other\n---\nx")
+    assert licence(tmp_path) == "own"
