@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..config import check
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..vision.vit import ViTConfig
@@ -34,6 +35,9 @@ class Sampling:
     max_frames: int
     longest_edge: int
 
+    def __post_init__(self) -> None:
+        check(self, positive=True)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -49,13 +53,23 @@ class Config:
     tile: int
     longest_edge: int
     strategy: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     video: Sampling | None
     eos_token_ids: tuple[int, ...]
     context: int
     source: Mapping[str, Any] = field(repr=False, compare=False)
     max_tiles: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        scale, patches = self.scale_factor, self.tile // self.vision.patch_size
+        if scale < 1 or patches < 1 or patches % scale:
+            raise UsageError(
+                f"config.json: scale_factor {scale} does not divide tiles of {self.tile} pixels"
+            )
+        if self.longest_edge < 1 or not all(self.std):
+            raise UsageError("preprocessor_config.json: size or image_std is not above zero")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -66,28 +80,21 @@ class Config:
         for part in ("text_config", "vision_config"):
             if not isinstance(config.get(part), Mapping):
                 raise UsageError(f"config.json lacks {part!r}")
-        own, processor = config["vision_config"], config.get("preprocessor_config") or {}
+        own, processor = config["vision_config"], _object(config, "preprocessor_config")
         for key, value in FIXED.items():
             if processor.get(key, value) != value:
                 raise UsageError(f"preprocessor_config.json: {key} {processor[key]!r} is not known")
         text, vision = _text(config), _vision(own)
-        tile = _edge(
-            processor.get("max_image_size"), _edge(own.get("max_image_size"), vision.image_size)
-        )
-        scale = config.get("scale_factor", 2)
-        if tile < vision.patch_size or tile // vision.patch_size % scale:
-            raise UsageError(
-                f"config.json: scale_factor {scale} does not divide tiles of {tile} pixels"
-            )
+        tile = _edge(processor, "max_image_size", _edge(own, "max_image_size", vision.image_size))
         return cls(
             text=text,
             vision=vision,
-            scale_factor=scale,
+            scale_factor=config.get("scale_factor", 2),
             tile=tile,
-            longest_edge=_edge(processor.get("size"), _edge(own.get("size"), SIZES * tile)),
+            longest_edge=_edge(processor, "size", _edge(own, "size", SIZES * tile)),
             strategy="split" if processor.get("do_image_splitting", True) else "stretch",
-            mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
-            std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
+            mean=_channels(processor, "image_mean"),
+            std=_channels(processor, "image_std"),
             video=_sampling(processor, tile) if config.get("model_type") == "smolvlm" else None,
             eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
@@ -142,12 +149,29 @@ def _vision(given: Mapping[str, Any]) -> ViTConfig:
     )
 
 
-def _edge(size: Any, default: int) -> int:
-    """The pixels of {"longest_edge": ...}, or the default without one."""
-    return int((size or {}).get("longest_edge") or default)
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{key} cannot be {found!r}: it should be a JSON object")
+    return found
+
+
+def _edge(config: Mapping[str, Any], key: str, default: int) -> int:
+    """The pixels of {"longest_edge": ...} under `key`, or the default without one."""
+    edge = _object(config, key).get("longest_edge") or default
+    if type(edge) is not int or edge < 1:
+        raise UsageError(f"{key}: longest_edge cannot be {edge!r}")
+    return edge
+
+
+def _channels(processor: Mapping[str, Any], key: str) -> tuple[float, float, float]:
+    found = processor.get(key) or [0.5, 0.5, 0.5]
+    if not isinstance(found, list) or len(found) != 3:
+        raise UsageError(f"preprocessor_config.json: {key} cannot be {found!r}")
+    return found[0], found[1], found[2]
 
 
 def _sampling(processor: Mapping[str, Any], tile: int) -> Sampling:
-    given = processor.get("video_sampling") or {}
-    edge = _edge(given.get("video_size"), tile)
-    return Sampling(float(given.get("fps", 1)), int(given.get("max_frames", 64)), edge)
+    given = _object(processor, "video_sampling")
+    edge = _edge(given, "video_size", tile)
+    return Sampling(given.get("fps", 1.0), given.get("max_frames", 64), edge)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import check
 from ..errors import UsageError
 from ..kernels import gelu_tanh, quick_gelu
 from ..weights import Weights
@@ -53,6 +54,10 @@ class ViTConfig:
     post_norm: bool = False
 
     def __post_init__(self) -> None:
+        check(self)
+        sizes = (self.hidden_size, self.intermediate_size, self.image_size, self.patch_size)
+        if min(*sizes, self.num_attention_heads, self.layer_norm_eps) <= 0 or self.layers < 0:
+            raise UsageError("vision_config: a size or layer_norm_eps is not above zero")
         if self.hidden_act not in ACTIVATIONS:
             raise UsageError(f"vision_config: hidden_act {self.hidden_act!r} is not known")
         if self.hidden_size % self.num_attention_heads:

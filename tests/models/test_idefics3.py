@@ -9,7 +9,6 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.models import family, idefics3
-from mlx_vlm_edge.models.idefics3_config import Config
 
 from ..parity import FLOAT32, distance
 
@@ -373,23 +372,6 @@ def test_late_positions_are_caught(built, theirs, monkeypatch):
     assert distance(model.encode_image(masked), tokens) > 20 * FLOAT32
     monkeypatch.undo()
     assert distance(model.encode_image(masked), tokens) < FLOAT32
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "message"),
-    [
-        (None, {"text_config": None}, "lacks 'text_config'"),
-        ("text_config", {"model_type": "mistral"}, "model_type 'mistral'"),
-        ("vision_config", {"hidden_act": "relu"}, "hidden_act 'relu'"),
-        (None, {"scale_factor": 3}, "scale_factor 3"),
-        (None, {"preprocessor_config": {"do_resize": False}}, "do_resize False"),
-    ],
-)
-def test_a_config_that_cannot_be_run_is_refused(theirs, part, change, message):
-    config = theirs.config(theirs.CASES["smolvlm"]).to_dict()
-    changed = {part: {**config[part], **change}} if part else change
-    with pytest.raises(UsageError, match=message):
-        Config.from_dict({**config, **changed})
 
 
 def test_both_model_types_are_one_family():
