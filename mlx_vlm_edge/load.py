@@ -170,11 +170,13 @@ def _quantize_language_model(model: VisionLanguageModel, config: Quantization, b
         raise UsageError("the model is quantised already: leave quantize out")
     if bits not in (4, 8):
         raise UsageError(f"quantize={bits}: 4 or 8 bits are supported")
-
-    def fits(_: str, layer: nn.Module) -> bool:
-        return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % GROUP_SIZE == 0
-
-    nn.quantize(model.language_model, GROUP_SIZE, bits, class_predicate=fits)
+    for name, layer in model.language_model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Embedding) and layer.weight.shape[-1] % GROUP_SIZE:
+            raise UsageError(
+                f"{name} is {layer.weight.shape[-1]} wide, which groups of {GROUP_SIZE} do not "
+                f"divide: quantise with `mlx-vlm-edge convert --bits {bits} --group-size 32`"
+            )
+    nn.quantize(model.language_model, GROUP_SIZE, bits)
 
 
 def _cast(model: VisionLanguageModel, dtype: str | None) -> None:

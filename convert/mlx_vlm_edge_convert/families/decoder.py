@@ -1,8 +1,6 @@
 """Llama and Qwen2 decoders of any published family -> `language_model.*`; the tied output head."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
 
@@ -32,12 +30,6 @@ def decoder_rules(prefix: str, head: str = "lm_head") -> tuple[Rule, ...]:
         Rule(rf"{x}(embed_tokens\.weight|norm\.weight)", r"language_model.model.\1"),
         Rule(rf"{re.escape(head)}\.weight", HEAD),
     )
-
-
-def says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the head to the embedding; a config without the key does."""
-    text = config.get("text_config") or {}
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
 
 
 def settle_head(weights: Arrays, tied: bool) -> bool:

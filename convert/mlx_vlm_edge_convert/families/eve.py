@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.load import says_tied
 from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.llava import MEAN, STD
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json
-from .decoder import decoder_rules, says_tied, settle_head
+from .decoder import decoder_rules, settle_head
 
 PIXELS = ("image_size", "image_size_clip", "patch_stride", "conv_stride")
 _WB = "(?:weight|bias)"

@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.load import says_tied
 from mlx_vlm_edge.models import eve2
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json
 from . import eve
-from .decoder import decoder_rules, says_tied, settle_head
+from .decoder import decoder_rules, settle_head
 
 PIXELS = ("max_size", "patch_stride", "dense_stride")
 _VISUAL = (

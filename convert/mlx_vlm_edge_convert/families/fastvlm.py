@@ -16,11 +16,12 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.load import says_tied
 
 from .. import reparam
 from ..rules import Arrays, Rule, apply, some, to_channels_last, to_last_axis
 from ..save import clip_preprocessor, complete_json
-from .decoder import decoder_rules, says_tied, settle_head
+from .decoder import decoder_rules, settle_head
 from .fastvlm_config import Config, head_width, native_config
 
 TOWER = "vision_tower.vision_model."

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.load import says_tied
 from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, LLAMA, MEAN, STD
 from mlx_vlm_edge.models.llava import is_native as is_native
 
@@ -19,7 +20,7 @@ from ..rules import Arrays, Rule, apply, some
 from ..save import clip_preprocessor, complete_json
 from .clip import complete, fetch_tower
 from .clip import probe as probe
-from .decoder import decoder_rules, says_tied, settle_head
+from .decoder import decoder_rules, settle_head
 from .vit import TOWER, tower_rules
 
 Config = dict[str, Any]

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.load import says_tied
 from mlx_vlm_edge.models.llava import MEAN, STD
 from mlx_vlm_edge.models.mobilevlm import is_native as is_native
 from mlx_vlm_edge.models.mobilevlm import visual_tokens
@@ -19,7 +20,7 @@ from mlx_vlm_edge.models.mobilevlm import visual_tokens
 from ..rules import Arrays, Rule, apply, some, to_channels_last
 from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
-from .decoder import EMBEDDING, decoder_rules, says_tied, settle_head
+from .decoder import EMBEDDING, decoder_rules, settle_head
 from .llava import ORIGINAL_TOWER, check_original, check_pixels, place_tower
 from .vit import tower_rules
 
