@@ -54,7 +54,7 @@ def _list(args: argparse.Namespace) -> int:
         print(f"{row['name']:32} {gigabytes(int(str(row['bytes']))):>9}{note}")
     here = {row["name"] for row in rows}
     if more := [alias for alias in ALIASES if alias not in here]:
-        print(f"in {cache_folder()}; to pull: {', '.join(more)}", file=sys.stderr)
+        print(f"in {cache_folder()}; bundled: demo; to pull: {', '.join(more)}", file=sys.stderr)
     return 0
 
 

@@ -34,7 +34,7 @@ def test_list(cached, capsys):
     name, size, unit = shown.out.split()
     assert (name, unit) == ("fastvlm-0.5b", "MB")
     assert int(size) == 2
-    assert "to pull: fastvlm-1.5b, fastvlm-7b" in shown.err
+    assert "bundled: demo; to pull: fastvlm-1.5b, fastvlm-7b" in shown.err
     assert main(["models", "list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["repo"], row["complete"]) for row in rows] == [(REPO, True)]
