@@ -16,7 +16,11 @@ from .rules import Arrays
 
 BN_EPS = 1e-5
 
-_BRANCH = re.compile(r"(rbr_conv\.\d+|rbr_scale|rbr_skip|lkb_origin|small_conv|pe)\.")
+# Apple's words, then timm's.
+_BRANCH = re.compile(
+    r"(rbr_conv\.\d+|rbr_scale|rbr_skip|lkb_origin|small_conv|pe"
+    r"|conv_kxk\.\d+|conv_scale|large_conv|identity|pos_enc)\."
+)
 
 Kernel = tuple[mx.array, mx.array]  # weight [O, I / groups, k, k] and bias [O], float32
 
