@@ -5,9 +5,7 @@ model, processor = load("fastvlm-0.5b")
 print(generate(model, processor, "What is this?", images=["x.jpg"]))
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,32 +13,19 @@ __all__ = ["UsageError", "__version__", "generate", "load", "stream_generate"]
 
 if TYPE_CHECKING:
     from .errors import UsageError
-    from .generate import generate, stream_generate
-    from .load import load
+    from .generation import generate, stream_generate
+    from .loading import load
 
 _HOME = {
-    "load": "load",
-    "generate": "generate",
-    "stream_generate": "generate",
+    "load": "loading",
+    "generate": "generation",
+    "stream_generate": "generation",
     "UsageError": "errors",
 }
 
 
-class _Package(ModuleType):
-    """Public names are imported when first asked for, so that `import mlx_vlm_edge` is free.
-
-    `load` and `generate` are also the names of submodules, which the import system would put in
-    the functions' place; they are properties for that reason, and its assignment is ignored.
-    """
-
-
-def _public(name: str, home: str) -> property:
-    def get(_: ModuleType) -> Any:
-        return getattr(import_module(f".{home}", __name__), name)
-
-    return property(get, lambda _package, _module: None)
-
-
-for _name, _module in _HOME.items():
-    setattr(_Package, _name, _public(_name, _module))
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for, so that `import mlx_vlm_edge` is free."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

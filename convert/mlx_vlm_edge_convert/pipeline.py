@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import locate
-from mlx_vlm_edge.load import PREPROCESSOR, build, read_config
+from mlx_vlm_edge.loading import PREPROCESSOR, build, read_config
 from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification

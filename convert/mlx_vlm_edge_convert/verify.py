@@ -17,7 +17,7 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.language.decoder import LanguageModel
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.timings import Stages

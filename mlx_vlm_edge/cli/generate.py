@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..generate import GenerationResult
+    from ..generation import GenerationResult
 
 HELP = "Answer a question about images; the answer streams to standard output."
 DEFAULT_MODEL = "fastvlm-0.5b"
@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
     if args.fps is not None and not args.video:
         raise UsageError("--fps is for videos: give one with --video")
-    from ..generate import stream_generate
-    from ..load import load
+    from ..generation import stream_generate
+    from ..loading import load
     from ..video import Video
 
     images += [Video(path, args.fps) for path in args.video]

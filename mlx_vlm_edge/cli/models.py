@@ -100,7 +100,7 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
 def _local_facts(folder: Path) -> dict[str, Any]:
     """What a model folder's config and files say."""
     from ..download import gigabytes
-    from ..load import read_config
+    from ..loading import read_config
 
     config = read_config(folder)
     text = {**(config.get("text_config") or {}), **config}

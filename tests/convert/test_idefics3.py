@@ -11,7 +11,7 @@ from mlx_vlm_edge_convert.families import idefics3
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import idefics3 as family
 from mlx_vlm_edge.weights import read_safetensors
 

@@ -10,7 +10,7 @@ from mlx_vlm_edge_convert import convert, to_native
 from mlx_vlm_edge_convert.quantize import cast, dequantize, quantize
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.load import read_checkpoint, read_config
+from mlx_vlm_edge.loading import read_checkpoint, read_config
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from mlx_vlm_edge_convert.families import decoder, fastvlm
 from mlx_vlm_edge_convert.rules import Rule, apply, to_channels_last, to_last_axis
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import family
 
 # Every key that mlx-vlm or mlx-swift-lm reads (facts: their config classes).

@@ -10,7 +10,7 @@ from mlx_vlm_edge_convert.save import new_folder, save_weights
 
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.load import build, read_checkpoint
+from mlx_vlm_edge.loading import build, read_checkpoint
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.weights import find_shards, read_header
 

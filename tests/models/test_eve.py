@@ -21,7 +21,7 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import ALIASES
 from mlx_vlm_edge.kernels import gelu_tanh
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import eve, llava
 from mlx_vlm_edge.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import eve as vision

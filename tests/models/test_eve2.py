@@ -16,7 +16,7 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import gelu_tanh
 from mlx_vlm_edge.language import eve2 as decoder
-from mlx_vlm_edge.load import build, read_config
+from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import eve2
 from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.vision import eve as vision

@@ -13,7 +13,7 @@ from mlx_vlm_edge import load, stream_generate, tiling
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.kernels import gelu, resize_bilinear
-from mlx_vlm_edge.load import build
+from mlx_vlm_edge.loading import build
 from mlx_vlm_edge.models import family, llava_onevision
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance

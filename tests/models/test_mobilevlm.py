@@ -18,7 +18,7 @@ from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import ALIASES
 from mlx_vlm_edge.language.llama import TextConfig
-from mlx_vlm_edge.load import build
+from mlx_vlm_edge.loading import build
 from mlx_vlm_edge.models import family, llava, mobilevlm
 
 from ..reference import published_keys as published

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import local_snapshot, repo_id
 from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.load import read_config
+from mlx_vlm_edge.loading import read_config
 
 from ..checkpoint import read_checkpoint
 from ..rules import Arrays, Rule, apply

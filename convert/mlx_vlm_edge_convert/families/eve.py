@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.load import says_tied
+from mlx_vlm_edge.loading import says_tied
 from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.llava import MEAN, STD
 

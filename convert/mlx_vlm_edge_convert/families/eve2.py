@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.load import says_tied
+from mlx_vlm_edge.loading import says_tied
 from mlx_vlm_edge.models import eve2
 
 from ..rules import Arrays, Rule, apply, to_channels_last

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.load import says_tied
+from mlx_vlm_edge.loading import says_tied
 from mlx_vlm_edge.models.llava_onevision import (
     PATCHES,
     SIGLIP,
