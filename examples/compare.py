@@ -1,6 +1,8 @@
 """Put two pictures into one question, each where it belongs in the text.
 
 python examples/compare.py before.jpg after.jpg [model]
+
+The default, fastvlm-0.5b, is downloaded (1.5 GB) when it is not on the machine.
 """
 
 import sys

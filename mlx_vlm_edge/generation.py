@@ -14,10 +14,18 @@ from .errors import UsageError
 from .language.cache import Cache, KVCache, RotatingKVCache
 from .models.base import VisionLanguageModel
 from .prompt import Inputs, Message, Processor
-from .sampling import Sampling, StopStrings, make_logits_processors, make_sampler
+from .sampling import (
+    Sampling,
+    StopStrings,
+    check_number,
+    make_logits_processors,
+    make_sampler,
+)
 from .timings import Stages
 from .tokenizer import Detokenizer
 
+KV_BITS = (None, 2, 3, 4, 5, 6, 8)
+KV_GROUP_SIZES = (32, 64, 128)
 KEPT_POSITIONS = 4  # of a text-only prompt in a rotating cache, as mlx-lm
 
 
@@ -35,11 +43,16 @@ class Options(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_tokens", "prefill_step_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.kv_bits not in (None, 2, 3, 4, 6, 8):
-            raise UsageError(f"kv_bits must be 2, 3, 4, 6 or 8, not {self.kv_bits}")
+        for name, least in (("max_tokens", 1), ("prefill_step_size", 1), ("quantized_kv_start", 0)):
+            check_number(name, getattr(self, name), least, whole=True)
+        if self.max_kv_size is not None:
+            check_number("max_kv_size", self.max_kv_size, 1, whole=True)
+        if self.kv_bits not in KV_BITS:
+            raise UsageError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, not {self.kv_bits!r}")
+        if self.kv_group_size not in KV_GROUP_SIZES:
+            raise UsageError(f"kv_group_size must be 32, 64 or 128, not {self.kv_group_size!r}")
+        if not isinstance(self.stop, str | Sequence):
+            raise UsageError(f"stop must be a text or a list of texts, not {self.stop!r}")
         if self.kv_bits and self.max_kv_size:
             raise UsageError("a rotating cache cannot be quantised: set max_kv_size or kv_bits")
 

@@ -64,9 +64,11 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     Raises UsageError for an unknown name, a folder without a model, and when a download is needed
     but `offline` or HF_HUB_OFFLINE forbids it or the Hub cannot be reached.
     """
+    path = expanded(name)
+    if revision is not None and (name == DEMO or path.is_dir()):
+        raise UsageError(f"--revision is for models of the Hub, not for {name}")
     if name == DEMO:
         return _DEMO_FOLDER
-    path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{name}: no config.json in it; name a folder with a model")
@@ -86,6 +88,17 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     return download(repo, revision)
 
 
+def expanded(name: str) -> Path:
+    """A path with its ~ expanded. Raises UsageError for a name that cannot be a path."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{name[:80]}: no such folder ({reason})") from None
+    return path
+
+
 def pull(name: str, *, revision: str | None = None) -> Path:
     """Download a model, or what is missing of it. Raises UsageError when that cannot be done."""
     repo = repo_id(name)
@@ -102,12 +115,14 @@ def repo_id(name: str) -> str:
         return alias
     if _REPO.fullmatch(name) and ".." not in name:
         return name
+    if name == DEMO:
+        raise UsageError("demo is bundled with the program: nothing to download or remove")
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder")
     near = difflib.get_close_matches(name.lower(), [*ALIASES, DEMO], n=2, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(ALIASES)}."
     raise UsageError(
-        f"no model is called {name!r}; {meant} A Hub id (owner/name) or folder will do"
+        f"no model is called {name!r}; {meant} A Hub id (owner/name) will do, to run one a folder"
     )
 
 

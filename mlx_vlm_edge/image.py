@@ -82,8 +82,11 @@ def _short(name: str) -> str:
 
 
 def _checked_path(source: str | Path) -> Path:
-    path, name = Path(source).expanduser(), _short(str(source))
+    name = _short(str(source))
+    if not name:
+        raise UsageError("an image's name is empty; name a file")
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             raise UsageError(f"{name}: is a directory; name an image file in it")
         if not path.exists():
@@ -92,7 +95,7 @@ def _checked_path(source: str | Path) -> Path:
             raise UsageError(f"{name}: not a regular file; use - to read standard input")
         with path.open("rb"):  # whether it may be read
             pass
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{name}: cannot be read: {reason}") from None
     return path

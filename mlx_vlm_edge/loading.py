@@ -68,7 +68,7 @@ def load(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, with generation_config.json's eos ids where it has some.
+    """config.json of a model folder, with the eos ids of generation_config.json added to its own.
 
     What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
     """
@@ -77,11 +77,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
     config = _read_json(path)
     generation = _read_json(folder / "generation_config.json")
-    if generation:
-        config.setdefault("eos_token_id", generation.get("eos_token_id"))
+    if (more := generation.get("eos_token_id")) is not None:
+        config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
     whole = _read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
     own = _read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
     return {**config, PREPROCESSOR: own}
+
+
+def _joined(ids: Any, more: Any) -> Any:
+    """Two entries of eos ids, each one id, several or None, as one: 1 and [1, 2] -> [1, 2]."""
+    one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
+    both = one + [x for x in two if x not in one]
+    return both[0] if len(both) == 1 else both
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a JSON object")

@@ -35,17 +35,22 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0, math.inf)
-        _check("top_p", self.top_p, 0, 1)
-        _check("min_p", self.min_p, 0, 1)
-        _check("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf)
-        _check("top_k", self.top_k, 0, math.inf, whole=True)
-        _check("repetition_context_size", self.repetition_context_size, 1, math.inf, whole=True)
+        check_number("temperature", self.temperature, 0, math.inf)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf)
+        check_number("top_k", self.top_k, 0, math.inf, whole=True)
+        check_number(
+            "repetition_context_size", self.repetition_context_size, 1, math.inf, whole=True
+        )
         if self.seed is not None:
-            _check("seed", self.seed, 0, 2**64 - 1, whole=True)
+            check_number("seed", self.seed, 0, 2**64 - 1, whole=True)
 
 
-def _check(name: str, value: object, low: float, high: float, whole: bool = False) -> None:
+def check_number(
+    name: str, value: object, low: float, high: float = math.inf, whole: bool = False
+) -> None:
+    """Raises UsageError unless `value` is a finite number (with `whole`, an int) in low..high."""
     kinds = int if whole else (int, float)
     number = isinstance(value, kinds) and not isinstance(value, bool)
     if number and low <= value < math.inf and value <= high:  # type: ignore[operator]

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import locate
+from mlx_vlm_edge.hub import expanded, locate
 from mlx_vlm_edge.loading import PREPROCESSOR, build, read_config
 from mlx_vlm_edge.models import FAMILIES, family
 
@@ -78,9 +78,11 @@ def convert(
     Raises UsageError for every mistake, and when verify fails.
     """
     say = report or (lambda _: None)
-    folder, target = locate(str(source)), Path(out).expanduser()
+    folder, target = locate(str(source)), expanded(str(out))
     if target.exists() and target.samefile(folder):
         raise UsageError(f"{target} is the source; name another folder to write to")
+    if target.resolve() in folder.resolve().parents:
+        raise UsageError(f"{target} has the source in it; name another folder to write to")
     config, weights = to_native(folder, read_config(folder))
     module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)

@@ -36,13 +36,18 @@ Report = Callable[[str], None]
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
 
-    Raises UsageError when the target has something in it (unless `overwrite`) or cannot be made.
+    With `overwrite` a folder with a model in it is replaced, and no other one that has something.
+    Raises UsageError when the target is in the way or cannot be made.
     """
-    target = target.absolute()
+    target = target.resolve()
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file; name a folder to write to")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
+        if not (target / "config.json").is_file():
+            raise UsageError(f"{target} has other things than a model in it; name another folder")
+    missing = [folder for folder in target.parents if not folder.exists()]
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -52,6 +57,9 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _replace(target: Path, partial: Path) -> None:

@@ -166,7 +166,9 @@ def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[
     """
     key, vocabulary = mx.random.key(0), reference.config.vocab_size
     ids = mx.random.randint(0, vocabulary, shape=(1, TOKENS), key=key)
-    x, wanted = (owner.embed(ids).astype(mx.float32) for owner in (model, reference))
+    for owner in (model, reference):
+        _float32(owner.model.embed_tokens)
+    x, wanted = (owner.embed(ids) for owner in (model, reference))
     worst = Error("decoder layers", 0.0, 0.0)
     for index in range(len(reference.model.layers)):
         for block, original in zip(model.blocks(index), reference.blocks(index), strict=True):

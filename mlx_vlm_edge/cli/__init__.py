@@ -86,3 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout went away
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full disk under stdout, say; files of the user's are UsageErrors
+        print(f"{PROGRAM}: error: {error.strerror or error}", file=sys.stderr)
+        return 2

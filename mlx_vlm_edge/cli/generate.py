@@ -28,7 +28,7 @@ SAMPLING = {
     "repetition_context_size": (int, 20, "tokens the repetition penalty looks back"),
     "seed": (int, None, "make sampling repeatable"),
     "max_kv_size": (int, None, "positions of a rotating KV cache"),
-    "kv_bits": (int, None, "quantise the KV cache to this many bits"),
+    "kv_bits": (int, None, "quantise the KV cache to 2, 3, 4, 5, 6 or 8 bits"),
     "kv_group_size": (int, 64, "group size of a quantised KV cache"),
     "quantized_kv_start": (int, 0, "quantise the KV cache beyond this many positions"),
     "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
@@ -125,6 +125,10 @@ def default_model() -> str:
 def run(args: argparse.Namespace) -> int:
     if args.prompt == "-" and "-" in args.image:
         raise UsageError("--prompt - and --image - cannot both read standard input")
+    if args.image.count("-") > 1:
+        raise UsageError("--image - can read standard input only once")
+    if sys.stdin is None and "-" in (args.prompt, *args.image):
+        raise UsageError("standard input is closed: name a file or a text instead of -")
     text = args.prompt
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")

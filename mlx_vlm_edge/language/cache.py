@@ -92,7 +92,7 @@ class KVCache(_Growing):
 
 
 class QuantizedKVCache(_Growing):
-    """Keeps every position in 4 or 8 bits: each of keys and values is (packed, scales, biases)."""
+    """Keeps every position in 2 to 8 bits: each of keys and values is (packed, scales, biases)."""
 
     def __init__(self, group_size: int = 64, bits: int = 8) -> None:
         self.keys: list[mx.array] | None = None
@@ -105,7 +105,7 @@ class QuantizedKVCache(_Growing):
         if keys.shape[-1] % self.group_size or values.shape[-1] % self.group_size:
             raise UsageError(
                 f"a head of {keys.shape[-1]} values cannot be cached in groups of "
-                f"{self.group_size}: leave --kv-bits out or set --kv-group-size to a divisor"
+                f"{self.group_size}: leave --kv-bits out, or set --kv-group-size to 32 if that fits"
             )
         start, self.offset = self.offset, self.offset + keys.shape[2]
         self.keys = self._stored(self.keys, keys, start)

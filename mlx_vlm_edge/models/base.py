@@ -36,7 +36,7 @@ def image_strategy(config: Mapping[str, Any]) -> Strategy:
 def chosen_strategy(name: str) -> Strategy:
     """What the user asks for. Raises UsageError for a name that is not known."""
     if name not in STRATEGIES:
-        raise UsageError(f"image strategy {name!r} is not one of {', '.join(STRATEGIES)}")
+        raise UsageError(f"image strategy {name!r} is not one of pad, center_crop, stretch")
     return STRATEGIES[name]
 
 
