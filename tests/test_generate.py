@@ -257,7 +257,7 @@ def test_a_quantised_cache(run):
         ("repetition_penalty", 0.0),
         ("max_tokens", 0),
         ("prefill_step_size", 0),
-        ("kv_bits", 5),
+        ("kv_bits", 7),
     ],
 )
 def test_values_out_of_range_are_refused(run, option, value):

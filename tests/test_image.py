@@ -122,7 +122,7 @@ def test_unreadable_sources_are_one_line_with_the_name(tmp_path):
     assert "notes.jpg: not an image" in message(text)
     assert "directory" in message(tmp_path)
     assert "gone.png: no such file" in message(tmp_path / "gone.png")
-    assert "directory" in message("")
+    assert "name is empty" in message("")
     assert message("a\0b.png")
     assert "regular" in message("/dev/null")
     assert "is empty" in message(b"")
