@@ -7,6 +7,8 @@ import sys
 
 from mlx_vlm_edge import load, stream_generate
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 picture, question, *name = sys.argv[1:]
 model, processor = load(*name or ["demo"])
 for chunk in stream_generate(model, processor, question, images=[picture], max_tokens=128):

@@ -9,6 +9,8 @@ import sys
 
 from mlx_vlm_edge import generate, load
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 before, after, *name = sys.argv[1:]
 model, processor = load(*name or ["fastvlm-0.5b"])
 content = [

@@ -52,6 +52,8 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if resolution is not None and type(resolution) is not int:
+        raise UsageError(f"resolution must be a whole number of pixels, not {resolution!r}")
     folder = locate(name, revision=revision, offline=offline)
     config, arrays = read_checkpoint(folder)
     module = family(config.get("model_type"))

@@ -104,9 +104,14 @@ def test_requests_that_make_no_sense(arguments, said, capsys):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_and_a_closed_input_are_one_line(native_folder):
     command = f"{sys.executable} -m mlx_vlm_edge generate --model {native_folder} --max-tokens 2"
-    for line in (f"{command} -p Hi > /dev/full", f"{command} -p - <&-"):
+    for line in (f"{command} -p Hi > /dev/full", f"{command} -p - <&-", f"{command} -p Hi >&-"):
         done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+def test_a_resolution_that_is_no_whole_number():
+    with pytest.raises(UsageError, match="resolution must be a whole number"):
+        load("demo", resolution=64.0)
 
 
 def test_both_files_name_ends_of_answers(native_folder, tmp_path):

@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed: there is nowhere to write the answer")
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite, report=_report,
     )  # fmt: skip
     if args.dtype == "float16":
-        _report("the vision tower kept its dtype: its activations may overflow float16")
+        _report(
+            "note: float16 leaves a vision tower in its own dtype, since its activations may overflow"
+        )
     print(target)
     return 0
 
