@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.dtype == "float16":
         _report(
-            "note: float16 leaves a vision tower in its own dtype, since its activations may overflow"
+            "note: float16 leaves a vision tower in its own dtype: its activations may overflow"
         )
     print(target)
     return 0
