@@ -1,9 +1,24 @@
-"""Values of a config.json held against the types of the dataclass they go into."""
+"""JSON files of a model folder, and their values held against the types of a dataclass."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file. Raises UsageError for any other content."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a JSON object")
+    return content
 
 
 def check(config: Any, *, positive: bool = False) -> None:

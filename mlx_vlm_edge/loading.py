@@ -4,7 +4,6 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .config import read_json
 from .errors import UsageError
 from .hub import locate
 from .kernels import on_cpu
@@ -77,12 +77,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
-    config = _read_json(path)
-    generation = _read_json(folder / "generation_config.json")
+    config = read_json(path)
+    generation = read_json(folder / "generation_config.json")
     if (more := generation.get("eos_token_id")) is not None:
         config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
-    whole = _read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
-    own = _read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
+    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
     return {**config, PREPROCESSOR: own}
 
 
@@ -91,19 +91,6 @@ def _joined(ids: Any, more: Any) -> Any:
     one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
     both = one + [x for x in two if x not in one]
     return both[0] if len(both) == 1 else both
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return content
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -83,6 +83,7 @@ def test_options_that_cannot_be(options):
 @pytest.mark.parametrize("name", ["~nouser/x", "a" * 5000])
 def test_names_that_are_no_paths(name, capsys):
     assert "no such folder" in refused(["generate", "--model", name, "-p", "Hi"], capsys)
+    assert "no such folder" in refused(["models", "show", name], capsys)
     image = ["generate", "--model", "demo", "-p", "Hi", "--image", name]
     assert "cannot be read" in refused(image, capsys)
 

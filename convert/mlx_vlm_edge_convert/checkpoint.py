@@ -1,8 +1,6 @@
 """A model folder's weights -> named arrays, whatever files hold them: safetensors or PyTorch's."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -47,16 +45,3 @@ def find_torch_files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix in _TORCH_SUFFIXES and not path.name.startswith(_NOT_WEIGHTS)
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} when there is none. Raises UsageError for other text."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return found

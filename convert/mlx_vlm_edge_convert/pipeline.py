@@ -8,13 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_edge.config import read_json
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import expanded, locate
 from mlx_vlm_edge.loading import PREPROCESSOR, build, read_config
 from mlx_vlm_edge.models import FAMILIES, family
 
 from . import verify as verification
-from .checkpoint import read_checkpoint, read_json
+from .checkpoint import read_checkpoint
 from .families import fastvlm
 from .quantize import cast, dequantize, quantize
 from .reparam import is_training_form

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.loading import DTYPES
 
 from .rules import Arrays
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 LANGUAGE_MODEL = "language_model."

@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_edge.config import read_json
 from mlx_vlm_edge.errors import UsageError
 
-from .checkpoint import read_json
 from .rules import Arrays
 
 SHARD_BYTES = 5 << 30

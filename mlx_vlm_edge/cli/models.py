@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub import ALIASES, cache_folder, cached_models, local_snapshot, pull, repo_id
+from ..hub import ALIASES, cache_folder, cached_models, expanded, local_snapshot, pull, repo_id
 
 HELP = "List, pull, show and remove models."
 
@@ -64,7 +64,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    path = Path(args.name).expanduser()
+    path = expanded(args.name)
     folder = path if path.is_dir() or args.name == "demo" else None
     if folder is None:
         folder = local_snapshot(repo_id(args.name), args.revision)
