@@ -62,7 +62,7 @@ def load(
     model = build(module, config, arrays)
     model.config = model.config.adapted(image_strategy, resolution, max_tiles)
     if quantize is not None:
-        _quantize_language_model(model, config, quantize)
+        quantize_language_model(model, config, quantize)
     _cast(model, dtype)
     model.language_model.fuse()
     mx.eval(model.parameters())
@@ -163,7 +163,7 @@ def _place_quantized_layers(
     nn.quantize(model, class_predicate=kind)
 
 
-def _quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
+def quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
     if config.get("quantization"):
         raise UsageError("the model is quantised already: leave quantize out")
     if bits not in (4, 8):

@@ -17,6 +17,7 @@ PROGRAM = "mlx-vlm-edge"
 VERBS = {
     "generate": "answer a question about images",
     "models": "list, pull, show and remove models",
+    "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
 }
 
