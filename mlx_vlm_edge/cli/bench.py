@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (every model x resolution x bits is a case)")
     what.add_argument(
         "--model", nargs="+", action="extend", default=[], metavar="NAME",
-        help=f"aliases, Hub ids or folders (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
-        "if it is here, else the bundled demo)",
+        help=f"aliases, Hub ids or folders (default: as in generate; {DEFAULT_MODEL} for random "
+        "weights)",
     )  # fmt: skip
     what.add_argument(
         "--random-weights", action="store_true",
@@ -129,9 +129,9 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
     options, width, progress = _options(args), _width(), Progress()
     cases.check(options)
     record: dict[str, Any] = {"kind": "bench", "machine": machine.record(), "cases": []}
-    print("\n".join(_wrapped(machine.summary(record["machine"]), width)), flush=True)
+    _say(_heading(record["machine"]), width)
     if options.energy and (why := energy.unavailable()):
-        print(why)
+        _say([why], width)
     code = 0
     try:
         for case in cases.run(options, progress):
@@ -155,7 +155,7 @@ def _options(args: argparse.Namespace) -> "Options":
     from ..bench.picture import NAME, default_picture
 
     return Options(
-        models=tuple(args.model) or (default_model(),),
+        models=tuple(args.model) or (DEFAULT_MODEL if args.random_weights else default_model(),),
         resolutions=tuple(args.resolution) or (None,),
         bits=tuple(args.bits) or (None,),
         random=args.random_weights,
@@ -181,10 +181,18 @@ def _width() -> int:
     return max(NARROW, min(WIDE, shutil.get_terminal_size().columns))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _heading(record: dict[str, Any]) -> list[str]:
+    from ..bench import machine
+
+    warning = machine.busy(machine.load_average(), record["cores"])
+    return [machine.summary(record), *([warning] if warning else [])]
+
+
+def _say(lines: Sequence[str], width: int) -> None:
     import textwrap
 
-    return textwrap.wrap(text, width)
+    for line in lines:
+        print(textwrap.fill(line, width, break_on_hyphens=False), flush=True)
 
 
 def _claims(args: argparse.Namespace, save: Callable[..., None]) -> int:
@@ -211,8 +219,7 @@ def _run_claims(
     record["load_average"] = [machine.load_average()]
     setting = claim_run.Setting(record["machine"], args.runs, bool(args.claims))
     in_parts = args.in_parts if args.in_parts is not None else not setting.on_gpu
-    print("\n".join(_wrapped(machine.summary(record["machine"]), width)))
-    print("\n".join(_wrapped(IN_PARTS if in_parts else WHOLE, width)), flush=True)
+    _say([*_heading(record["machine"]), IN_PARTS if in_parts else WHOLE], width)
     shop = Workshop(in_parts)
     try:
         for index, claim in enumerate(wanted, 1):

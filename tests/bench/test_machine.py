@@ -84,3 +84,8 @@ def test_a_command_that_is_not_there_gives_nothing():
 )
 def test_milliseconds_are_compared_on_one_chip(chip, claimed, same):
     assert machine.same_chip(chip, claimed) is same
+
+
+def test_a_busy_machine_is_said():
+    assert machine.busy(1.0, 2) == machine.busy(None, 2) == machine.busy(9.0, None) == ""
+    assert "load average is 1.5 on 2 cores" in machine.busy(1.5, 2)
