@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import blas
 from .config import read_json
 from .errors import UsageError
 from .hub import locate
@@ -50,6 +51,7 @@ def load(
     image costs in the families that cut one up.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
+    blas.check()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if resolution is not None and type(resolution) is not int:
@@ -60,7 +62,7 @@ def load(
     model = build(module, config, arrays)
     model.config = model.config.adapted(image_strategy, resolution, max_tiles)
     if quantize is not None:
-        _quantize_language_model(model, config, quantize)
+        quantize_language_model(model, config, quantize)
     _cast(model, dtype)
     model.language_model.fuse()
     mx.eval(model.parameters())
@@ -161,7 +163,7 @@ def _place_quantized_layers(
     nn.quantize(model, class_predicate=kind)
 
 
-def _quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
+def quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
     if config.get("quantization"):
         raise UsageError("the model is quantised already: leave quantize out")
     if bits not in (4, 8):
