@@ -41,7 +41,8 @@ TOWER = "vision_tower.vision_model."
 WORDS_OF_TEXT = 151643
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = """You are a helpful assistant Describe the image in detail What is this photo of system
-user Who How many people there this it picture see do can one two short sentence and to for with on at"""
+user Who How many people there this it picture see do can one two short sentence and to for
+with on at"""
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
