@@ -44,8 +44,6 @@ class Ours:
         """File -> float pixels on the device, NHWC."""
         import mlx.core as mx
 
-        from mlx_vlm_edge.image import open_image
-
         opened = self._drafted(image) if draft else self.prepared(image)
         found = mx.array(opened.data)[None].astype(mx.float32) * (1 / 255)
         mx.eval(found)
