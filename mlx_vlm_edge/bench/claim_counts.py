@@ -36,19 +36,19 @@ def parameters(part: Part) -> int:
     """Of the whole published tower, of the connector, or of the language model."""
     found = pieces(part.model)
     if part.part == "vision":
-        return _size(_whole_tower(found))
+        return _size(_whole_tower(found, part.layers))
     if part.part == "connector":
         return _size(found.connector_of(part.type))
     return _size(found.language_model)
 
 
-def _whole_tower(found: Pieces) -> nn.Module:
+def _whole_tower(found: Pieces, published: int | None) -> nn.Module:
     """The tower with the layers that the model leaves out, and its final norm."""
     vision = found.config.vision
     if not isinstance(vision, ViTConfig):
         return found.tower
     given: dict[str, Any] = found.config.source.get("vision_config") or {}
-    layers = given.get("num_hidden_layers", vision.layers)
+    layers = published or given.get("num_hidden_layers", vision.layers)
     return ViT(replace(vision, layers=layers, post_norm=True))
 
 

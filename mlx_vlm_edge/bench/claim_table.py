@@ -8,12 +8,14 @@ from .claims import Claim, counts
 
 Record = Mapping[str, Any]
 LABEL = 10  # columns of "verdict"
+FIGURE = 14  # columns of a value and its unit
 
 
 def claim(record: Record, width: int = 80) -> str:
     """One claim: what the paper says, ours, and the verdict."""
     paper = record["paper"]
-    machine = f"on {paper['machine']}" if paper["machine"] else ""
+    timed = record["kind"].startswith("ms")
+    machine = f"on {paper['machine']}" if timed and paper["machine"] else ""
     lines = [
         *textwrap.wrap(record["title"], width),
         *_entry("id", record["id"], width),
@@ -68,9 +70,23 @@ def _entry(label: str, text: str, width: int) -> list[str]:
     return [f"  {label}".ljust(LABEL) + wrapped[0][LABEL:], *wrapped[1:]]
 
 
-def summary(records: Sequence[Record]) -> str:
-    """How many claims came out how."""
-    return f"{len(records)} claims: {counts(record['verdict'] for record in records)}"
+def summary(records: Sequence[Record], width: int = 80) -> str:
+    """A line per claim: paper, ours, verdict; and how many came out how."""
+    told = f"{len(records)} claims: {counts(record['verdict'] for record in records)}"
+    room = max(len(record["id"]) for record in records)
+    wide = width >= room + 2 * FIGURE + len("  not runnable here")
+    lines = [_line(record, room, wide) for record in records]
+    head = f"{'':{room}}{'paper':>{FIGURE}}{'ours':>{FIGURE}}"
+    return "\n".join([*([head] if wide else []), *lines, told])
+
+
+def _line(record: Record, room: int, wide: bool) -> str:
+    if not wide:
+        return f"{record['verdict']}: {record['id']}"
+    paper, ours = record["paper"], record["figure"]
+    said = "-" if ours is None else _value(ours, record["unit"])
+    claimed = _value(paper["value"], paper["unit"])
+    return f"{record['id']:{room}}{claimed:>{FIGURE}}{said:>{FIGURE}}  {record['verdict']}"
 
 
 def listed(claims: Sequence[Claim], width: int = 80) -> str:

@@ -34,7 +34,10 @@ UNITS = {"ms": "ms", "tokens": "tokens", "params_M": "M", "macs_G": "G"}
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to time or to count. times: tiles. tokens: of a prefill. type: of a connector."""
+    """One thing to time or to count. times: tiles. tokens: of a prefill. type: of a connector.
+
+    layers: of the published tower, when parameters are counted and the model's copy has fewer.
+    """
 
     part: str
     model: str
@@ -42,6 +45,7 @@ class Part:
     times: int = 1
     tokens: int | None = None
     type: str | None = None
+    layers: int | None = None
 
 
 @dataclass(frozen=True)

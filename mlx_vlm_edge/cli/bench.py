@@ -219,7 +219,9 @@ def _run_claims(
     record["load_average"] = [machine.load_average()]
     setting = claim_run.Setting(record["machine"], args.runs, bool(args.claims))
     in_parts = args.in_parts if args.in_parts is not None else not setting.on_gpu
-    _say([*_heading(record["machine"]), IN_PARTS if in_parts else WHOLE], width)
+    how = IN_PARTS if in_parts else WHOLE
+    timed = any(claim.timed for claim in wanted)
+    _say([*_heading(record["machine"]), *([how] if timed else [])], width)
     shop = Workshop(in_parts)
     try:
         for index, claim in enumerate(wanted, 1):
@@ -233,7 +235,7 @@ def _run_claims(
         code, record["interrupted"] = 130, True
         print(f"stopped: {len(record['claims'])} of {len(wanted)} claims run", file=sys.stderr)
     if record["claims"]:
-        print(f"\n{claim_table.summary(record['claims'])}")
+        print(f"\n{claim_table.summary(record['claims'], width)}")
         record["load_average"].append(machine.load_average())
         save(record)
     return code

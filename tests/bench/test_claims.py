@@ -251,6 +251,33 @@ def test_a_last_chunk_sees_all_positions_before_it(tiny):
 def test_the_table_lists_claims_at_any_width(claim):
     assert claim_table.listed([claim], 80) == "a-ratio  A is sooner than B"
     assert claim_table.listed([claim], 30).splitlines()[0] == "a-ratio"
-    assert claim_table.summary([{"verdict": "reproduced"}, {"verdict": "reproduced"}]) == (
-        "2 claims: 2 reproduced"
-    )
+
+
+def test_a_summary_has_a_line_per_claim(claim):
+    other = Subject("Cambrian-1-8B", not_runnable="its encoders are not here", quoted=5085)
+    setting = claim_run.Setting(MACHINE, 1, False)
+    record = claim_run.run(replace(claim, against=other), setting, Workshop(True), print)
+    text = claim_table.summary([record, {**record, "id": "b", "figure": 84.0}], 80)
+    assert text.splitlines()[1:] == [
+        "a-ratio        85.1 x             -  not runnable here",
+        "b              85.1 x          84 x  not runnable here",
+        "2 claims: 2 not runnable here",
+    ]
+    assert "not runnable here: a-ratio" in claim_table.summary([record], 40)
+
+
+def test_the_shipped_claims_follow_the_schema_and_can_be_counted():
+    """Every count comes out as the claim says; every timed part is one that can be built."""
+    known = claims.read()
+    assert len(known) > 50
+    setting = claim_run.Setting(MACHINE, 1, False)
+    for claim in known:
+        runnable = not any(subject.not_runnable for subject in claim.subjects)
+        if runnable and not claim.timed:
+            record = claim_run.run(claim, setting, Workshop(True), lambda text: None)
+            assert record["figure"] > 0, claim.id
+        for part in (part for subject in claim.subjects for part in subject.parts):
+            assert claim_counts.flops(Subject("one", (part,))) > 0, claim.id
+            found = claim_parts.pieces(part.model)
+            if part.part == "vision":
+                claim_parts.side_of(found, part.resolution)
