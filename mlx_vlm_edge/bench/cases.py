@@ -157,9 +157,10 @@ def _case(
         power = measured.record(options.runs)
     if options.cold:
         command = cold.command(cold.spec(choice, resolution, text, picture))
-        progress(f"{label}: fresh processes")
-        times = min(options.runs, COLD_RUNS) + 1
-        fresh = [cold.cold_run(command, clock) for _ in range(times)]
+        fresh, times = [], min(options.runs, COLD_RUNS) + 1
+        for number in range(1, times + 1):
+            progress(f"{label}: fresh process {number} of {times}")
+            fresh.append(cold.cold_run(command, clock))
         runs = replace(runs, cold=fresh)
     return {
         **_described(choice, resolution, opened.dtype),

@@ -123,7 +123,7 @@ def _figure(claim: Claim, totals: list[Figure], setting: Setting) -> dict[str, A
     if claim.against is None:
         figure = totals[0].median * 1000
     else:
-        found = ratio(totals[1], totals[0])
+        found = ratio(totals[1], totals[0], (claim.against.name, claim.ours.name))
         if found.value is None:
             return _verdict(Verdict("not compared", found.refusal))
         figure = found.value

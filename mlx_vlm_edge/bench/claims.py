@@ -72,7 +72,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim; `bench/claims.py` of the documentation has the schema."""
+    """One claim; benchmarks/claims/README.md explains every field."""
 
     id: str
     title: str

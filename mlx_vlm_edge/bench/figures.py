@@ -68,15 +68,15 @@ class Ratio:
     refusal: str = ""
 
 
-def ratio(over: Figure, under: Figure) -> Ratio:
+def ratio(over: Figure, under: Figure, names: tuple[str, str]) -> Ratio:
     """The ratio of two medians; refused when one side's runs differ by more than WIDE."""
-    for side, figure in (("first", over), ("second", under)):
+    for name, figure in zip(names, (over, under), strict=True):
         if figure.spread is None:
-            return Ratio(None, f"no ratio: the {side} side has one run, which has no spread")
+            return Ratio(None, f"no ratio: {name} was run once, which tells no spread")
         if figure.spread > WIDE:
             return Ratio(
                 None,
-                f"no ratio: the {side} side's runs spread by {figure.spread:.0%}, more than "
+                f"no ratio: the runs of {name} spread by {figure.spread:.0%}, more than "
                 f"{WIDE:.0%}; repeat on a quiet machine",
             )
     return Ratio(over.median / under.median)

@@ -143,9 +143,9 @@ def summary(records: Sequence[Record], width: int = 80) -> str:
     first = _figure(records[0]["figures"]["ttft_e2e"])
     for name, record in zip(names, records, strict=True):
         cells = [_summary_cell(record, column) for column in shown]
-        found = ratio(_figure(record["figures"]["ttft_e2e"]), first)
+        found = ratio(_figure(record["figures"]["ttft_e2e"]), first, (name, names[0]))
         if found.value is None and record is not records[0]:
-            said.append(f"{name}: {found.refusal}")
+            said.append(found.refusal)
         times = "-" if found.value is None else f"{found.value:.2f}"
         lines.append(f"{name:{room}}" + "".join(f"{cell:>13}" for cell in cells) + f"{times:>9}")
     return "\n".join([*lines, *(textwrap.fill(line, width) for line in said)])

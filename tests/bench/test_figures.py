@@ -14,6 +14,8 @@ from mlx_vlm_edge.bench.figures import (
     unaccounted,
 )
 
+AB = ("A", "B")
+
 
 def staged(vision=0.2, prefill=0.3, rest=0.1, total=None):
     stages = {"image decode": rest, "vision": vision, "connector": 0.05, "prefill": prefill}
@@ -45,25 +47,25 @@ def test_sums_go_run_by_run():
 
 
 def test_a_ratio_is_of_medians():
-    assert ratio(Figure((6.0, 6.2, 6.1)), Figure((2.0, 2.1, 2.0))).value == pytest.approx(3.05)
+    assert ratio(Figure((6.0, 6.2, 6.1)), Figure((2.0, 2.1, 2.0)), AB).value == pytest.approx(3.05)
 
 
 @pytest.mark.parametrize(
     ("over", "under", "said"),
     [
-        ((1.0, 1.26), (1.0, 1.0), "first side's runs spread by 26%"),
-        ((1.0, 1.0), (1.0, 2.0), "second side's runs spread by 100%"),
-        ((1.0,), (1.0, 1.0), "first side has one run"),
+        ((1.0, 1.26), (1.0, 1.0), "the runs of A spread by 26%"),
+        ((1.0, 1.0), (1.0, 2.0), "the runs of B spread by 100%"),
+        ((1.0,), (1.0, 1.0), "A was run once"),
     ],
 )
 def test_a_ratio_is_refused_when_a_side_spreads(over, under, said):
-    found = ratio(Figure(over), Figure(under))
+    found = ratio(Figure(over), Figure(under), AB)
     assert found.value is None
     assert said in found.refusal
 
 
 def test_a_quarter_of_spread_is_still_a_ratio():
-    assert ratio(Figure((1.0, 1.25)), Figure((1.0, 1.0))).value == 1.125
+    assert ratio(Figure((1.0, 1.25)), Figure((1.0, 1.0)), AB).value == 1.125
 
 
 def test_ttft_is_vision_and_prefill_and_nothing_else():

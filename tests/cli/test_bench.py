@@ -112,7 +112,7 @@ def test_energy_that_cannot_be_measured_is_one_line(capsys, clean, monkeypatch):
 
 def test_ctrl_c_ends_with_one_line_and_what_there_is(tmp_path):
     path = tmp_path / "out.json"
-    command = [sys.executable, "-m", "mlx_vlm_edge", *QUICK, "--no-cold", "--max-tokens", "2000"]
+    command = [sys.executable, "-m", "mlx_vlm_edge", *QUICK, "--no-cold", "--max-tokens", "50"]
     command += ["--resolution", "128", *["1024"] * 30, "--json", str(path)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -142,6 +142,23 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
     with pytest.raises(UsageError, match="cannot be written"), writable(str(tmp_path / "x" / "y")):
         pytest.fail("was let in")
+
+
+@pytest.mark.parametrize("arguments", [["bench", "--help"], ["bench", "--claims", "list"]])
+def test_help_and_the_list_load_no_mlx(arguments):
+    code = (
+        f"import sys; from mlx_vlm_edge.cli import main\ntry: main({arguments})\n"
+        "except SystemExit: pass\nassert not {'mlx', 'numpy', 'PIL'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_generate_does_not_import_the_benchmark():
+    code = (
+        "import sys, mlx_vlm_edge.generation, mlx_vlm_edge.loading\n"
+        "assert not [name for name in sys.modules if 'edge.bench' in name or 'estimate' in name]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def a_record(**more):
