@@ -1,5 +1,6 @@
 """A part of a claim -> its parameters, MACs and tokens, counted from shapes; nothing is run."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import configs
+from ..connectors.ldp import LDP, POOLED, LDPv2
+from ..connectors.pixel_shuffle import PixelShuffle
 from ..estimate import connector as connectors
+from ..estimate.connector import ldp_side
 from ..estimate.parts import Parts, parts_of
 from ..estimate.work import Work
 from ..vision.vit import ViT, ViTConfig
-from .claim_parts import Pieces, features_of, pieces
+from .claim_parts import Pieces, features_shape, pieces
 from .claims import Claim, Part, Subject
 
 
@@ -23,13 +27,19 @@ def counted(claim: Claim, subject: Subject) -> float:
 
 
 def tokens(part: Part) -> int:
-    """Visual tokens of `times` tiles, by the shape of what tower and connector make of one."""
+    """Visual tokens of `times` tiles, or the positions of a prefill."""
     if part.tokens is not None:
         return part.tokens
     found = pieces(part.model)
+    _, features, _ = features_shape(found, part.resolution)
     join = found.connector_of(part.type)
-    made = join(features_of(found, part.resolution))
-    return int(made.shape[1]) * part.times
+    if isinstance(join, PixelShuffle):
+        features //= join.scale**2
+    elif isinstance(join, LDP):
+        features = ldp_side(math.isqrt(features)) ** 2
+    elif isinstance(join, LDPv2):
+        features = POOLED**2
+    return features * part.times
 
 
 def parameters(part: Part) -> int:

@@ -22,6 +22,7 @@ from ..language.cache import Cache, KVCache
 from ..models.base import VisionLanguageModel
 from ..prompt import Inputs
 from ..timings import Clock, Stages
+from ..vision.fastvit import STRIDE
 from ..vision.vit import ViTConfig
 from .claims import Part
 from .random_weights import blueprint, fill
@@ -75,12 +76,12 @@ def side_of(found: Pieces, resolution: int | None) -> int:
     return side
 
 
-def features_of(found: Pieces, resolution: int | None, tiles: int = 1) -> mx.array:
-    """Image features [tiles, N, C] of random pixels; lazy until somebody evaluates them."""
-    side = side_of(found, resolution)
-    noise = np.random.default_rng(3).random((tiles, side, side, 3), np.float32)
-    features: mx.array = found.tower(mx.array(noise).astype(found.dtype))
-    return features[:, 1:] if "class_embedding" in found.tower else features
+def features_shape(found: Pieces, resolution: int | None) -> tuple[int, int, int]:
+    """Of a tile's image features, [1, N, C], as the connector takes them."""
+    vision, side = found.config.vision, side_of(found, resolution)
+    if isinstance(vision, ViTConfig):
+        return 1, vision.grid**2, vision.hidden_size
+    return 1, (side // STRIDE) ** 2, vision.out_dim
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Workshop:
     def _connector(self, part: Part) -> Timed:
         found = pieces(part.model)
         join = self._filled(part)
-        shape = features_of(found, part.resolution).shape
+        shape = features_shape(found, part.resolution)
         noise = np.random.default_rng(3).standard_normal(shape, np.float32)
         features = mx.array(noise).astype(found.dtype)
         mx.eval(features)

@@ -103,7 +103,8 @@ def test_counts_are_those_of_the_models():
     assert tokens("fastvlm-7b", resolution=768) == 144
     assert tokens("llava-onevision-0.5b", times=10) == 7290
     assert tokens("llava-1.5-7b") == 576
-    assert tokens("mobilevlm-v2-1.7b") == 144
+    assert tokens("mobilevlm-v2-1.7b") == tokens("mobilevlm-1.7b") == 144
+    assert tokens("smolvlm-256m", times=2) == 128
     folded = claim_counts.parameters(Part("vision", "fastvlm-0.5b"))  # BatchNorm is in neighbours
     assert folded == pytest.approx(122_714_208, rel=5e-4)
     assert claim_counts.parameters(Part("vision", "llava-1.5-7b")) == pytest.approx(
@@ -121,6 +122,16 @@ def test_counts_are_those_of_the_models():
 def test_a_resolution_that_a_tower_does_not_take_is_refused():
     with pytest.raises(UsageError, match="336 only"):
         claim_counts.tokens(Part("vision", "llava-1.5-7b", 1024))
+
+
+@pytest.mark.parametrize("alias", ["fastvlm-0.5b", "mobilevlm-1.7b", "mobilevlm-v2-1.7b"])
+def test_a_connector_is_fed_what_its_tower_makes(alias):
+    """The shapes that are counted are the ones that towers and connectors really have."""
+    found = claim_parts.pieces(alias)
+    side = 64 if alias.startswith("fastvlm") else 336
+    shape = claim_parts.features_shape(found, side)
+    made = found.connector_of(None)(mx.zeros(shape))
+    assert made.shape[1] == claim_counts.tokens(Part("vision", alias, side))
 
 
 class Ticking:
