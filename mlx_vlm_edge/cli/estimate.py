@@ -133,21 +133,19 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as aligned lines, the first `left` columns to the left, the rest to the right.
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, the first one a heading, as aligned lines: columns of numbers to the right.
 
-    table([["a", "1"], ["bcd", "20"]]) -> "a     1\\nbcd  20"
+    table([["x", "n"], ["a", "1"], ["bcd", "20"]]) -> "x     n\\na     1\\nbcd  20"
     """
-    listed = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in listed
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    columns = [_aligned(column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    numbers = all(cell[:1] in "+-0123456789" for cell in column[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
 
 
 def _ms(value: float) -> str:
@@ -183,8 +181,9 @@ def _describe(found: "Outlook", image: tuple[int, int]) -> str:
     if chip.unconfirmed:
         lines.append(f"UNCONFIRMED figures of this chip: {', '.join(chip.unconfirmed)}")
     lines.append(
-        "not in it: reading and resizing the picture, sampling, loading; vision and language on "
-        "the GPU.\nHow far such estimates were off: --calibration; the chips' sources: --chips"
+        "not in it: reading and resizing the picture, sampling, loading. All of it is on the GPU, "
+        "where no\npublished figure of a vision tower was found to hold the first row against.\n"
+        "how far such estimates were off: --calibration; the chips' sources: --chips"
     )
     return "\n".join(lines)
 
@@ -230,7 +229,7 @@ def _compare(found: Sequence["Outlook"]) -> str:
                 f"{_ms(item.ttft)} ms", f"{item.rate:,.1f}", _gb(total), ", ".join(notes),
             ]
         )  # fmt: skip
-    return table(rows, left=2)
+    return table(rows)
 
 
 def _print_chips(*, as_json: bool) -> None:
@@ -283,10 +282,10 @@ def _print_calibration(*, as_json: bool) -> None:
 
         print(json.dumps([{**asdict(row), "error": row.error} for row in rows]))
         return
-    print(f"estimated against measured by others ({LABEL} here)")
+    print(f"estimates against what others measured; nothing here was measured by us ({LABEL})")
     for name, title in _TABLES.items():
         own = [row for row in rows if row.table == name]
-        print(f"\n{title}: {calibration.source(name)}")
+        print(f"\n{title}: {calibration.source(name)}\nrates: {calibration.rates(name)}")
         print(_errors_table(own))
         for figure in dict.fromkeys(row.figure for row in own):
             free = [row for row in own if row.figure == figure]
@@ -304,4 +303,4 @@ def _errors_table(rows: Sequence["Row"]) -> str:
         values = [_ms(row.measured) if row.unit != "times" else f"{row.measured:.2f}"]
         values += [_ms(row.estimated) if row.unit != "times" else f"{row.estimated:.2f}", row.unit]
         listed.append([row.name, row.figure, *values, f"{row.error:+.0%}", note])
-    return table(listed, left=2)
+    return table(listed)

@@ -66,6 +66,17 @@ def source(table: str) -> str:
     return found
 
 
+def rates(table: str) -> str:
+    """Which rates a table's estimates have that those for users (roofline.NOW) have not."""
+    shares = ", ".join(f"{share:.1%} for {kind}" for kind, share in ENGINE_SHARE.items())
+    said = {
+        "paper": f"of the Neural Engine's 11 TFLOPS {shares}; attention at {PAPER.attention:.1%} "
+        "of the GPU's peak, as it was before MLX fused it",
+        "llama_cpp": f"{LLAMA_CPP.layer_ms} ms per layer of a decoded token",
+    }
+    return said.get(table, "those of every estimate")
+
+
 def rows() -> list[Row]:
     """Every row of every table."""
     return [*paper(), *mlx_lm(), *llama_cpp(), *m5_over_m4()]
