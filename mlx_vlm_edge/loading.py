@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import blas
 from .config import PREPROCESSOR as PREPROCESSOR
 from .config import read_config as read_config
 from .errors import UsageError
@@ -50,6 +51,7 @@ def load(
     image costs in the families that cut one up.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
+    blas.check()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if resolution is not None and type(resolution) is not int:

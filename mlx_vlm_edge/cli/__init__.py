@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
-from .. import __version__
+from .. import __version__, blas
 from ..errors import UsageError
 
 PROGRAM = "mlx-vlm-edge"
@@ -67,6 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UsageError(f"no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    blas.check()
     module = import_module(f".{verb}", __name__)
     parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP)
     module.add_arguments(parser)
