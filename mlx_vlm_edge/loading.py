@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import blas
-from .config import read_json
+from .config import PREPROCESSOR as PREPROCESSOR
+from .config import read_config as read_config
 from .errors import UsageError
 from .hub import locate
 from .kernels import on_cpu
@@ -26,7 +27,6 @@ from .weights import Weights, check_names, find_shards, read_safetensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
-PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
 Quantization = Mapping[str, Any]
 
 
@@ -69,30 +69,6 @@ def load(
     tokenizer = Tokenizer.from_folder(folder)
     processor: Processor = module.Processor(model.config, tokenizer)
     return model, processor
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, with the eos ids of generation_config.json added to its own.
-
-    What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
-    config = read_json(path)
-    generation = read_json(folder / "generation_config.json")
-    if (more := generation.get("eos_token_id")) is not None:
-        config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
-    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
-    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
-    return {**config, PREPROCESSOR: own}
-
-
-def _joined(ids: Any, more: Any) -> Any:
-    """Two entries of eos ids, each one id, several or None, as one: 1 and [1, 2] -> [1, 2]."""
-    one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
-    both = one + [x for x in two if x not in one]
-    return both[0] if len(both) == 1 else both
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -16,6 +16,7 @@ from ..errors import UsageError
 PROGRAM = "mlx-vlm-edge"
 VERBS = {
     "generate": "answer a question about images",
+    "estimate": "what a model would take on a chip, without running it",
     "models": "list, pull, show and remove models",
     "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",

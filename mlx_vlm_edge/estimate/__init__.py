@@ -37,5 +37,5 @@ def predicted_flops(
 
 
 def visual_tokens(config: Config, resolution: int | None = None, *, image: Size = SQUARE) -> int:
-    """How many visual tokens a picture of that size becomes. Raises UsageError as `parts_of` does."""
+    """How many visual tokens a picture of that size becomes. Raises as `parts_of` does."""
     return parts_of(config, resolution, image).view.tokens

@@ -20,8 +20,10 @@ _CLIP = "openai/clip-vit-large-patch14-336"
 
 @dataclass(frozen=True)
 class Parts:
-    """vision, connector: what a picture costs there. view: what it becomes."""
+    """vision, connector: what a picture costs there. view: what it becomes. tower: "fastvithd",
+    "vit", or "patches" where a thin embedding stands in for one."""
 
+    tower: str
     vision: Work
     connector: Work
     decoder: Decoder
@@ -66,7 +68,7 @@ def _fastvlm(config: Config, resolution: int | None, image: Size) -> Parts:
     text_model = decoder.llama(text, "qwen2", tied=_tied(config, text))
     features = int(tower["embed_dims"][-1] * tower["cls_ratio"])
     join = connector.mlp(view.tokens, features, text_model.width)
-    return Parts(sum(works, Work()), join, text_model, view)
+    return Parts("fastvithd", sum(works, Work()), join, text_model, view)
 
 
 def _llava(config: Config, resolution: int | None, image: Size) -> Parts:
@@ -87,7 +89,7 @@ def _llava(config: Config, resolution: int | None, image: Size) -> Parts:
         join = connector.ldp(side, features, width)
     else:
         join = connector.mlp(view.tokens, features, width)
-    return Parts(vision.vit(tower, layers), join, text_model, view)
+    return Parts("vit", vision.vit(tower, layers), join, text_model, view)
 
 
 def _clip(config: Config) -> Config:
@@ -122,7 +124,7 @@ def _onevision(config: Config, resolution: int | None, image: Size) -> Parts:
     rows = (tower["image_size"] // tower["patch_size"]) ** 2
     join = connector.mlp(rows, tower["hidden_size"], text_model.width).runs(view.tiles)
     newline = Work(vectors=text_model.width)
-    return Parts(encoded, join + newline, text_model, view)
+    return Parts("vit", encoded, join + newline, text_model, view)
 
 
 def _idefics3(config: Config, resolution: int | None, image: Size) -> Parts:
@@ -135,7 +137,7 @@ def _idefics3(config: Config, resolution: int | None, image: Size) -> Parts:
     encoded = vision.vit(own, tower["num_hidden_layers"], post_norm=True).runs(view.tiles)
     scale, width = config.get("scale_factor", 2), text_model.width
     join = connector.pixel_shuffle(view.tokens, tower["hidden_size"], width, scale)
-    return Parts(encoded, join, text_model, view)
+    return Parts("vit", encoded, join, text_model, view)
 
 
 def _eve(config: Config, resolution: int | None, image: Size) -> Parts:
@@ -144,7 +146,9 @@ def _eve(config: Config, resolution: int | None, image: Size) -> Parts:
     channels, width = config["mm_hidden_size"], text_model.width
     patch, window = config.get("patch_stride", 14), config.get("conv_stride", 2)
     embedding = vision.eve(channels, patch, window, view.height, view.width)
-    return Parts(embedding, connector.mlp(view.tokens, channels, width), text_model, view)
+    return Parts(
+        "patches", embedding, connector.mlp(view.tokens, channels, width), text_model, view
+    )
 
 
 def _eve2(config: Config, resolution: int | None, image: Size) -> Parts:
@@ -154,7 +158,7 @@ def _eve2(config: Config, resolution: int | None, image: Size) -> Parts:
     embedding = vision.eve2(
         config["mm_hidden_size"], text_model.width, patch, window, view.height, view.width
     )
-    return Parts(embedding, Work(), text_model, view)
+    return Parts("patches", embedding, Work(), text_model, view)
 
 
 def _fuyu(config: Config, resolution: int | None, image: Size) -> Parts:
@@ -164,7 +168,7 @@ def _fuyu(config: Config, resolution: int | None, image: Size) -> Parts:
     patch = config.get("patch_size", 30)
     patches = (view.height // patch) * (view.width // patch)
     embedding = linear(patches, 3 * patch**2, text_model.width)
-    return Parts(embedding, Work(), text_model, view)
+    return Parts("patches", embedding, Work(), text_model, view)
 
 
 _BUILDERS = {

@@ -184,6 +184,12 @@ def test_any_broken_value_is_one_line():
     assert not [line for line in errors if "\n" in line]
 
 
+def test_activations_are_near_what_was_seen():
+    """The CPU back end's peak beside the weights, in float32: 248.5 MB for FastViTHD at 512 px."""
+    needed = memory_bytes(configs.read("fastvlm-0.5b"), dtype="float32", resolution=512)
+    assert needed["activations"] == pytest.approx(248.5e6, rel=0.1)
+
+
 def test_memory_is_the_sum_and_the_cache_is_the_contexts():
     config = configs.read("fastvlm-0.5b")
     needed = memory_bytes(config, 4, 1000)
