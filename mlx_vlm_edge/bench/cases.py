@@ -102,10 +102,10 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture"
         picture.write_bytes(options.image)
+        for choice in options.choices if options.random else ():
+            _refuse_too_large(choice, options)
         for choice in options.choices:
             progress(f"{choice.model}: {'making random weights' if choice.random else 'loading'}")
-            if choice.random:
-                _refuse_too_large(choice, options)
             opened = Opened(choice)
             for resolution in options.resolutions:
                 yield _case(opened, choice, resolution, options, picture, progress, clock)
@@ -126,7 +126,8 @@ def _refuse_too_large(choice: Choice, options: Options) -> None:
             text_of(processor, options.image, options.prompt_tokens), [options.image]
         )
         longest = max(longest, inputs.input_ids.shape[1])
-    parts = memory.needed(plan, longest + options.max_tokens)
+    largest = max(filter(None, options.resolutions), default=None)
+    parts = memory.needed(plan, longest + options.max_tokens, largest)
     memory.refuse_too_large(choice.model, parts, memory.usable(machine.free_memory()))
 
 

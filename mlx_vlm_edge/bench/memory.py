@@ -5,21 +5,27 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UsageError
-from ..estimate.parts import parts_of
+from ..estimate import memory_bytes
 from .random_weights import Blueprint
 
-# Activations, and the buffers that MLX keeps: FastVLM at 1024 pixels in float32 holds about 1 GB,
-# LLaVA-OneVision's 8,765 tokens on the CPU somewhat more in attention scores.
-ALLOWANCE = 1_500_000_000
+PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
+ALLOWANCE = 1_500_000_000  # for the activations of a part that is run by itself
 
 
-def needed(plan: Blueprint, positions: int) -> dict[str, int]:
-    """Bytes by what they are for; nothing is evaluated. positions: of the KV cache."""
-    decoder = parts_of(plan.config.source).decoder
+def needed(plan: Blueprint, positions: int, resolution: int | None = None) -> dict[str, int]:
+    """Bytes by what they are for; nothing is evaluated. positions: of the KV cache.
+
+    The weights' are exact; the activations' are `estimate`'s.
+    """
+    estimated = memory_bytes(
+        plan.config.source, context=positions, resolution=resolution,
+        dtype=str(plan.dtype).removeprefix("mlx.core."),
+    )  # fmt: skip
     return {
         "weights": plan.nbytes,
-        "KV cache": decoder.cache_bytes(positions, plan.dtype.size),
-        "allowance for activations": ALLOWANCE,
+        "KV cache": estimated["cache"],
+        "activations (estimated)": estimated["activations"],
+        "program": PROGRAM,
     }
 
 

@@ -127,7 +127,15 @@ def test_what_will_not_fit_is_refused_with_the_figures():
     assert parts["KV cache"] == 57_344_000
     with pytest.raises(UsageError) as refused:
         memory.refuse_too_large("fastvlm-7b", parts, 8_000_000_000)
-    assert "would take 17.08 GB (15.52 GB weights + 0.06 GB KV cache" in str(refused.value)
+    assert f"would take {sum(parts.values()) / 1e9:.2f} GB (15.52 GB weights + 0.06 GB KV" in str(
+        refused.value
+    )
     assert "8.00 GB are free" in str(refused.value)
     memory.refuse_too_large("fastvlm-7b", parts, 18_000_000_000)
     memory.refuse_too_large("fastvlm-7b", parts, None)
+
+
+def test_a_larger_picture_needs_more():
+    plan = blueprint("fastvlm-0.5b", dtype="float32")
+    small, large = (memory.needed(plan, 300, side) for side in (256, 1024))
+    assert large["activations (estimated)"] > 8 * small["activations (estimated)"]
