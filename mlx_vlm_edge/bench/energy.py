@@ -4,6 +4,7 @@ import platform
 import plistlib
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +80,15 @@ def _may_run() -> bool:
 
 def measure(answer: Callable[[], object], answers: int) -> Energy:
     """Sample while `answer` is called so many times. Call only where `unavailable` says nothing."""
-    sampler = subprocess.Popen(
-        ["sudo", "-n", *COMMAND], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(answers):
-            answer()
-    finally:
-        sampler.send_signal(signal.SIGTERM)
-    output, _ = sampler.communicate()
-    return parse(output)
+    with tempfile.TemporaryFile() as output:  # a pipe would fill up while nobody reads it
+        sampler = subprocess.Popen(
+            ["sudo", "-n", *COMMAND], stdout=output, stderr=subprocess.DEVNULL
+        )
+        try:
+            for _ in range(answers):
+                answer()
+        finally:
+            sampler.send_signal(signal.SIGTERM)
+            sampler.wait()
+        output.seek(0)
+        return parse(output.read())

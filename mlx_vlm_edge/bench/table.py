@@ -15,6 +15,7 @@ MEANINGS = {
     "ttft_cold": "a fresh process: its start to its first text",
 }
 NOTE = "spread: (max - min) / min of the runs; warm-up: the first run's, counted nowhere else"
+CHECKPOINT = "checkpoint"  # what a record says of weights that were read
 STAGES = "stage: "
 COLD = "cold: "
 COLD_NAMES = {
@@ -40,7 +41,7 @@ def case(record: Record, width: int = 80) -> str:
         if name in figures:
             lines.append(_time(name, figures[name], width, MEANINGS[name]))
         if name == "ttft_cold":
-            lines += _group(figures, COLD, COLD_NAMES, width)
+            lines += _group(figures, COLD, _cold_names(record), width)
     lines += _stages(record, figures, width)
     lines += _listed("tokens/s", RATES, figures, "{:,.1f}", width)
     lines += _listed("peak memory, GB", MEMORY, figures, "{:,.3f}", width)
@@ -67,6 +68,11 @@ def counts(record: Record) -> str:
         f"{record['prompt_tokens'] - visual} text), {record['generated']} generated; "
         f"{runs} {'run' if runs == 1 else 'runs'} of each kind{cold}, each after a warm-up"
     )
+
+
+def _cold_names(record: Record) -> dict[str, str]:
+    """Random weights are made where a checkpoint's would be read."""
+    return COLD_NAMES | ({"load": "make weights"} if record["weights"] != CHECKPOINT else {})
 
 
 def _stages(record: Record, figures: Mapping[str, Figure], width: int) -> list[str]:

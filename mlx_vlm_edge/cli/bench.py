@@ -21,6 +21,10 @@ HELP = (
     "prompt in, first token out. ttft_cold: a fresh process, from its start to its first text."
 )
 MAX_TOKENS, RUNS = 32, 5
+CASES_ONLY = (
+    "model", "random_weights", "resolution", "bits", "dtype", "image", "prompt_tokens", "no_cold",
+    "energy",
+)  # fmt: skip
 NARROW, WIDE = 40, 120
 IN_PARTS = (
     "Measured in parts, as the paper does: encoder and prefill by themselves, one tile for "
@@ -119,8 +123,21 @@ class Progress:
 def run(args: argparse.Namespace) -> int:
     from ..bench.saved import writable
 
+    _refuse_mixtures(args)
     with writable(args.json) as save:
         return _claims(args, save) if args.claims is not None else _cases(args, save)
+
+
+def _refuse_mixtures(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that would be ignored."""
+    if args.claims is None:
+        if args.in_parts is not None:
+            raise UsageError("--in-parts is for --claims")
+        return
+    for name in CASES_ONLY:
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is not for --claims: each claim says what it runs")
 
 
 def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:

@@ -1,6 +1,8 @@
 """powermetrics' output, made here as it prints it: plists with NUL bytes between."""
 
+import os
 import plistlib
+import time
 
 import pytest
 
@@ -38,3 +40,19 @@ def test_why_energy_cannot_be_measured_is_one_line():
     assert energy.unavailable("Darwin", lambda: False) == energy.ONLY_ROOT
     assert energy.unavailable("Darwin", lambda: True) == ""
     assert "\n" not in energy.ONLY_MACOS + energy.ONLY_ROOT
+
+
+def test_all_of_a_long_output_is_read(tmp_path, monkeypatch):
+    """More than a pipe holds, from a double of sudo that writes until it is told to end."""
+    samples = tmp_path / "samples"
+    samples.write_bytes((sample(0.1, combined_power=1000.0, padding="x" * 5000) + b"\0") * 100)
+    sudo = tmp_path / "sudo"
+    sudo.write_text(f"#!/bin/sh\ncat {samples}\ntouch {tmp_path}/done\nexec sleep 60\n")
+    sudo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def answer():
+        while not (tmp_path / "done").exists():
+            time.sleep(0.01)
+
+    assert energy.measure(answer, 2).seconds == pytest.approx(10)

@@ -88,6 +88,8 @@ def test_prompt_tokens_are_exact(capsys, tmp_path, clean):
         (["--model", "demo", "--json", "/no/such/folder/x.json"], "--json /no/such/folder"),
         (["--model", "demo", "--json", "/"], "is a folder"),
         (["--claims", "no-such-claim"], "no claim is called 'no-such-claim'"),
+        (["--claims", "--model", "demo"], "--model is not for --claims"),
+        (["--model", "demo", "--in-parts"], "--in-parts is for --claims"),
         (["--claims", "--runs", "0"], "--runs must be 1 or more"),
     ],
 )
