@@ -62,7 +62,8 @@ def title(record: Record) -> str:
 def counts(record: Record) -> str:
     visual = record["visual_tokens"]
     runs = record["runs"]
-    cold = f", {record['cold_runs']} fresh processes" if record["cold_runs"] else ""
+    fresh = record["cold_runs"]
+    cold = f", {fresh} fresh {'process' if fresh == 1 else 'processes'}" if fresh else ""
     return (
         f"{record['prompt_tokens']} prompt tokens ({visual} visual, "
         f"{record['prompt_tokens'] - visual} text), {record['generated']} generated; "
