@@ -42,6 +42,7 @@ def run(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> d
         "ours": claim.ours.name,
         "against": claim.against.name if claim.against else None,
         "better": claim.better,
+        "predicted": _predicted(claim),
         **found,
     }
 
@@ -115,7 +116,6 @@ def _timed(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -
         "sides": [total.scaled(1000).record() for total in totals],
         "parts": [_parts(*pair) for pair in zip(claim.subjects, sides, strict=True)],
         "how": _how(claim, shop),
-        "predicted": _predicted(claim),
     }
 
 
@@ -145,7 +145,9 @@ def _how(claim: Claim, shop: Workshop) -> str:
 
 
 def _predicted(claim: Claim) -> float | None:
-    """What a ratio would be by floating-point operations alone: an estimate."""
-    if claim.against is None:
+    """What a ratio of times would be by floating-point operations alone: an estimate."""
+    if claim.kind != "ms_ratio" or claim.against is None:
+        return None
+    if not all(subject.parts for subject in claim.subjects):
         return None
     return flops(claim.against) / flops(claim.ours)

@@ -56,8 +56,10 @@ def _side(side: Any, unit: str, kind: str) -> str:
     return f"{side['median']:,.1f} ms{spread}"
 
 
-def _value(value: float, unit: str) -> str:
-    """4 significant digits: 85.1 x, 14,124 ms, 0.5 M."""
+def _value(value: float | None, unit: str) -> str:
+    """4 significant digits: 85.1 x, 14,124 ms, 0.5 M; "no figure"."""
+    if value is None:
+        return "no figure"
     digits = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
     return f"{digits} {unit}"
 

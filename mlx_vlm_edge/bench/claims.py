@@ -60,9 +60,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper says, where, measured on what; milliseconds compare on `chip` only."""
+    """What the paper says, where, measured on what; milliseconds compare on `chip` only.
 
-    value: float
+    value: None where it prints no figure and ours is told alone.
+    """
+
+    value: float | None
     unit: str
     chip: str | None
     machine: str
@@ -191,6 +194,8 @@ def _check_part(part: Part, timed: bool) -> None:
 def verdict(claim: Claim, ours: float, same_chip: bool) -> Verdict:
     """What our figure says of a claim; milliseconds say nothing from another chip."""
     paper = claim.paper.value
+    if paper is None:
+        return Verdict("not compared", "the paper prints no figure")
     if claim.kind == "ms" and not same_chip:
         return Verdict("not compared", f"milliseconds of {claim.paper.chip or 'another machine'}")
     if claim.better == "equal":

@@ -86,6 +86,11 @@ def test_verdicts(claim, kind, better, paper, ours, same, word):
     assert verdict(claim, ours, same).word == word
 
 
+def test_without_a_figure_in_the_paper_ours_is_told_alone(claim):
+    alone = replace(claim, paper=replace(claim.paper, value=None))
+    assert verdict(alone, 4.0, True) == claims.Verdict("not compared", "the paper prints no figure")
+
+
 def test_a_count_may_be_off_by_what_the_claim_allows(claim):
     counted = replace(claim, kind="params_M", better="equal", within=0.02)
     counted = replace(counted, paper=replace(claim.paper, value=125.1))
@@ -233,6 +238,7 @@ def test_what_does_not_fit_is_not_run(claim, monkeypatch):
     record = claim_run.run(claim, claim_run.Setting(MACHINE, 1, False), Workshop(True), print)
     assert record["verdict"] == "not runnable here"
     assert "1.00 GB are free" in record["why"]
+    assert record["predicted"] > 1  # by operations, whether it can be run or not
 
 
 def test_in_parts_a_tile_counts_for_all_and_two_chunks_for_a_prefill(tiny, monkeypatch):
