@@ -91,7 +91,11 @@ class StagedRun:
 
     @property
     def ttft(self) -> float:
-        """The paper's: the vision encoder's time and the prefill's, and nothing else."""
+        """The paper's: the vision encoder's time and the prefill's, and nothing else.
+
+        No image decoding, preprocessing, connector or sampling; the prefill is of the whole prompt,
+        where the paper's is of its visual tokens.
+        """
         return self.stages.get(VISION, 0.0) + self.stages[PREFILL]
 
     @property

@@ -10,7 +10,7 @@ Record = Mapping[str, Any]
 SIDE_BY_SIDE = 96  # columns from which a figure's meaning stands beside it
 FULL = 64  # columns that a figure with its warm-up takes
 MEANINGS = {
-    "ttft": "vision encoder + prefill, staged runs (as the paper)",
+    "ttft": "vision encoder + prefill, as in the paper but with the prompt's text",
     "ttft_e2e": "image bytes and prompt in, first token out",
     "ttft_cold": "a fresh process: its start to its first text",
 }

@@ -200,3 +200,34 @@ def test_a_summary_refuses_a_ratio_of_spread_runs():
     assert "spread by 100%" in text
     assert text.splitlines()[1].endswith("1.00")
     assert text.splitlines()[2].endswith("-")
+
+
+def test_counted_claims_are_printed_and_saved(capsys, tmp_path, clean):
+    path = tmp_path / "out.json"
+    names = ["tokens-fastvlm-1024", "params-ldpv2", "ttft-ratio-cambrian-1-8b"]
+    assert main(["bench", "--claims", *names, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "256 tokens" in out
+    assert out.strip().endswith("3 claims: 2 reproduced, 1 not runnable here")
+    assert max(map(len, out.splitlines())) <= 80
+    record = json.loads(path.read_text())
+    assert [claim["verdict"] for claim in record["claims"]].count("reproduced") == 2
+    assert record["machine"]["mlx_vlm_edge"]
+
+
+def test_ctrl_c_in_claims_ends_with_one_line(capsys, tmp_path, clean, monkeypatch):
+    from mlx_vlm_edge.bench import claim_run
+
+    whole = claim_run.run
+
+    def pressed(claim, *given):
+        if claim.id == "params-ldpv2":
+            raise KeyboardInterrupt
+        return whole(claim, *given)
+
+    monkeypatch.setattr(claim_run, "run", pressed)
+    path = tmp_path / "out.json"
+    names = ["tokens-fastvlm-1024", "params-ldpv2"]
+    assert main(["bench", "--claims", *names, "--json", str(path)]) == 130
+    assert capsys.readouterr().err.strip().endswith("stopped: 1 of 2 claims run")
+    assert json.loads(path.read_text())["interrupted"]
