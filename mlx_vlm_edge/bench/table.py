@@ -7,14 +7,17 @@ from typing import Any
 from .figures import UNACCOUNTED, Figure, ratio
 
 Record = Mapping[str, Any]
-SIDE_BY_SIDE = 96  # columns from which a figure's meaning stands beside it
+SIDE_BY_SIDE = 112  # columns from which a figure's meaning stands beside it
 FULL = 64  # columns that a figure with its warm-up takes
 MEANINGS = {
-    "ttft": "vision encoder + prefill, as in the paper but with the prompt's text",
+    "ttft": "vision encoder + prefill of the whole prompt",
     "ttft_e2e": "image bytes and prompt in, first token out",
     "ttft_cold": "a fresh process: its start to its first text",
 }
-NOTE = "spread: (max - min) / min of the runs; warm-up: the first run's, counted nowhere else"
+NOTES = (
+    "the paper's ttft has the prefill of the visual tokens only, without the prompt's text",
+    "spread: (max - min) / min of the runs; warm-up: the first run's, counted nowhere else",
+)
 CHECKPOINT = "checkpoint"  # what a record says of weights that were read
 STAGES = "stage: "
 COLD = "cold: "
@@ -134,7 +137,7 @@ def _figure(found: Mapping[str, Any]) -> Figure:
 def notes(width: int) -> str:
     """How to read the figures; what the TTFTs are, where there was no room beside them."""
     lines = [] if width >= SIDE_BY_SIDE else [f"{name}: {text}" for name, text in MEANINGS.items()]
-    lines.append(NOTE)
+    lines += NOTES
     return "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
 
 
