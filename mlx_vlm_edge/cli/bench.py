@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ..bench.claims import Claim
 
 HELP = (
-    "Measure time to first token, stage by stage, with the spread of the runs. ttft: vision encoder "
-    "+ prefill, from staged runs (the FastVLM paper's definition, but with the prompt's text in the "
-    "prefill; --claims leaves it out as well). ttft_e2e: image bytes and prompt in, first token "
-    "out. ttft_cold: a fresh process, from its start to its first text."
+    "Measure time to first token, stage by stage, with the spread of the runs. ttft: vision "
+    "encoder + prefill, from staged runs (the FastVLM paper's definition, but with the prompt's "
+    "text in the prefill; --claims leaves it out as well). ttft_e2e: image bytes and prompt in, "
+    "first token out. ttft_cold: a fresh process, from its start to its first text."
 )
 MAX_TOKENS, RUNS = 32, 5
 CASES_ONLY = (
