@@ -24,7 +24,7 @@ import numpy as np
 import random_checkpoint
 import rows as table
 from pairs import Pairs, verdict
-from rows import BYTES, COLD, FIXED, MEMORY, QUESTION, RATE, Row, chat, draw, view
+from rows import COLD, FIXED, MEMORY, QUESTION, SHOWN, Row, chat, draw, view
 from sides import STOCK, FailedError, Side, Worker, pair
 
 from mlx_vlm_edge.bench import machine
@@ -294,13 +294,6 @@ def line(row: Mapping[str, Any]) -> str:
         return f"{row['title']}: {both}: {told}"
     met = "met" if row["met"] else "NOT met"
     return f"{row['title']}: {both}: {told}; target {row['target']}x {met}"
-
-
-SHOWN: dict[str, Callable[[float], str]] = {
-    "s": lambda value: f"{value:.3f} s" if value >= 1 else f"{1000 * value:.1f} ms",
-    BYTES: lambda value: f"{value / 1e6:.0f} MB",
-    RATE: lambda value: f"{1 / value:.2f} tokens/s",
-}
 
 
 def checkpoints(folder: Path, models: set[str], say: Callable[[str], None]) -> dict[str, Path]:
