@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import configs
 from ..errors import UsageError
-from ..hub import ALIASES, DEMO, locate
+from ..hub import ALIASES, DEMO, expanded, locate, repo_id
 from ..image import open_image
 from ..loading import read_config
 from ..models import family
@@ -78,14 +78,21 @@ def _adapted(model: str, config: Any, resolution: int) -> Any:
 
 
 def _config(model: str, random: bool) -> dict[str, Any] | None:
-    """A model's native config where one is at hand without converting anything."""
+    """A model's native config where one is at hand without converting anything.
+
+    Raises UsageError for a name that cannot be a model.
+    """
     if random:
         from .random_weights import config_of
 
         return config_of(model)
     if model.lower() in ALIASES:
         return configs.read(model)
-    return read_config(locate(DEMO)) if model == DEMO else None
+    if model == DEMO:
+        return read_config(locate(DEMO))
+    if not expanded(model).is_dir():
+        repo_id(model)
+    return None
 
 
 def run(

@@ -8,6 +8,7 @@ holds the clock.
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .opened import Choice
 
 TOKENS = 2
+FIRST = "first token"
 
 
 def spec(choice: "Choice", resolution: int | None, text: str, image: Path) -> str:
@@ -38,17 +40,20 @@ def cold_run(command: list[str], clock: "Clock" = time.perf_counter) -> "ColdRun
     """Run the process once. Raises UsageError with its last words when it fails."""
     from .figures import ColdRun
 
-    started = clock()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        first = child.stdout.readline()
-        ttft = clock() - started
-        rest, errors = child.communicate()
-    if child.returncode or not first or not rest.strip():
-        last = (errors.strip() or f"exit code {child.returncode}").splitlines()[-1]
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe could fill up while stdout is read
+        started = clock()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+            assert child.stdout is not None
+            first = child.stdout.readline()
+            ttft = clock() - started
+            rest = child.stdout.read()
+        errors.seek(0)
+        said = errors.read().strip()
+    if child.returncode or not rest.strip():
+        last = (said or f"exit code {child.returncode}").splitlines()[-1]
         raise UsageError(f"the fresh process for ttft_cold failed: {last}; --no-cold leaves it out")
+    if first.strip() != FIRST:
+        raise UsageError(f"the fresh process for ttft_cold said {first.strip()!r}")
     told = json.loads(rest)
     inside = told["inside"]
     start = {"start": ttft - sum(inside.values())}
@@ -71,7 +76,7 @@ def answer(spec: dict[str, Any]) -> None:
     )
     next(pieces)
     told = time.perf_counter()
-    print("first token", flush=True)
+    print(FIRST, flush=True)
     last = list(pieces)[-1]
     inside = {"import": imported - began, "load": loaded - imported, "answer": told - loaded}
     report = {"inside": inside, "rss": rss(), "peak_memory": last.peak_memory}

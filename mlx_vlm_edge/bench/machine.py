@@ -19,6 +19,7 @@ Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when tha
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "numpy", "pillow", "tokenizers")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
+BUSY = 0.5  # of the cores' time, from which figures are not to be trusted
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -96,8 +97,22 @@ def summary(machine: Mapping[str, Any]) -> str:
         f"Python {machine['python']}",
         f"MLX {machine['versions'].get('mlx', '?')} on the {machine['device']}",
         f"mlx-vlm-edge {machine['mlx_vlm_edge']}",
+        f"BLAS {_short(machine['blas'])}" if machine["device"] == "CPU" else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _short(blas: str) -> str:
+    """ "fast: /usr/lib/libopenblas.so.0" -> "fast: libopenblas.so.0"."""
+    said, _, file = blas.partition(": ")
+    return f"{said}: {file.rsplit('/', 1)[-1]}" if file.startswith("/") else blas
+
+
+def busy(load: float | None, cores: int | None) -> str:
+    """A warning when others use the machine as well; "" when they do not."""
+    if load is None or not cores or load <= cores * BUSY:
+        return ""
+    return f"note: the load average is {load} on {cores} cores: on a quiet machine runs spread less"
 
 
 def _mac(ask: Ask) -> dict[str, Any]:

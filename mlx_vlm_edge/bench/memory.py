@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UsageError
+from ..estimate.parts import parts_of
 from .random_weights import Blueprint
 
 # Activations, and the buffers that MLX keeps: FastVLM at 1024 pixels in float32 holds about 1 GB,
@@ -14,12 +15,10 @@ ALLOWANCE = 1_500_000_000
 
 def needed(plan: Blueprint, positions: int) -> dict[str, int]:
     """Bytes by what they are for; nothing is evaluated. positions: of the KV cache."""
-    text = plan.config.text
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    per_position = 2 * text.num_hidden_layers * heads * text.head_dim * plan.dtype.size
+    decoder = parts_of(plan.config.source).decoder
     return {
         "weights": plan.nbytes,
-        "KV cache": per_position * positions,
+        "KV cache": decoder.cache_bytes(positions, plan.dtype.size),
         "allowance for activations": ALLOWANCE,
     }
 

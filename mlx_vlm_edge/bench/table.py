@@ -139,16 +139,16 @@ def summary(records: Sequence[Record], width: int = 80) -> str:
     shown = columns if width >= room + 13 * 4 + 8 else columns[:2]
     heads = ["tokens/s" if name == "decode_tps" else f"{name} ms" for name in shown]
     lines = [" " * room + "".join(f"{head:>13}" for head in heads) + f"{'x first':>9}"]
-    refusals = []
+    said = ["x first: ttft_e2e by the first case's"]
     first = _figure(records[0]["figures"]["ttft_e2e"])
     for name, record in zip(names, records, strict=True):
         cells = [_summary_cell(record, column) for column in shown]
         found = ratio(_figure(record["figures"]["ttft_e2e"]), first)
         if found.value is None and record is not records[0]:
-            refusals.append(f"{name}: {found.refusal}")
+            said.append(f"{name}: {found.refusal}")
         times = "-" if found.value is None else f"{found.value:.2f}"
         lines.append(f"{name:{room}}" + "".join(f"{cell:>13}" for cell in cells) + f"{times:>9}")
-    return "\n".join([*lines, *refusals])
+    return "\n".join([*lines, *(textwrap.fill(line, width) for line in said)])
 
 
 def _summary_cell(record: Record, column: str) -> str:

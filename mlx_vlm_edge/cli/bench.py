@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from .generate import DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
     from ..bench.cases import Options
+    from ..bench.claims import Claim
 
 HELP = (
     "Measure time to first token, stage by stage, with the spread of the runs. "
@@ -21,6 +22,11 @@ HELP = (
 )
 MAX_TOKENS, RUNS = 32, 5
 NARROW, WIDE = 40, 120
+IN_PARTS = (
+    "Measured in parts, as the paper does: encoder and prefill by themselves, one tile for "
+    "several, the first and the last chunk for a long prefill. --no-in-parts runs all of it."
+)
+WHOLE = "Encoder and prefill are measured by themselves, as in the paper, and their times added."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (every model x resolution x bits is a case)")
     what.add_argument(
         "--model", nargs="+", action="extend", default=[], metavar="NAME",
-        help=f"aliases, Hub ids or folders (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
-        "if it is here, else the bundled demo)",
+        help=f"aliases, Hub ids or folders (default: as in generate; {DEFAULT_MODEL} for random "
+        "weights)",
     )  # fmt: skip
     what.add_argument(
         "--random-weights", action="store_true",
@@ -100,6 +106,10 @@ class Progress:
         shown = f"\r\033[K{line[:width]}" if self._live else f"{line}\n"
         print(shown, end="", file=sys.stderr, flush=True)
 
+    def under(self, label: str) -> Callable[[str], None]:
+        """The same, every text after a label."""
+        return lambda text: self(f"{label}: {text}")
+
     def clear(self) -> None:
         """Before something is printed on stdout."""
         if self._live:
@@ -119,9 +129,9 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
     options, width, progress = _options(args), _width(), Progress()
     cases.check(options)
     record: dict[str, Any] = {"kind": "bench", "machine": machine.record(), "cases": []}
-    print("\n".join(_wrapped(machine.summary(record["machine"]), width)), flush=True)
+    _say(_heading(record["machine"]), width)
     if options.energy and (why := energy.unavailable()):
-        print(why)
+        _say([why], width)
     code = 0
     try:
         for case in cases.run(options, progress):
@@ -145,7 +155,7 @@ def _options(args: argparse.Namespace) -> "Options":
     from ..bench.picture import NAME, default_picture
 
     return Options(
-        models=tuple(args.model) or (default_model(),),
+        models=tuple(args.model) or (DEFAULT_MODEL if args.random_weights else default_model(),),
         resolutions=tuple(args.resolution) or (None,),
         bits=tuple(args.bits) or (None,),
         random=args.random_weights,
@@ -171,11 +181,61 @@ def _width() -> int:
     return max(NARROW, min(WIDE, shutil.get_terminal_size().columns))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _heading(record: dict[str, Any]) -> list[str]:
+    from ..bench import machine
+
+    warning = machine.busy(machine.load_average(), record["cores"])
+    return [machine.summary(record), *([warning] if warning else [])]
+
+
+def _say(lines: Sequence[str], width: int) -> None:
     import textwrap
 
-    return textwrap.wrap(text, width)
+    for line in lines:
+        print(textwrap.fill(line, width, break_on_hyphens=False), flush=True)
 
 
 def _claims(args: argparse.Namespace, save: Callable[..., None]) -> int:
-    raise UsageError("not yet")
+    from ..bench import claim_table, claims
+
+    width, known = _width(), claims.read()
+    if args.claims == ["list"]:
+        print(claim_table.listed(known, width))
+        return 0
+    wanted = claims.chosen(known, args.claims)
+    if args.runs < 1:
+        raise UsageError(f"--runs must be 1 or more, not {args.runs}")
+    return _run_claims(args, wanted, save, width)
+
+
+def _run_claims(
+    args: argparse.Namespace, wanted: Sequence["Claim"], save: Callable[..., None], width: int
+) -> int:
+    from ..bench import claim_run, claim_table, machine
+    from ..bench.claim_parts import Workshop
+
+    progress, code = Progress(), 0
+    record: dict[str, Any] = {"kind": "claims", "machine": machine.record(), "claims": []}
+    record["load_average"] = [machine.load_average()]
+    setting = claim_run.Setting(record["machine"], args.runs, bool(args.claims))
+    in_parts = args.in_parts if args.in_parts is not None else not setting.on_gpu
+    how = IN_PARTS if in_parts else WHOLE
+    timed = any(claim.timed for claim in wanted)
+    _say([*_heading(record["machine"]), *([how] if timed else [])], width)
+    shop = Workshop(in_parts)
+    try:
+        for index, claim in enumerate(wanted, 1):
+            label = f"{index} of {len(wanted)}, {claim.id}"
+            done = claim_run.run(claim, setting, shop, progress.under(label))
+            progress.clear()
+            record["claims"].append(done)
+            print(f"\n{claim_table.claim(done, width)}", flush=True)
+    except KeyboardInterrupt:
+        progress.clear()
+        code, record["interrupted"] = 130, True
+        print(f"stopped: {len(record['claims'])} of {len(wanted)} claims run", file=sys.stderr)
+    if record["claims"]:
+        print(f"\n{claim_table.summary(record['claims'], width)}")
+        record["load_average"].append(machine.load_average())
+        save(record)
+    return code
