@@ -361,7 +361,7 @@ def header(args: argparse.Namespace, with_torch: bool) -> dict[str, Any]:
         "machine": machine.record(),
         "model": "FastVLM-0.5B, random weights, float32 or a 4-bit language model",
         "command": f"against_mlx_vlm.py --blas {os.path.basename(args.blas)}",
-        "warm": "page cache and MLX's compile cache warm: one run of each side goes before",
+        "warm": "Page cache and MLX's compile cache warm: one run of each side goes before",
         "peer_without_torch": True,
         "peer_with_torch": with_torch,
         "known_defects_of_the_peer": list(DEFECTS),

@@ -17,6 +17,7 @@ PUBLISHED = {
     ("fastvlm-1.5b", 1024): "R13",
     ("fastvlm-7b", 1024): "R42",
 }
+LABELS = {"R2": "OneVision-0.5B", "R5": "0.5B", "R13": "1.5B", "R42": "7B", "R44": "Cambrian-1"}
 METHODS = ("FastVLM", "LLaVA-OneVision", "LLaVA-1.5", "MobileVLMv2", "ConvLLaVA", "others")
 STYLE = """
 :root { color-scheme: light dark; --fg: #1a1d21; --bg: #ffffff; --soft: #5b6570; --line: #d9dee4;
@@ -33,7 +34,7 @@ body { margin: 0 auto; padding: 16px; max-width: 960px; color: var(--fg); backgr
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2.2em;
   border-top: 1px solid var(--line); padding-top: .8em; } h3 { font-size: 1.05rem; }
 p.soft, td .soft, .soft { color: var(--soft); font-size: .9rem; }
-figure { margin: 1em 0 1.6em; } figure svg { width: 100%; max-width: 640px; display: block; }
+figure { margin: 1em 0 1.6em; } figure svg { width: 100%; max-width: 540px; display: block; }
 figcaption { font-weight: 600; margin-bottom: .5em; }
 svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--fg); }
 svg text.strong { font-weight: 600; } svg .grid { stroke: var(--line); stroke-width: 1; }
@@ -41,6 +42,7 @@ svg .line { fill: none; stroke-width: 2; } svg .here { stroke: var(--fg); stroke
 table { border-collapse: collapse; width: 100%; font-size: .95rem; }
 th { text-align: left; color: var(--soft); font-weight: 600; font-size: .85rem; }
 td, th { padding: .45em .6em .45em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+@media (min-width: 641px) { td:first-child { width: 34%; } td { min-width: 5.5em; } }
 .tag { font-size: .78rem; border: 1px solid var(--line); border-radius: 1em; padding: .05em .6em;
   white-space: nowrap; } .measured { } .good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; } .tag.quoted { border-style: dashed; }
@@ -176,7 +178,7 @@ def case_table(cases: Sequence[Mapping[str, Any]]) -> str:
         )
         for case in cases
     ]
-    told = f"{cases[0]['weights']} weights; median (spread) of {cases[0]['runs']} runs"
+    told = f"{cases[0]['weights']}; median (spread) of {cases[0]['runs']} runs"
     return f"<h3>Cases {tag('measured')}</h3><p class='soft'>{escape(told)}.</p>" + grid(
         heads, rows
     )
@@ -263,7 +265,8 @@ def claims(record: Mapping[str, Any]) -> str:
 
 def claim(found: Mapping[str, Any]) -> tuple[str, ...]:
     paper = found["paper"]
-    source = ". ".join(part for part in (paper["source"], paper["machine"], paper["note"]) if part)
+    machine = "" if paper["machine"].startswith("counted") else paper["machine"]
+    source = ". ".join(part for part in (paper["source"], machine, paper["note"]) if part)
     quoted = f"{amount(paper['value'], paper['unit'])} {tag('quoted')}"
     quoted += f"<br><span class='soft'>{escape(source)}</span>"
     kind = "counted" if found.get("how") == "counted" else "measured"
@@ -289,27 +292,35 @@ def amount(value: float, unit: str) -> str:
 def accuracy(results: Sequence[Mapping[str, Any]]) -> str:
     """The paper's accuracy over its TTFT, with our times beside them."""
     table = json.loads(PAPER.read_text(encoding="utf-8"))
+    note = (
+        f"{table['source']}; {table['machine']}. Rings are our own ttft, measured on the machine "
+        "named, at the accuracy that the paper prints for the model: accuracy is quoted everywhere."
+    )
+    drawn = [over_ttft(table["rows"], results, score, note) for score in ("TextVQA", "DocVQA")]
+    return f"<h2>Accuracy and TTFT</h2>{''.join(drawn)}"
+
+
+def over_ttft(
+    rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], score: str, note: str
+) -> str:
+    rows = [row for row in rows if row[score] is not None]
     points = [
         Point(
-            row["ttft_ms"], row["TextVQA"], method(row["method"]),
+            row["ttft_ms"], row[score], method(row["method"]), LABELS.get(row["row"], ""),
             title=f"{row['method']}, {row['llm']}, {row['resolution']} px: {row['ttft_ms']:g} ms",
         )
-        for row in table["rows"]
+        for row in rows
     ]  # fmt: skip
-    published = {row["row"]: row for row in table["rows"]}
+    published = {row["row"]: row for row in rows}
     for result in results:
         for case in result.get("bench", {}).get("cases", []):
             row = published.get(PUBLISHED.get((case["model"], case["resolution"] or 1024), ""))
             if row:
                 time = 1000 * case["figures"]["ttft"]["median"]
                 told = f"{name_of(case)} on {result['name']}: {milliseconds(time)}"
-                points.append(Point(time, row["TextVQA"], 0, result["name"], "here", told))
-    drawn = scatter(points, METHODS, "Accuracy over TTFT", "TextVQA, %", x_name="ttft")
-    note = (
-        f"{table['source']}; {table['machine']}. Rings are our own ttft, measured on the machine "
-        "named, at the accuracy that the paper prints for the model: accuracy is quoted everywhere."
-    )
-    return f"<h2>Accuracy and TTFT</h2>{figure('TextVQA over ttft', drawn, 'quoted', note)}"
+                points.append(Point(time, row[score], 0, result["name"], "here", told))
+    drawn = scatter(points, METHODS, f"{score} over ttft", f"{score}, %", x_name="ttft")
+    return figure(f"{score} over ttft", drawn, "quoted", note)
 
 
 def method(name: str) -> int:
@@ -329,9 +340,8 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = []
     for first, *rest in rows:
         cells = [
-            f"<td data-label='{escape(name)}'>{cell}</td>"
+            f"<td data-label='{escape(name)}'>{cell}</td>" if cell else "<td class='empty'></td>"
             for name, cell in zip(heads[1:], rest, strict=True)
-            if cell
         ]
         body.append(f"<tr><td>{first}</td>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n"

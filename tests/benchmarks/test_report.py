@@ -165,8 +165,9 @@ def test_the_page_is_whole_and_self_contained(results):
 def test_every_figure_says_how_it_was_got(results):
     text = page.page([report.read(results / "m1-max.json")])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    assert len(captions) == 3
+    assert len(captions) == 4
     assert all("class='tag" in caption for caption in captions)
+    assert text.count('class="s0 here"') == 2  # ours, once on each plot of accuracy
     assert re.search(r"85.1x <span class='tag quoted'>", text)
     assert re.search(r"77.5x <span class='tag measured'>", text)
     assert re.search(r"60x by operations <span class='tag estimated'>", text)
