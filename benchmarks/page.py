@@ -36,7 +36,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top:
 p.soft, td .soft, .soft { color: var(--soft); font-size: .9rem; }
 figure { margin: 1em 0 1.6em; } figure svg { width: 100%; max-width: 540px; display: block; }
 figcaption { font-weight: 600; margin-bottom: .5em; }
-svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--fg); }
+svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--fg);
+  paint-order: stroke; stroke: var(--bg); stroke-width: 3px; }
 svg text.strong { font-weight: 600; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .line { fill: none; stroke-width: 2; } svg .here { stroke: var(--fg); stroke-width: 2.5; }
 table { border-collapse: collapse; width: 100%; font-size: .95rem; }
@@ -296,12 +297,12 @@ def accuracy(results: Sequence[Mapping[str, Any]]) -> str:
         f"{table['source']}; {table['machine']}. Rings are our own ttft, measured on the machine "
         "named, at the accuracy that the paper prints for the model: accuracy is quoted everywhere."
     )
-    drawn = [over_ttft(table["rows"], results, score, note) for score in ("TextVQA", "DocVQA")]
-    return f"<h2>Accuracy and TTFT</h2>{''.join(drawn)}"
+    drawn = [over_ttft(table["rows"], results, score) for score in ("TextVQA", "DocVQA")]
+    return f"<h2>Accuracy and TTFT</h2><p class='soft'>{escape(note)}</p>{''.join(drawn)}"
 
 
 def over_ttft(
-    rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], score: str, note: str
+    rows: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], score: str
 ) -> str:
     rows = [row for row in rows if row[score] is not None]
     points = [
@@ -320,18 +321,17 @@ def over_ttft(
                 told = f"{name_of(case)} on {result['name']}: {milliseconds(time)}"
                 points.append(Point(time, row[score], 0, result["name"], "here", told))
     drawn = scatter(points, METHODS, f"{score} over ttft", f"{score}, %", x_name="ttft")
-    return figure(f"{score} over ttft", drawn, "quoted", note)
+    return figure(f"{score} over ttft", drawn, "quoted")
 
 
 def method(name: str) -> int:
     return METHODS.index(name) if name in METHODS else len(METHODS) - 1
 
 
-def figure(caption: str, drawn: str, kind: str, note: str) -> str:
-    return (
-        f"<figure><figcaption>{escape(caption)} {tag(kind)}</figcaption>{drawn}"
-        f"<p class='soft'>{escape(note)}</p></figure>\n"
-    )
+def figure(caption: str, drawn: str, kind: str, note: str = "") -> str:
+    below = f"<p class='soft'>{escape(note)}</p>" if note else ""
+    head = f"<figcaption>{escape(caption)} {tag(kind)}</figcaption>"
+    return f"<figure>{head}{drawn}{below}</figure>\n"
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
