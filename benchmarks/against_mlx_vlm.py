@@ -325,6 +325,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def programs(args: argparse.Namespace) -> tuple[Side, Side, Side | None]:
+    """Ours, the peer without torch and the one with it. Raises FailedError when torch is amiss."""
+    ours, peer = pair(args.our_python, args.peer_python, args.blas)
+    if peer.has("torch"):
+        raise FailedError("--peer-python has torch; name an environment without: it loads faster")
+    if not args.peer_python_with_torch:
+        return ours, peer, None
+    other = pair(None, args.peer_python_with_torch, args.blas)[1]
+    if not other.has("torch"):
+        raise FailedError("--peer-python-with-torch has no torch")
+    return ours, peer, other
+
+
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as temporary, writable(args.json) as save:
@@ -336,13 +349,7 @@ def main() -> None:
         if unknown := set(args.rows or ()) - {row.id for row in every} or not chosen:
             print("\n".join(f"{row.id:12} {row.title}" for row in every))
             sys.exit(0 if args.rows == ["list"] else f"no such row: {unknown}")
-        ours, peer = pair(args.our_python, args.peer_python, args.blas)
-        if peer.has("torch"):
-            sys.exit("--peer-python has torch; name an environment without it (it loads faster)")
-        torch = args.peer_python_with_torch
-        other = pair(None, torch, args.blas)[1] if torch else None
-        if other and not other.has("torch"):
-            sys.exit("--peer-python-with-torch has no torch")
+        ours, peer, other = programs(args)
         say = Bench(ours, peer, other, {}, small, photo, scratch, None).say
         folder = args.checkpoints or scratch
         folders = checkpoints(folder, {row.model for row in chosen}, say)
