@@ -348,7 +348,7 @@ def main() -> None:
         chosen = [row for row in every if not args.rows or row.id in args.rows]
         if unknown := set(args.rows or ()) - {row.id for row in every} or not chosen:
             print("\n".join(f"{row.id:12} {row.title}" for row in every))
-            sys.exit(0 if args.rows == ["list"] else f"no such row: {unknown}")
+            sys.exit(0 if args.rows == ["list"] else f"no such row: {', '.join(sorted(unknown))}")
         ours, peer, other = programs(args)
         say = Bench(ours, peer, other, {}, small, photo, scratch, None).say
         folder = args.checkpoints or scratch

@@ -12,10 +12,11 @@ sys.path.insert(0, str(BENCHMARKS))
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A random one with two decoder layers; the published tower where mlx-vlm is to load it."""
+    """A small random one; the published one where mlx-vlm is to load it, which builds no other."""
     import random_checkpoint
 
     published = bool(os.environ.get("MLX_VLM_PYTHON"))
-    layers = random_checkpoint.LAYERS if published else (1, 1, 2, 1, 1)
+    tower = random_checkpoint.LAYERS if published else (1, 1, 2, 1, 1)
+    layers = random_checkpoint.TEXT["num_hidden_layers"] if published else 2
     path = tmp_path_factory.mktemp("random") / "full"
-    return random_checkpoint.write(path, bits=4, layers=2, vision_layers=layers, side=192)
+    return random_checkpoint.write(path, bits=4, layers=layers, vision_layers=tower, side=192)
