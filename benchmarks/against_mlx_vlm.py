@@ -24,7 +24,7 @@ import numpy as np
 import random_checkpoint
 import rows as table
 from pairs import Pairs, verdict
-from rows import BYTES, COLD, FIXED, MEMORY, QUESTION, RATE, Row, chat, draw, view
+from rows import COLD, FIXED, MEMORY, QUESTION, SHOWN, Row, chat, draw, view
 from sides import STOCK, FailedError, Side, Worker, pair
 
 from mlx_vlm_edge.bench import machine
@@ -296,13 +296,6 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['title']}: {both}: {told}; target {row['target']}x {met}"
 
 
-SHOWN: dict[str, Callable[[float], str]] = {
-    "s": lambda value: f"{value:.3f} s" if value >= 1 else f"{1000 * value:.1f} ms",
-    BYTES: lambda value: f"{value / 1e6:.0f} MB",
-    RATE: lambda value: f"{1 / value:.2f} tokens/s",
-}
-
-
 def checkpoints(folder: Path, models: set[str], say: Callable[[str], None]) -> dict[str, Path]:
     """fastvlm-0.5b-f32 and -q4 with random weights in a folder, made where they are not there."""
     found = {}
@@ -332,6 +325,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def programs(args: argparse.Namespace) -> tuple[Side, Side, Side | None]:
+    """Ours, the peer without torch and the one with it. Raises FailedError when torch is amiss."""
+    ours, peer = pair(args.our_python, args.peer_python, args.blas)
+    if peer.has("torch"):
+        raise FailedError("--peer-python has torch; name an environment without: it loads faster")
+    if not args.peer_python_with_torch:
+        return ours, peer, None
+    other = pair(None, args.peer_python_with_torch, args.blas)[1]
+    if not other.has("torch"):
+        raise FailedError("--peer-python-with-torch has no torch")
+    return ours, peer, other
+
+
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as temporary, writable(args.json) as save:
@@ -342,14 +348,8 @@ def main() -> None:
         chosen = [row for row in every if not args.rows or row.id in args.rows]
         if unknown := set(args.rows or ()) - {row.id for row in every} or not chosen:
             print("\n".join(f"{row.id:12} {row.title}" for row in every))
-            sys.exit(0 if args.rows == ["list"] else f"no such row: {unknown}")
-        ours, peer = pair(args.our_python, args.peer_python, args.blas)
-        if peer.has("torch"):
-            sys.exit("--peer-python has torch; name an environment without it (it loads faster)")
-        torch = args.peer_python_with_torch
-        other = pair(None, torch, args.blas)[1] if torch else None
-        if other and not other.has("torch"):
-            sys.exit("--peer-python-with-torch has no torch")
+            sys.exit(0 if args.rows == ["list"] else f"no such row: {', '.join(sorted(unknown))}")
+        ours, peer, other = programs(args)
         say = Bench(ours, peer, other, {}, small, photo, scratch, None).say
         folder = args.checkpoints or scratch
         folders = checkpoints(folder, {row.model for row in chosen}, say)
@@ -368,7 +368,7 @@ def header(args: argparse.Namespace, with_torch: bool) -> dict[str, Any]:
         "machine": machine.record(),
         "model": "FastVLM-0.5B, random weights, float32 or a 4-bit language model",
         "command": f"against_mlx_vlm.py --blas {os.path.basename(args.blas)}",
-        "warm": "page cache and MLX's compile cache warm: one run of each side goes before",
+        "warm": "Page cache and MLX's compile cache warm: one run of each side goes before",
         "peer_without_torch": True,
         "peer_with_torch": with_torch,
         "known_defects_of_the_peer": list(DEFECTS),

@@ -1,6 +1,7 @@
 """What is compared: one row for each target, with the order that both workers get."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ WARM, COLD, FIXED, MEMORY = "warm", "cold", "fixed", "memory"
 SECONDS, RATE, BYTES = "s", "tokens/s", "bytes"
 VISUAL, WIDTH = 256, 896
 TEXT_IDS = list(range(1000, 1015))  # 15 text positions with 256 visual ones between them: 271
+
+SHOWN: dict[str, Callable[[float], str]] = {
+    SECONDS: lambda value: f"{value:.3f} s" if value >= 1 else f"{1000 * value:.1f} ms",
+    BYTES: lambda value: f"{value / 1e6:.0f} MB",
+    RATE: lambda value: f"{1 / value:.2f} tokens/s",
+}
 
 
 def chat(question: str, image: bool = True) -> str:

@@ -6,6 +6,7 @@ Both sides do the same thing with the same files, each through its own public ca
 some. Times are wall seconds around evaluated results. Only numpy and Pillow are taken for granted.
 """
 
+import copy
 import json
 import os
 import resource
@@ -50,20 +51,12 @@ class Ours:
         return found
 
     def _drafted(self, image: str) -> Any:
-        """A second processor with JPEG draft; it needs no model."""
-        import inspect
-
-        from mlx_vlm_edge import load
-
-        if "jpeg_draft" not in inspect.signature(load).parameters:
+        """By a second processor with JPEG draft; it needs no model."""
+        if not hasattr(self.processor, "jpeg_draft"):
             raise MissingError("JPEG draft is not in this version of mlx-vlm-edge")
-        if not hasattr(self, "drafting"):
-            import copy
-
-            self.drafting = copy.copy(self.processor)
-            self.drafting.jpeg_draft = True
-        inputs = self.drafting("<image>", images=[image], raw=True)
-        return inputs.pixels[0]
+        drafting = copy.copy(self.processor)
+        drafting.jpeg_draft = True
+        return drafting("<image>", images=[image], raw=True).pixels[0]
 
     def prepared(self, image: str) -> Any:
         return self.processor.preprocess(self._opened(image))

@@ -1,0 +1,153 @@
+"""Recorded results -> the table in the README and one HTML page.
+
+python benchmarks/report.py --add FILE ... --machine NAME   # records of bench, claims, comparison
+python benchmarks/report.py [--readme README.md]            # results/*.json -> README, index.html
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from page import milliseconds, name_of, page
+from rows import SHOWN
+
+from mlx_vlm_edge.bench.machine import summary
+from mlx_vlm_edge.errors import UsageError
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+KINDS = {"bench": "bench", "claims": "claims", "against mlx-vlm": "against_mlx_vlm"}
+
+
+def add(results: Path, name: str, files: Sequence[Path]) -> Path:
+    """Put records into a machine's file; one of the same kind replaces the older one.
+
+    The comparison has a block for each BLAS. Raises UsageError for a file that is no record, and
+    for records of another chip.
+    """
+    path = results / f"{name}.json"
+    result: dict[str, Any] = read(path) if path.exists() else {"name": name}
+    for file in files:
+        record = read(file)
+        kind = KINDS.get(record.get("kind", ""))
+        if kind is None:
+            raise UsageError(f"{file}: no record of bench, bench --claims or against_mlx_vlm.py")
+        chip, known = record["machine"]["chip"], result.get("machine", record["machine"])["chip"]
+        if chip != known:
+            raise UsageError(f"{file}: was made on {chip}, {path.name} on {known}")
+        result["machine"] = record["machine"]
+        if kind == "against_mlx_vlm":
+            result.setdefault(kind, {})[record["block"]] = record
+        else:
+            result[kind] = record
+    results.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from None
+    return found
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """What stands in the README: the cases and the comparison of each machine."""
+    parts = []
+    for result in results:
+        about = summary(result["machine"])
+        parts.append(f"**{result['name']}** (measured, {result['machine']['date'][:10]}): {about}.")
+        if cases := result.get("bench", {}).get("cases", []):
+            parts.append(case_rows(cases))
+        for block, record in result.get("against_mlx_vlm", {}).items():
+            peer = record["peer"]["versions"]["mlx-vlm"]
+            parts.append(f"Against mlx-vlm {peer}, {block} on both sides, {record['model']}:")
+            parts.append(against_rows(record["rows"]))
+        if found := result.get("claims"):
+            parts.append(claims_line(found["claims"]))
+    return "\n\n".join(parts)
+
+
+def case_rows(cases: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| case | visual tokens | ttft | ttft_e2e | ttft_cold | decode, tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        figures = case["figures"]
+        times = [
+            milliseconds(1000 * figures[name]["median"]) if name in figures else "-"
+            for name in ("ttft", "ttft_e2e", "ttft_cold")
+        ]
+        rate = f"{figures['decode_tps']['median']:.1f}" if "decode_tps" in figures else "-"
+        cells = [name_of(case), str(case["visual_tokens"]), *times, rate]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| what | ours | mlx-vlm | ratio | target |", "|---|---|---|---|---|"]
+    for row in rows:
+        target = "-" if row["target"] is None else f"{row['target']:g}x"
+        if "not_available" in row:
+            cells = ["-", "-", f"not available: {row['not_available']}", target]
+        else:
+            show = SHOWN[row["unit"]]
+            ratio = row["refusal"] and f"none: {row['refusal']}"
+            ratio = ratio or f"{row['ratio_of_minima']:.2f}x"
+            met = {True: ", met", False: ", not met", None: ""}[row["met"]]
+            cells = [show(row["ours"]["min"]), show(row["peer"]["min"]), ratio, target + met]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def claims_line(claims: Sequence[Mapping[str, Any]]) -> str:
+    verdicts = [claim["verdict"] for claim in claims]
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
+    return f"Claims of the papers ({len(claims)}): {counts}."
+
+
+def put(readme: str, table: str) -> str:
+    """The README with the table between its markers; the same text gives the same README.
+
+    Raises UsageError when the markers are not there once each, in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in before:
+        raise UsageError(f"the README needs one line {BEGIN} and, below it, one {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", nargs="+", type=Path, metavar="FILE", help="records to put in")
+    parser.add_argument("--machine", metavar="NAME", help="whose file: results/NAME.json")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table into it")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    args = parser.parse_args()
+    if bool(args.add) != bool(args.machine):
+        parser.error("--add and --machine go together")
+    if args.add:
+        print(add(args.results, args.machine, args.add))
+    results = [read(path) for path in sorted(args.results.glob("*.json"))]
+    if not results:
+        raise UsageError(f"{args.results}: no results yet; --add some")
+    (args.results / "index.html").write_text(page(results), encoding="utf-8")
+    print(args.results / "index.html")
+    if args.readme:
+        text = put(args.readme.read_text(encoding="utf-8"), markdown(results))
+        args.readme.write_text(text, encoding="utf-8")
+        print(args.readme)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(str(error))
