@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .errors import UsageError
 
@@ -41,6 +41,7 @@ class Pixels:
     (width, height). mask: bool, which patches are picture and not padding; None when all are.
     """
 
+    kind: ClassVar[str] = "image"  # the type of its part in a chat message
     data: "np.ndarray"
     size: tuple[int, int]
     mask: "np.ndarray | None" = None

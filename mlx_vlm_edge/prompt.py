@@ -19,6 +19,7 @@ from .tokenizer import GUARD, Tokenizer
 from .video import Video
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from PIL.Image import Image
 
 MARKER = "<image>"
@@ -35,12 +36,14 @@ class Inputs:
     """A prompt as the model takes it.
 
     input_ids: int32 [1, L]. visual: int32 [V], the positions of the visual tokens in 0..L-1, image
-    after image. pixels: one per image.
+    after image. pixels: one per image. tokens: the visual tokens [N, D] of each image where they
+    are known already; the pixels are not looked at then.
     """
 
     input_ids: np.ndarray
     visual: np.ndarray
     pixels: list[Pixels]
+    tokens: "Sequence[mx.array] | None" = None
 
 
 class Processor(ABC):
@@ -72,13 +75,14 @@ class Processor(ABC):
         prompt: a question, or chat messages whose content has one {"type": "image"} part per
         image (without any, the images go before the first user's words). With `raw`, the text as
         it stands: special tokens in it count, and one <image> stands for each picture.
-        images: paths, URLs, bytes, Pillow images or uint8 arrays; a Video where the family knows
-        them, which has a {"type": "video"} part in a chat and an <image> in a raw text.
+        images: paths, URLs, bytes, Pillow images or uint8 arrays, or the pixels of an earlier
+        prompt; a Video where the family knows them, which has a {"type": "video"} part in a chat
+        and an <image> in a raw text.
         Raises UsageError for an unreadable image, a malformed message, or as many images as the
         text has no places for.
         """
         stages = stages or Stages()
-        kinds = ["video" if isinstance(source, Video) else "image" for source in images]
+        kinds = [item.kind if isinstance(item, Video | Pixels) else "image" for item in images]
         text = self._text(prompt, kinds, raw)
         try:
             text.encode()
@@ -96,6 +100,8 @@ class Processor(ABC):
 
     def read(self, source: Any, preprocess: Preprocess, stages: Stages) -> Pixels:
         """One of a prompt's images, from its source to pixels."""
+        if isinstance(source, Pixels):
+            return source
         if isinstance(source, Video):
             raise UsageError(
                 "this model does not take videos: give one of their frames as an image"

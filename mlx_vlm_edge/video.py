@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .errors import UsageError
 from .image import open_image, reading
@@ -37,6 +37,7 @@ class Video:
     all of which are taken (up to the model's limit).
     """
 
+    kind: ClassVar[str] = "video"  # the type of its part in a chat message
     source: str | Path
     fps: float | None = None
 

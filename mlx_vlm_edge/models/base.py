@@ -90,17 +90,24 @@ class VisionLanguageModel(nn.Module):
         """Input embeddings [1, L, D] of a whole prompt, visual tokens in place."""
         ids = inputs.input_ids.copy()
         ids[0, inputs.visual] = 0  # placeholders may be no vocabulary entry (-200)
-        tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
+        tokens = inputs.tokens
+        if tokens is None:
+            tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
         return merge(self.language_model.embed(mx.array(ids)), tokens, inputs.visual)
 
     def make_cache(self) -> list[Cache]:
         """One empty KV cache per layer."""
         return self.language_model.make_cache()
 
+    def reusable(self, length: int) -> int:
+        """How many of the `length` positions that two prompts share have the same keys and values
+        in both: all, where no position sees a later one."""
+        return length
+
     def prefill(
         self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages
     ) -> mx.array:
-        """Run the prompt into `cache`; logits [1, V] of its last position.
+        """Run the prompt into `cache`, after what that holds; logits [1, V] of its last position.
 
         One pass, or chunks of `step_size` positions when the prompt is longer than that.
         """

@@ -82,6 +82,7 @@ class Tiles(Pixels):
 class Frames(Pixels):
     """A video's frames, one tile each, with the second each is from and the video's length."""
 
+    kind = "video"
     times: tuple[float, ...] = ()
     duration: float = 0.0
 
