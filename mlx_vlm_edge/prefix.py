@@ -7,7 +7,7 @@ an earlier one, answer included, and goes through the model from there on.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from threading import Lock
@@ -126,6 +126,7 @@ class PrefixCache:
         counts = [processor.visual_tokens(pixels) for pixels in inputs.pixels]
         keys = position_keys(inputs, digests, counts)
         start = self._take(model, keys, cache)
+        self._touch((id(model), name) for name in digests)
         tokens, pixels, end = [], [], 0
         for name, count, image in zip(digests, counts, inputs.pixels, strict=True):
             places = inputs.visual[end : end + count]
@@ -148,7 +149,7 @@ class PrefixCache:
             for key, kept in self._kept.items():
                 if isinstance(kept, _Prompt) and kept.model() is model:
                     known = min(shared(kept.keys, keys), len(keys) - 1)
-                    if known > length:
+                    if 0 < known >= length:  # of equals the latest
                         length, layers, name = known, kept.layers, key
             if name is not None:
                 self._kept.move_to_end(name)
@@ -158,6 +159,13 @@ class PrefixCache:
                 _fill(layer, k, v, length)
         return length
 
+    def _touch(self, names: Iterable[Any]) -> None:
+        """Count images as used, so that they stay as long as the prompts they are in."""
+        with self._lock:
+            for name in names:
+                if name in self._kept:
+                    self._kept.move_to_end(name)
+
     def _image(
         self, model: VisionLanguageModel, name: bytes, pixels: Pixels, stages: Stages
     ) -> mx.array:
@@ -165,7 +173,6 @@ class PrefixCache:
         with self._lock:
             kept = self._kept.get(key)
             if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
-                self._kept.move_to_end(key)
                 return kept.tokens
         tokens = model.encode_image(pixels, stages)
         self._add(key, _Image(weakref.ref(model), tokens))
@@ -245,8 +252,9 @@ def _whole(layer: Cache) -> TypeGuard[KVCache | RotatingKVCache]:
 
 
 def _fill(layer: Any, keys: mx.array, values: mx.array, length: int) -> None:
+    """Let a cache begin with the first `length` positions, as arrays of its own to write into."""
+    used = keys[..., :length, :], values[..., :length, :]
     if isinstance(layer, RotatingKVCache):
-        used = keys[..., :length, :], values[..., :length, :]
         layer.state = (*used, length, layer.keep, layer.max_size, length)
     else:
-        layer.state = (keys, values, length)
+        layer.state = (*used, length)

@@ -110,18 +110,26 @@ class Asker:
             return encode(this, pixels, stages)
 
         monkeypatch.setattr(kind, "encode_image", counted)
+        prefill = kind.prefill
+
+        def watched(this, *arguments):
+            self.logits = prefill(this, *arguments)
+            return self.logits
+
+        monkeypatch.setattr(kind, "prefill", watched)
 
     def __call__(self, prompt, *images, **more):
         """(reused, encoded, prompt positions, the answer's ids) of one prompt."""
         options = self.options | more
         cold = self._ids(stream_generate(self.model, self.processor, prompt, [*images], **options))
-        self.encoded = 0
+        logits, self.encoded = self.logits, 0
         pieces = list(
             stream_generate(
                 self.model, self.processor, prompt, [*images], prefix_cache=self.store, **options
             )
         )
         assert self._ids(pieces) == cold
+        assert mx.abs(self.logits - logits).max().item() < 1e-4 * mx.abs(logits).max().item()
         return SimpleNamespace(
             reused=pieces[-1].reused_tokens,
             encoded=self.encoded,
@@ -259,20 +267,18 @@ def test_an_edited_answer_is_computed_again(ask_fastvlm):
     ask_fastvlm("What is it?", picture(1))
     known = ask_fastvlm(chat("What is it?", "A cat.", "Really?"), picture(1))
     other = ask_fastvlm(chat("What is it?", "A dog.", "Really?"), picture(1))
-    assert known.length - 20 < other.reused < known.length
+    assert known.visual < other.reused < known.length - 8  # from "dog" on
 
 
-@pytest.mark.parametrize("start", [0, 40])
-def test_a_quantised_cache_is_taken_over_as_it_was_before(ask_fastvlm, start):
+@pytest.mark.parametrize("start", [0, 60])
+def test_a_quantised_cache_is_taken_over_as_it_was_before(models, monkeypatch, start):
+    asker = Asker(*models("llava"), monkeypatch)  # whose heads are wide enough
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
-    try:
-        ask_fastvlm("Is it red?", picture(1), **options)
-    except Exception as error:  # noqa: BLE001
-        pytest.fail(str(error))
-    second = ask_fastvlm("What is it?", picture(1), **options)
+    asker("Is it red?", picture(1), **options)
+    second = asker("What is it?", picture(1), **options)
     assert second.encoded == 0
     assert second.reused > second.visual
-    assert ask_fastvlm("What is it?", picture(1)).reused == second.length - 1
+    assert asker("What is it?", picture(1)).reused == second.length - 1
 
 
 def test_a_rotating_cache_that_holds_the_prompt_takes_over_and_hands_on(ask_fastvlm):
@@ -331,10 +337,10 @@ def test_memory_is_bounded_and_the_oldest_goes_first(fastvlm, monkeypatch):
     asker = Asker(*fastvlm, monkeypatch)
     asker("Is it red?", picture(1))
     one = asker.store.nbytes
-    asker.store.max_bytes = 2 * one
+    asker.store.max_bytes = 5 * one // 2  # room for two
     for seed in (2, 1, 3):
         asker("Is it red?", picture(seed))
-        assert asker.store.nbytes <= 2 * one
+        assert one < asker.store.nbytes <= 5 * one // 2
     assert asker("Is it red?", picture(1)).encoded == 0
     assert asker("Is it red?", picture(2)).encoded == 1
     asker.store.max_bytes = 0
@@ -452,18 +458,3 @@ def test_a_planted_fault_is_caught(fastvlm, monkeypatch, fault):
         asker("Is it red?", picture(1))
         asker("What is it?", picture(1))
         asker("What is it?", picture(2))
-
-
-def test_logits_do_not_depend_on_what_was_taken_over(fastvlm):
-    model, processor = fastvlm
-    from mlx_vlm_edge.timings import Stages
-
-    inputs = processor("What is it?", images=[picture(1)])
-    cold = model.prefill(inputs, model.make_cache(), 2048, Stages())
-    store = PrefixCache()
-    list(stream_generate(model, processor, "Is it red?", [picture(1)], prefix_cache=store))
-    cache = model.make_cache()
-    run = store.begin(model, processor, inputs, cache, Stages())
-    assert run.start > len(inputs.visual)
-    warm = model.prefill(run.rest, cache, 2048, Stages())
-    assert mx.abs(warm - cold).max().item() < 1e-4 * mx.abs(cold).max().item()
