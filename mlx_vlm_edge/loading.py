@@ -4,10 +4,11 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +29,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
 PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
 Quantization = Mapping[str, Any]
+Result = TypeVar("Result")
 
 
 def load(
@@ -64,11 +66,40 @@ def load(
     if quantize is not None:
         _quantize_language_model(model, config, quantize)
     _cast(model, dtype)
+    tokenizer = in_thread(lambda: Tokenizer.from_folder(folder))  # it takes as long as the tower
+    del arrays  # so that nothing is held twice
+    mx.eval([part.parameters() for name, part in _parts(model) if name != "language_model"])
     model.language_model.fuse()
     mx.eval(model.parameters())
-    tokenizer = Tokenizer.from_folder(folder)
-    processor: Processor = module.Processor(model.config, tokenizer)
+    processor: Processor = module.Processor(model.config, tokenizer())
     return model, processor
+
+
+def in_thread(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Start `work` in a thread; what is returned waits for it and gives its result or raises."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  (raised where the result is wanted)
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+
+    def result() -> Result:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return result
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, part) for name, part in model.children().items() if isinstance(part, nn.Module))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -186,6 +217,5 @@ def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
     own = model.language_model.model.norm.weight.dtype
     text = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else own)
     vision = text if dtype or text != mx.float16 else mx.float32
-    for name, part in model.children().items():
-        if isinstance(part, nn.Module):
-            cast(part, text if name == "language_model" else vision)
+    for name, part in _parts(model):
+        cast(part, text if name == "language_model" else vision)
