@@ -66,7 +66,8 @@ class GenerationResult:
 
     ttft_e2e: seconds from the call, image bytes and prompt in, to the first token. Rates are
     tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
-    prefix cache knew. peak_memory is in GB (1e9 bytes).
+    prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
+    peak_memory is in GB (1e9 bytes).
     finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, when
     they were asked for.
     """
@@ -83,6 +84,7 @@ class GenerationResult:
     finish_reason: str | None = None
     stages: dict[str, float] | None = None
     reused_tokens: int = 0
+    jpeg_draft: bool = False
 
 
 def generate(
@@ -190,7 +192,7 @@ class _Meter:
 
     def __init__(self, inputs: Inputs, stages: Stages, started: float, reused: int = 0) -> None:
         self._prompt, self._visual = inputs.input_ids.shape[1], len(inputs.visual)
-        self._reused = reused
+        self._reused, self._draft = reused, inputs.jpeg_draft
         self._stages, self._started = stages, started
         self._first = self._tokens = 0.0
 
@@ -216,6 +218,7 @@ class _Meter:
             finish_reason=reason,
             stages=dict(self._stages.seconds) if self._stages.measured else None,
             reused_tokens=self._reused,
+            jpeg_draft=self._draft,
         )
 
 

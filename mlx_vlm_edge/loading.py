@@ -42,6 +42,7 @@ def load(
     image_strategy: str | None = None,
     resolution: int | None = None,
     max_tiles: int | None = None,
+    jpeg_draft: bool = False,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a model by alias ("fastvlm-0.5b"), Hub id or folder.
 
@@ -50,7 +51,8 @@ def load(
     whose half-precision matmuls are slow. quantize: 4 or 8 bits for the language model, on the fly.
     image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
     checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
-    image costs in the families that cut one up.
+    image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
+    size, which is faster and not pixel-exact; results say so.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
     blas.check()
@@ -72,6 +74,9 @@ def load(
     model.language_model.fuse()
     mx.eval(model.parameters())
     processor: Processor = module.Processor(model.config, tokenizer())
+    if jpeg_draft:
+        processor.draft_side()  # or a clear line
+        processor.jpeg_draft = True
     return model, processor
 
 

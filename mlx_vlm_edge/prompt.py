@@ -37,23 +37,26 @@ class Inputs:
 
     input_ids: int32 [1, L]. visual: int32 [V], the positions of the visual tokens in 0..L-1, image
     after image. pixels: one per image. tokens: the visual tokens [N, D] of each image where they
-    are known already; the pixels are not looked at then.
+    are known already; the pixels are not looked at then. jpeg_draft: whether images were read so.
     """
 
     input_ids: np.ndarray
     visual: np.ndarray
     pixels: list[Pixels]
     tokens: "Sequence[mx.array] | None" = None
+    jpeg_draft: bool = False
 
 
 class Processor(ABC):
     """Prompts of one family. Subclasses say what their family does; see the module's first lines.
 
     stop_tokens: tokens that end an answer besides the configuration's, where the vocabulary has
-    them.
+    them. jpeg_draft: large JPEGs are decoded at a part of their size, if that is still enough:
+    faster, but not the same pixels, and what an image's size is taken for is then that part.
     """
 
     stop_tokens: tuple[str, ...] = ()
+    jpeg_draft = False
 
     def __init__(self, config: Any, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -96,7 +99,12 @@ class Processor(ABC):
         if not ids:
             raise UsageError("the prompt is empty")
         stages.mark("tokenise")
-        return Inputs(np.array([ids], np.int32), np.asarray(visual, np.int32), pixels)
+        return Inputs(
+            np.array([ids], np.int32),
+            np.asarray(visual, np.int32),
+            pixels,
+            jpeg_draft=self.jpeg_draft and bool(images),
+        )
 
     def read(self, source: Any, preprocess: Preprocess, stages: Stages) -> Pixels:
         """One of a prompt's images, from its source to pixels."""
@@ -106,7 +114,7 @@ class Processor(ABC):
             raise UsageError(
                 "this model does not take videos: give one of their frames as an image"
             )
-        image = open_image(source)
+        image = open_image(source, self.draft_side() if self.jpeg_draft else None)
         stages.mark("image decode")
         pixels = preprocess(image)
         stages.mark("preprocess")
@@ -145,6 +153,11 @@ class Processor(ABC):
     def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
         """What prepares each of a prompt's images; `preprocess`, however many there are."""
         return self.preprocess
+
+    def draft_side(self) -> int:
+        """Pixels that neither side of a picture may be below before `preprocess`, which would
+        have to enlarge it otherwise. Raises UsageError in a family that always needs them all."""
+        raise UsageError("this model takes pictures in full: leave the JPEG draft out")
 
     @abstractmethod
     def preprocess(self, image: "Image") -> Pixels:

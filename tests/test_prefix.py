@@ -1,4 +1,4 @@
-"""What is taken over from earlier prompts: never another answer, and never more work than is new."""
+"""What is taken over from earlier prompts: never another answer, never more work than is new."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_vlm_edge import load, prefix, stream_generate
+from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.language.cache import KVCache
 from mlx_vlm_edge.models.idefics3 import Tiles
 from mlx_vlm_edge.prefix import PrefixCache, digest, position_keys, shared
 from mlx_vlm_edge.prompt import Inputs
-from mlx_vlm_edge.image import Pixels
 
 from .conftest import GOLDEN
 
@@ -190,10 +190,10 @@ def changed_before(family):
     """Two prompts that differ before the image."""
     if family == "fuyu":
         pytest.skip("Fuyu has nothing before the image")
-    one, two = ("Look here. ", "Look there. ")
     rest = [IMAGE, {"type": "text", "text": "What is it?"}]
     return [
-        [{"role": "user", "content": [{"type": "text", "text": text}, *rest]}] for text in (one, two)
+        [{"role": "user", "content": [{"type": "text", "text": text}, *rest]}]
+        for text in ("Look here. ", "Look there. ")
     ]
 
 
@@ -249,8 +249,8 @@ def test_a_conversation_takes_over_its_history(family, ask):
 
 def test_an_answer_in_the_history_is_not_computed_again(fastvlm, ask_fastvlm, monkeypatch):
     """Where its ids are what the tokenizer makes of its text: here they are set to be."""
-    model, processor = fastvlm
-    first = ask_fastvlm("Is it?", picture(1), raw=False)
+    processor = fastvlm[1]
+    first = ask_fastvlm("Is it?", picture(1))
     inputs = processor("Is it?", images=[picture(1)])
     more = np.array([[*inputs.input_ids[0], *first.ids[:-1], 40, 41, 42]], np.int32)
     monkeypatch.setattr(

@@ -173,6 +173,9 @@ class Processor(prompt.Processor):
         size = clip.frames[0].size
         return Frames(np.concatenate(tiles), size, None, tuple(clip.times), clip.duration)
 
+    def draft_side(self) -> int:
+        return self.config.longest_edge
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [tiles, tile, tile, 3]."""
         config, longest = self.config, self.config.longest_edge
