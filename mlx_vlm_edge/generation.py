@@ -149,6 +149,7 @@ def _stream(
     budget = _budget(model, inputs, options)
     cache = make_cache(model, inputs, options)
     mx.reset_peak_memory()
+    inputs = _encoded(model, inputs, stages)
     if prefix_cache is None:
         meter = _Meter(inputs, stages, started)
         tokens = decode(model, inputs, cache, options, stages, budget)
@@ -166,6 +167,16 @@ def _stream(
     finally:  # of a stream that is abandoned as well
         if said:
             run.end(said)
+
+
+def _encoded(model: VisionLanguageModel, inputs: Inputs, stages: Stages) -> Inputs:
+    """While the language model's weights are still being read, the images are encoded."""
+    if model.arriving is None:
+        return inputs
+    tokens = [model.encode_image(pixels, stages) for pixels in inputs.pixels]
+    mx.async_eval(tokens)
+    model.arrive()
+    return replace(inputs, tokens=tokens)
 
 
 def _results(

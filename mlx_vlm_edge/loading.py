@@ -4,11 +4,11 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,14 +22,37 @@ from .kernels import on_cpu
 from .models import family
 from .models.base import VisionLanguageModel
 from .prompt import Processor
+from .steps import Steps
 from .tokenizer import Tokenizer
 from .weights import Weights, check_names, find_shards, read_safetensors
 
+BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
 PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
 Quantization = Mapping[str, Any]
-Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `load` takes besides the name."""
+
+    dtype: str | None = None
+    revision: str | None = None
+    quantize: int | None = None
+    offline: bool = False
+    image_strategy: str | None = None
+    resolution: int | None = None
+    max_tiles: int | None = None
+    jpeg_draft: bool = False
+
+    def check(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.resolution is not None and type(self.resolution) is not int:
+            raise UsageError(
+                f"resolution must be a whole number of pixels, not {self.resolution!r}"
+            )
 
 
 def load(
@@ -55,52 +78,59 @@ def load(
     size, which is faster and not pixel-exact; results say so.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
+    options = Options(
+        dtype, revision, quantize, offline, image_strategy, resolution, max_tiles, jpeg_draft
+    )
+    model, processor = load_ahead(name, options)
+    model.arrive()
+    return model, processor
+
+
+def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Processor]:
+    """`load`, but on a CPU the language model is still being read when this returns.
+
+    Until `model.arrive()` only `stream_generate` may use the model: it encodes the images first.
+    A GPU's model is all there: nobody has seen whether its queue bears a second thread.
+    """
     blas.check()
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if resolution is not None and type(resolution) is not int:
-        raise UsageError(f"resolution must be a whole number of pixels, not {resolution!r}")
-    folder = locate(name, revision=revision, offline=offline)
-    config, arrays = read_checkpoint(folder)
-    module = family(config.get("model_type"))
-    model = build(module, config, arrays)
-    model.config = model.config.adapted(image_strategy, resolution, max_tiles)
-    if quantize is not None:
-        _quantize_language_model(model, config, quantize)
-    _cast(model, dtype)
-    tokenizer = in_thread(lambda: Tokenizer.from_folder(folder))  # it takes as long as the tower
-    del arrays  # so that nothing is held twice
-    mx.eval([part.parameters() for name, part in _parts(model) if name != "language_model"])
-    model.language_model.fuse()
-    mx.eval(model.parameters())
-    processor: Processor = module.Processor(model.config, tokenizer())
-    if jpeg_draft:
+    options.check()
+    folder = locate(name, revision=options.revision, offline=options.offline)
+    if on_cpu():
+        steps = Steps(_read(folder, options))
+        module, model = steps.wait(BUILT)
+        model.arriving = lambda: steps.wait(WHOLE)
+        tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
+        steps.wait(ENCODES)
+    else:
+        parsing = Steps(Tokenizer.from_folder(item) for item in (folder,))
+        *_, (module, model) = _read(folder, options)
+        tokenizer = parsing.wait(0)
+    processor: Processor = module.Processor(model.config, tokenizer)
+    if options.jpeg_draft:
         processor.draft_side()  # or a clear line
         processor.jpeg_draft = True
     return model, processor
 
 
-def in_thread(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Start `work` in a thread; what is returned waits for it and gives its result or raises."""
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001  (raised where the result is wanted)
-            errors.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-
-    def result() -> Result:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
-
-    return result
+def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLanguageModel]]:
+    """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
+    config, arrays = read_checkpoint(folder)
+    module = family(config.get("model_type"))
+    model = build(module, config, arrays)
+    model.config = model.config.adapted(
+        options.image_strategy, options.resolution, options.max_tiles
+    )
+    if options.quantize is not None:
+        _quantize_language_model(model, config, options.quantize)
+    _cast(model, options.dtype)
+    del arrays  # so that nothing is held twice
+    yield module, model
+    mx.eval([part.parameters() for name, part in _parts(model) if name != "language_model"])
+    mx.eval(model.language_model.model.embed_tokens.parameters())  # where Fuyu has its newline
+    yield module, model
+    model.language_model.fuse()
+    mx.eval(model.parameters())
+    yield module, model
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

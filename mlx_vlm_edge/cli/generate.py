@@ -140,15 +140,18 @@ def run(args: argparse.Namespace) -> int:
     if args.fps is not None and not args.video:
         raise UsageError("--fps is for videos: give one with --video")
     from ..generation import stream_generate
-    from ..loading import load
+    from ..loading import Options, load_ahead
     from ..video import Video
 
     images += [Video(path, args.fps) for path in args.video]
-    model, processor = load(
-        args.model or default_model(), dtype=args.dtype, revision=args.revision,
-        quantize=args.bits, offline=args.offline, image_strategy=args.image_strategy,
-        resolution=args.resolution, max_tiles=args.max_tiles, jpeg_draft=args.jpeg_draft,
+    loading = Options(
+        dtype=args.dtype, revision=args.revision, quantize=args.bits, offline=args.offline,
+        image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
+        jpeg_draft=args.jpeg_draft,
     )  # fmt: skip
+    model, processor = load_ahead(args.model or default_model(), loading)
+    if args.verbose or args.json:
+        model.arrive()  # so that no time of loading is taken for one of answering
     options = {name: getattr(args, name) for name in SAMPLING}
     results = stream_generate(
         model, processor, _prompt(text, args), images, raw=args.raw, verbose=args.verbose,

@@ -1,6 +1,6 @@
 """What every family's model does the same way: merge visual tokens into text, prefill, decode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +81,13 @@ class VisionLanguageModel(nn.Module):
     """Base of the families' models; they supply `encode_image` and the parts."""
 
     language_model: LanguageModel
+    arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
+
+    def arrive(self) -> None:
+        """Wait until all weights are here. Raises UsageError when they cannot be read."""
+        if self.arriving is not None:
+            self.arriving()
+            self.arriving = None
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
