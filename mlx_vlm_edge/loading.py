@@ -125,11 +125,13 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLa
     _cast(model, options.dtype)
     del arrays  # so that nothing is held twice
     yield module, model
-    mx.eval([part.parameters() for name, part in _parts(model) if name != "language_model"])
-    mx.eval(model.language_model.model.embed_tokens.parameters())  # where Fuyu has its newline
+    # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
+    # thread cannot use an array that this one leaves unevaluated.
+    mx.eval([part.state for name, part in _parts(model) if name != "language_model"])
+    mx.eval(model.language_model.model.embed_tokens.state)  # where Fuyu has its newline
     yield module, model
     model.language_model.fuse()
-    mx.eval(model.parameters())
+    mx.eval(model.state)
     yield module, model
 
 

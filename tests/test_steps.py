@@ -2,6 +2,7 @@
 
 from threading import Event
 
+import numpy as np
 import pytest
 
 from mlx_vlm_edge import load, stream_generate
@@ -62,6 +63,17 @@ def test_images_are_encoded_while_the_language_model_is_read(native_folder, monk
     assert model.arriving is not None
     assert [piece.token for piece in stream_generate(model, processor, **ask)] == want
     assert model.arriving is None
+
+
+def test_everything_is_evaluated_where_it_was_made(tmp_path):
+    """Scaled rotation periods are no parameters, but another thread needs them all the same."""
+    from .reference import idefics3 as theirs
+
+    case = theirs.CASES["idefics3"]
+    model, processor = load(str(theirs.save(theirs.build(case), case, tmp_path)))
+    attention = model.language_model.model.layers[0].self_attn
+    assert np.isfinite(np.array(attention._periods)).all()
+    assert list(stream_generate(model, processor, "Hi", [picture(1)], max_tokens=2))
 
 
 def test_what_goes_wrong_while_reading_is_told(native_folder, monkeypatch):
