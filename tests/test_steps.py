@@ -5,7 +5,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge import load, loading, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.decoder import LanguageModel
 from mlx_vlm_edge.loading import Options, load_ahead
@@ -86,3 +86,15 @@ def test_what_goes_wrong_while_reading_is_told(native_folder, monkeypatch):
     model, processor = load_ahead(str(native_folder), Options())
     with pytest.raises(UsageError, match="gone"):
         list(stream_generate(model, processor, "Hi"))
+
+
+def test_a_gpu_s_model_is_all_there_and_answers_the_same(native_folder, monkeypatch):
+    """The other path of loading, on the CPU."""
+    answers = []
+    for cpu in (True, False):
+        monkeypatch.setattr(loading, "on_cpu", lambda cpu=cpu: cpu)
+        model, processor = load_ahead(str(native_folder), Options(dtype="float32"))
+        assert (model.arriving is None) is not cpu
+        pieces = stream_generate(model, processor, "Hi", [picture(1)], max_tokens=4)
+        answers.append([piece.token for piece in pieces])
+    assert answers[0] == answers[1]
