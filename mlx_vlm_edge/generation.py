@@ -6,7 +6,7 @@ The next token is computed while the last one is shown. Timings end where text c
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -23,6 +23,9 @@ from .sampling import (
 )
 from .timings import Clock, Stages
 from .tokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from .prefix import PrefixCache
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -62,7 +65,9 @@ class GenerationResult:
     """One streamed piece, or (from `generate(full=True)`) the whole answer.
 
     ttft_e2e: seconds from the call, image bytes and prompt in, to the first token. Rates are
-    tokens per second; prompt_tokens includes the visual tokens. peak_memory is in GB (1e9 bytes).
+    tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
+    prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
+    peak_memory is in GB (1e9 bytes).
     finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, when
     they were asked for.
     """
@@ -78,6 +83,8 @@ class GenerationResult:
     peak_memory: float
     finish_reason: str | None = None
     stages: dict[str, float] | None = None
+    reused_tokens: int = 0
+    jpeg_draft: bool = False
 
 
 def generate(
@@ -105,14 +112,16 @@ def stream_generate(
     raw: bool = False,
     verbose: bool = False,
     clock: Clock = time.perf_counter,
+    prefix_cache: "PrefixCache | None" = None,
     **options: Any,
 ) -> Iterator[GenerationResult]:
     """Yield one result per token; text is empty until a character is whole.
 
     prompt: a question, or chat messages; with `raw` the text as it stands, one <image> per picture.
     images: paths, URLs, bytes, PIL images or arrays; `image` is the same for one or a list.
-    verbose: measure the stages. clock: what all times are taken from, in seconds.
-    options: the fields of Options.
+    verbose: measure the stages. clock: what all times are taken from, in seconds. prefix_cache:
+    takes over what earlier prompts have in common with this one, images and conversation, and
+    remembers it in turn. options: the fields of Options.
     Raises UsageError for a bad image or option, and for a prompt longer than the context.
     """
     known = {field.name for field in fields(Options)}
@@ -121,7 +130,7 @@ def stream_generate(
     chosen = Options(**options)
     started, stages = clock(), Stages(verbose, clock)
     inputs = processor(prompt, _as_list(images) + _as_list(image), raw=raw, stages=stages)
-    return _stream(model, processor, inputs, chosen, stages, started)
+    return _stream(model, processor, inputs, chosen, stages, started, prefix_cache)
 
 
 def _as_list(images: Any) -> list[Any]:
@@ -137,13 +146,47 @@ def _stream(
     options: Options,
     stages: Stages,
     started: float,
+    prefix_cache: "PrefixCache | None",
 ) -> Iterator[GenerationResult]:
     budget = _budget(model, inputs, options)
     cache = make_cache(model, inputs, options)
     mx.reset_peak_memory()
+    inputs = _encoded(model, inputs, stages)
+    if prefix_cache is None:
+        meter = _Meter(inputs, stages, started)
+        tokens = decode(model, inputs, cache, options, stages, budget)
+        yield from _results(processor, tokens, meter, options)
+        return
+    run = prefix_cache.begin(model, processor, inputs, cache, stages)
+    meter = _Meter(inputs, stages, started, run.start)
+    tokens = decode(model, inputs, cache, options, stages, budget, run.rest)
+    said: list[int] = []
+    try:
+        for result in _results(processor, tokens, meter, options):
+            if result.token is not None:
+                said.append(result.token)
+            yield result
+    finally:  # of a stream that is abandoned as well
+        if said:
+            run.end(said)
+
+
+def _encoded(model: VisionLanguageModel, inputs: Inputs, stages: Stages) -> Inputs:
+    """While the language model's weights are still being read, the images are encoded."""
+    if model.arriving is None:
+        return inputs
+    tokens = [model.encode_image(pixels, stages) for pixels in inputs.pixels]
+    mx.async_eval(tokens)
+    model.arrive()
+    return replace(inputs, tokens=tokens)
+
+
+def _results(
+    processor: Processor, tokens: Iterator[int], meter: "_Meter", options: Options
+) -> Iterator[GenerationResult]:
+    """Token ids as pieces of text, up to the end of the answer."""
     detokenizer, stops = Detokenizer(processor.tokenizer), StopStrings(options.stop)
-    meter = _Meter(inputs, stages, started)
-    for token in decode(model, inputs, cache, options, stages, budget):
+    for token in tokens:
         meter.count()
         if token in processor.eos_ids:
             text, reason = stops.feed(detokenizer.finish()) + stops.flush(), "stop"
@@ -160,8 +203,9 @@ def _stream(
 class _Meter:
     """Counts tokens and time, and makes the results."""
 
-    def __init__(self, inputs: Inputs, stages: Stages, started: float) -> None:
+    def __init__(self, inputs: Inputs, stages: Stages, started: float, reused: int = 0) -> None:
         self._prompt, self._visual = inputs.input_ids.shape[1], len(inputs.visual)
+        self._reused, self._draft = reused, inputs.jpeg_draft
         self._stages, self._started = stages, started
         self._first = self._tokens = 0.0
 
@@ -186,6 +230,8 @@ class _Meter:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
             stages=dict(self._stages.seconds) if self._stages.measured else None,
+            reused_tokens=self._reused,
+            jpeg_draft=self._draft,
         )
 
 
@@ -224,10 +270,14 @@ def decode(
     options: Options,
     stages: Stages,
     budget: int,
+    rest: Inputs | None = None,
 ) -> Iterator[int]:
-    """Yield up to `budget` token ids; each next one is under way while the last is handed out."""
+    """Yield up to `budget` token ids; each next one is under way while the last is handed out.
+
+    rest: what of the prompt is not in `cache` yet; all of it by default.
+    """
     sample = _sampler(inputs, options)
-    token = sample(model.prefill(inputs, cache, options.prefill_step_size, stages))
+    token = sample(model.prefill(rest or inputs, cache, options.prefill_step_size, stages))
     mx.async_eval(token)
     for index in range(budget):
         following = token

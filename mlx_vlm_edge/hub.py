@@ -4,7 +4,6 @@ The Hugging Face cache is read directly: a model that is on the machine starts w
 huggingface_hub. What is not here is downloaded, because it was named, after saying how much.
 """
 
-import difflib
 import json
 import os
 import re
@@ -119,6 +118,8 @@ def repo_id(name: str) -> str:
         raise UsageError("demo is bundled with the program: nothing to download or remove")
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise UsageError(f"{name}: no such folder")
+    import difflib
+
     near = difflib.get_close_matches(name.lower(), [*ALIASES, DEMO], n=2, cutoff=0.5)
     meant = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(ALIASES)}."
     raise UsageError(

@@ -4,7 +4,8 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,12 +23,36 @@ from .kernels import on_cpu
 from .models import family
 from .models.base import VisionLanguageModel
 from .prompt import Processor
+from .steps import Steps
 from .tokenizer import Tokenizer
 from .weights import Weights, check_names, find_shards, read_safetensors
 
+BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
 Quantization = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `load` takes besides the name."""
+
+    dtype: str | None = None
+    revision: str | None = None
+    quantize: int | None = None
+    offline: bool = False
+    image_strategy: str | None = None
+    resolution: int | None = None
+    max_tiles: int | None = None
+    jpeg_draft: bool = False
+
+    def check(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.resolution is not None and type(self.resolution) is not int:
+            raise UsageError(
+                f"resolution must be a whole number of pixels, not {self.resolution!r}"
+            )
 
 
 def load(
@@ -40,6 +65,7 @@ def load(
     image_strategy: str | None = None,
     resolution: int | None = None,
     max_tiles: int | None = None,
+    jpeg_draft: bool = False,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a model by alias ("fastvlm-0.5b"), Hub id or folder.
 
@@ -48,27 +74,69 @@ def load(
     whose half-precision matmuls are slow. quantize: 4 or 8 bits for the language model, on the fly.
     image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
     checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
-    image costs in the families that cut one up.
+    image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
+    size, which is faster and not pixel-exact; results say so.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
+    options = Options(
+        dtype, revision, quantize, offline, image_strategy, resolution, max_tiles, jpeg_draft
+    )
+    model, processor = load_ahead(name, options)
+    model.arrive()
+    return model, processor
+
+
+def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Processor]:
+    """`load`, but on a CPU the language model is still being read when this returns.
+
+    Until `model.arrive()` only `stream_generate` may use the model: it encodes the images first.
+    A GPU's model is all there: nobody has seen whether its queue bears a second thread.
+    """
     blas.check()
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if resolution is not None and type(resolution) is not int:
-        raise UsageError(f"resolution must be a whole number of pixels, not {resolution!r}")
-    folder = locate(name, revision=revision, offline=offline)
+    options.check()
+    folder = locate(name, revision=options.revision, offline=options.offline)
+    if on_cpu():
+        steps = Steps(_read(folder, options))
+        module, model = steps.wait(BUILT)
+        model.arriving = lambda: steps.wait(WHOLE)
+        tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
+        steps.wait(ENCODES)
+    else:
+        parsing = Steps(Tokenizer.from_folder(item) for item in (folder,))
+        *_, (module, model) = _read(folder, options)
+        tokenizer = parsing.wait(0)
+    processor: Processor = module.Processor(model.config, tokenizer)
+    if options.jpeg_draft:
+        processor.draft_side()  # or a clear line
+        processor.jpeg_draft = True
+    return model, processor
+
+
+def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLanguageModel]]:
+    """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
     config, arrays = read_checkpoint(folder)
     module = family(config.get("model_type"))
     model = build(module, config, arrays)
-    model.config = model.config.adapted(image_strategy, resolution, max_tiles)
-    if quantize is not None:
-        quantize_language_model(model, config, quantize)
-    _cast(model, dtype)
+    model.config = model.config.adapted(
+        options.image_strategy, options.resolution, options.max_tiles
+    )
+    if options.quantize is not None:
+        quantize_language_model(model, config, options.quantize)
+    _cast(model, options.dtype)
+    del arrays  # so that nothing is held twice
+    yield module, model
+    # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
+    # thread cannot use an array that this one leaves unevaluated.
+    mx.eval([part.state for name, part in _parts(model) if name != "language_model"])
+    mx.eval(model.language_model.model.embed_tokens.state)  # where Fuyu has its newline
+    yield module, model
     model.language_model.fuse()
-    mx.eval(model.parameters())
-    tokenizer = Tokenizer.from_folder(folder)
-    processor: Processor = module.Processor(model.config, tokenizer)
-    return model, processor
+    mx.eval(model.state)
+    yield module, model
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, part) for name, part in model.children().items() if isinstance(part, nn.Module))
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -162,6 +230,5 @@ def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
     own = model.language_model.model.norm.weight.dtype
     text = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else own)
     vision = text if dtype or text != mx.float16 else mx.float32
-    for name, part in model.children().items():
-        if isinstance(part, nn.Module):
-            cast(part, text if name == "language_model" else vision)
+    for name, part in _parts(model):
+        cast(part, text if name == "language_model" else vision)

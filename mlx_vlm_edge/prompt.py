@@ -19,6 +19,7 @@ from .tokenizer import GUARD, Tokenizer
 from .video import Video
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from PIL.Image import Image
 
 MARKER = "<image>"
@@ -35,22 +36,27 @@ class Inputs:
     """A prompt as the model takes it.
 
     input_ids: int32 [1, L]. visual: int32 [V], the positions of the visual tokens in 0..L-1, image
-    after image. pixels: one per image.
+    after image. pixels: one per image. tokens: the visual tokens [N, D] of each image where they
+    are known already; the pixels are not looked at then. jpeg_draft: whether images were read so.
     """
 
     input_ids: np.ndarray
     visual: np.ndarray
     pixels: list[Pixels]
+    tokens: "Sequence[mx.array] | None" = None
+    jpeg_draft: bool = False
 
 
 class Processor(ABC):
     """Prompts of one family. Subclasses say what their family does; see the module's first lines.
 
     stop_tokens: tokens that end an answer besides the configuration's, where the vocabulary has
-    them.
+    them. jpeg_draft: large JPEGs are decoded at a part of their size, if that is still enough:
+    faster, but not the same pixels, and what an image's size is taken for is then that part.
     """
 
     stop_tokens: tuple[str, ...] = ()
+    jpeg_draft = False
 
     def __init__(self, config: Any, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -72,13 +78,14 @@ class Processor(ABC):
         prompt: a question, or chat messages whose content has one {"type": "image"} part per
         image (without any, the images go before the first user's words). With `raw`, the text as
         it stands: special tokens in it count, and one <image> stands for each picture.
-        images: paths, URLs, bytes, Pillow images or uint8 arrays; a Video where the family knows
-        them, which has a {"type": "video"} part in a chat and an <image> in a raw text.
+        images: paths, URLs, bytes, Pillow images or uint8 arrays, or the pixels of an earlier
+        prompt; a Video where the family knows them, which has a {"type": "video"} part in a chat
+        and an <image> in a raw text.
         Raises UsageError for an unreadable image, a malformed message, or as many images as the
         text has no places for.
         """
         stages = stages or Stages()
-        kinds = ["video" if isinstance(source, Video) else "image" for source in images]
+        kinds = [item.kind if isinstance(item, Video | Pixels) else "image" for item in images]
         text = self._text(prompt, kinds, raw)
         try:
             text.encode()
@@ -92,15 +99,22 @@ class Processor(ABC):
         if not ids:
             raise UsageError("the prompt is empty")
         stages.mark("tokenise")
-        return Inputs(np.array([ids], np.int32), np.asarray(visual, np.int32), pixels)
+        return Inputs(
+            np.array([ids], np.int32),
+            np.asarray(visual, np.int32),
+            pixels,
+            jpeg_draft=self.jpeg_draft and bool(images),
+        )
 
     def read(self, source: Any, preprocess: Preprocess, stages: Stages) -> Pixels:
         """One of a prompt's images, from its source to pixels."""
+        if isinstance(source, Pixels):
+            return source
         if isinstance(source, Video):
             raise UsageError(
                 "this model does not take videos: give one of their frames as an image"
             )
-        image = open_image(source)
+        image = open_image(source, self.draft_side() if self.jpeg_draft else None)
         stages.mark("image decode")
         pixels = preprocess(image)
         stages.mark("preprocess")
@@ -139,6 +153,11 @@ class Processor(ABC):
     def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
         """What prepares each of a prompt's images; `preprocess`, however many there are."""
         return self.preprocess
+
+    def draft_side(self) -> int:
+        """Pixels that neither side of a picture may be below before `preprocess`, which would
+        have to enlarge it otherwise. Raises UsageError in a family that always needs them all."""
+        raise UsageError("this model takes pictures in full: leave the JPEG draft out")
 
     @abstractmethod
     def preprocess(self, image: "Image") -> Pixels:

@@ -4,7 +4,7 @@ Everything random has an explicit key, so that a seed repeats a run whatever els
 """
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +77,9 @@ def make_sampler(sampling: Sampling) -> Sampler:
         steps.append(lambda logits: keep_min_p(logits, sampling.min_p))
     if sampling.top_k > 0:
         steps.append(lambda logits: keep_top_k(logits, sampling.top_k))
-    key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+    key = mx.random.key(
+        int.from_bytes(os.urandom(8)) >> 1 if sampling.seed is None else sampling.seed
+    )
 
     def sample(logits: mx.array) -> mx.array:
         nonlocal key

@@ -4,7 +4,6 @@ No BOS or EOS is ever added here; a family puts them where its original does.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -13,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from . import sentencepiece
+from .config import read_json
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Tokenizer:
 
         Raises UsageError when there is none, or one of the files is damaged.
         """
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             backend = _from_file(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -135,19 +135,6 @@ def _splitter(tokens: Iterable["AddedToken"]) -> re.Pattern[str]:
         for token in longest_first
     ]
     return re.compile(f"({'|'.join(words) or '(?!)'})")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: is damaged ({error}): fetch it again") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: is damaged (not a JSON object): fetch it again")
-    return content
 
 
 def _content(token: Any) -> str | None:
@@ -300,4 +287,4 @@ def _template_files(folder: Path) -> dict[str, Any]:
     """The chat template of its own file, which goes before tokenizer_config.json's."""
     if (folder / "chat_template.jinja").is_file():
         return {"chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
-    return _read_json(folder / "chat_template.json")
+    return read_json(folder / "chat_template.json")

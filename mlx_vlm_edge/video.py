@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .errors import UsageError
-from .image import open_image, reading
+from .image import SHOWN, finding, open_image, reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,7 @@ class Video:
     all of which are taken (up to the model's limit).
     """
 
+    kind: ClassVar[str] = "video"  # the type of its part in a chat message
     source: str | Path
     fps: float | None = None
 
@@ -79,16 +80,21 @@ def read_video(video: Video, fps: float, limit: int) -> Clip:
 
     Raises UsageError naming the video when it cannot be read or has no frames.
     """
-    path = Path(video.source).expanduser()
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; check the path")
+    with finding(str(video.source)[:SHOWN]):
+        path = Path(video.source).expanduser()
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder; check the path")
+        head = b"" if path.is_dir() else _head(path)
     if path.is_dir():
         return _folder(path, video.fps or fps, limit)
-    with path.open("rb") as file:
-        head = file.read(6)
     if head in (b"GIF87a", b"GIF89a"):
         return _gif(path, video.fps or fps, limit)
     return _film(path, video.fps or fps, limit)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(6)
 
 
 def _folder(path: Path, fps: float, limit: int) -> Clip:

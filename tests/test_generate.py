@@ -31,6 +31,8 @@ class Scripted:
     Its cache is fed as a real model's would be, one position per token.
     """
 
+    arriving = None
+
     def __init__(self, script, context=100, near=None):
         self.script, self.near = list(script), near or {}
         self.config = SimpleNamespace(context=context)

@@ -343,6 +343,39 @@ def test_hopelessly_elongated_images_are_refused():
     assert fit(thread, (64, 64), "stretch").size == (64, 64)
 
 
+@pytest.mark.parametrize(("side", "want"), [(64, (150, 100)), (200, (300, 200)), (201, (600, 400))])
+def test_a_jpeg_may_be_decoded_at_a_part_of_its_size(side, want, tmp_path):
+    """As small as no side is below what is asked for; nothing but JPEGs, and only when asked."""
+    picture = Image.fromarray(noise(600, 400))
+    path = tmp_path / "photo.jpg"
+    picture.save(path, quality=90)
+    assert open_image(path, side).size == want
+    assert open_image(path.read_bytes(), side).size == want
+    assert open_image(path).size == (600, 400)
+    assert open_image(png(picture), side).size == (600, 400)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(png(picture, "JPEG", exif=exif), side).size == want[::-1]
+
+
+@pytest.mark.parametrize("size", [(1200, 900), (900, 1200)])
+@pytest.mark.parametrize("strategy", ["pad", "center_crop", "stretch"])
+def test_no_copy_of_the_whole_picture_is_made(size, strategy, monkeypatch):
+    """A photo of 36 MB stays one of 36 MB: every image made on the way to the model is smaller."""
+    made = []
+    new = Image.Image._new
+
+    def counted(self, core):
+        made.append(core.size[0] * core.size[1])
+        return new(self, core)
+
+    picture = Image.fromarray(noise(*size))
+    monkeypatch.setattr(Image.Image, "_new", counted)
+    fit(picture, (128, 128), strategy)
+    assert made
+    assert max(made) <= size[0] * size[1] * 0.3
+
+
 def test_import_is_cheap():
     import subprocess
     import sys

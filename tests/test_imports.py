@@ -73,7 +73,8 @@ def test_generate_loads_no_heavy_package(native_folder, tmp_path, bare, image):
     loaded = modules_after(command(*arguments)) - bare
     assert packages(loaded) & HEAVY == set()
     assert not any(name.startswith("mlx_vlm_edge_convert") for name in loaded)
-    assert len(loaded) < 450, len(loaded)
+    assert not loaded & {"secrets", "difflib", "urllib.request", "jinja2", "asyncio"}
+    assert len(loaded) < 370, len(loaded)
 
 
 def test_a_published_folder_loads_no_heavy_package(hf_folder):

@@ -249,3 +249,33 @@ def test_a_model_folder_opens_with_no_network(native_folder, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     model, processor = load(str(native_folder))
     assert model(processor("Hi")).shape[-1] == 320
+
+
+def test_no_weight_is_held_twice(native_folder):
+    """The unfused projections go as the fused ones come, a layer at a time."""
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    model, _ = load(str(native_folder))
+    nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert mx.get_peak_memory() - before < 1.25 * nbytes
+
+
+def test_a_tokenizer_is_read_once_and_its_damage_told(native_folder, copy, monkeypatch):
+    from tokenizers import Tokenizer as Backend
+
+    class Counting:
+        reads = 0
+
+        @classmethod
+        def from_file(cls, path):
+            cls.reads += 1
+            return Backend.from_file(path)
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Counting)
+    _, processor = load(str(native_folder))
+    processor("Hi")
+    assert Counting.reads == 1
+    monkeypatch.undo()
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        load(str(copy))

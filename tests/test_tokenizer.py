@@ -249,7 +249,7 @@ def test_folders_that_have_no_usable_tokenizer(qwen2_files, tmp_path_factory):
     (empty / "tokenizer.json").write_text("{")
     refuse(empty, "damaged")
     (empty / "tokenizer_config.json").write_text("[1]")
-    refuse(empty, "damaged")
+    refuse(empty, "not a JSON object")
     (qwen2_files / "merges.txt").write_text("not merges")
     refuse(qwen2_files, "damaged")
     (qwen2_files / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')

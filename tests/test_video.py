@@ -98,6 +98,8 @@ def test_a_film_is_read_with_pyav(tmp_path):
     ("make", "message"),
     [
         (lambda path: path / "none.gif", "no such file or folder"),
+        (lambda path: "~nouser/x", "~nouser/x: cannot be read"),
+        (lambda path: "a" * 5000, "cannot be read"),
         (lambda path: path, "no frames in it"),
         (
             lambda path: _written(path / "clip.gif", b"GIF89a" + b"\0" * 20),

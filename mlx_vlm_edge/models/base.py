@@ -1,6 +1,6 @@
 """What every family's model does the same way: merge visual tokens into text, prefill, decode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +81,13 @@ class VisionLanguageModel(nn.Module):
     """Base of the families' models; they supply `encode_image` and the parts."""
 
     language_model: LanguageModel
+    arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
+
+    def arrive(self) -> None:
+        """Wait until all weights are here. Raises UsageError when they cannot be read."""
+        if self.arriving is not None:
+            self.arriving()
+            self.arriving = None
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
@@ -90,17 +97,24 @@ class VisionLanguageModel(nn.Module):
         """Input embeddings [1, L, D] of a whole prompt, visual tokens in place."""
         ids = inputs.input_ids.copy()
         ids[0, inputs.visual] = 0  # placeholders may be no vocabulary entry (-200)
-        tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
+        tokens = inputs.tokens
+        if tokens is None:
+            tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
         return merge(self.language_model.embed(mx.array(ids)), tokens, inputs.visual)
 
     def make_cache(self) -> list[Cache]:
         """One empty KV cache per layer."""
         return self.language_model.make_cache()
 
+    def reusable(self, length: int) -> int:
+        """How many of the `length` positions that two prompts share have the same keys and values
+        in both: all, where no position sees a later one."""
+        return length
+
     def prefill(
         self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages
     ) -> mx.array:
-        """Run the prompt into `cache`; logits [1, V] of its last position.
+        """Run the prompt into `cache`, after what that holds; logits [1, V] of its last position.
 
         One pass, or chunks of `step_size` positions when the prompt is longer than that.
         """

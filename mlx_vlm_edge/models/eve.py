@@ -151,6 +151,9 @@ class Model(VisionLanguageModel):
 class Processor(llava.Processor):
     """LLaVA's prompt; pictures resized in their own proportion."""
 
+    def draft_side(self) -> int:
+        return self.config.image_size
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [H, W, 3]: the longer side is `image_size`, both are multiples of `step`."""
         size, step = self.config.image_size, self.config.step

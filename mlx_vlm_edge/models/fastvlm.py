@@ -144,6 +144,9 @@ class Processor(prompt.Processor):
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
 
+    def draft_side(self) -> int:
+        return self.config.image_size
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
         side = self.config.image_size

@@ -166,6 +166,9 @@ class Processor(prompt.Processor):
             )
         return found
 
+    def draft_side(self) -> int:
+        return min(self.config.image_size)
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [H, W, 3], scaled down with PIL's bilinear filter, padded to whole patches."""
         from PIL.Image import Resampling

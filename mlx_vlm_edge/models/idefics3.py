@@ -82,6 +82,7 @@ class Tiles(Pixels):
 class Frames(Pixels):
     """A video's frames, one tile each, with the second each is from and the video's length."""
 
+    kind = "video"
     times: tuple[float, ...] = ()
     duration: float = 0.0
 
@@ -171,6 +172,9 @@ class Processor(prompt.Processor):
         stages.mark("preprocess")
         size = clip.frames[0].size
         return Frames(np.concatenate(tiles), size, None, tuple(clip.times), clip.duration)
+
+    def draft_side(self) -> int:
+        return self.config.longest_edge
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [tiles, tile, tile, 3]."""

@@ -171,6 +171,9 @@ class Processor(prompt.Processor):
     stop_tokens: tuple[str, ...] = ("</s>",)
     answer_end = "</s>"
 
+    def draft_side(self) -> int:
+        return self.config.vision.image_size
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
         side = self.config.vision.image_size

@@ -275,6 +275,9 @@ class Processor(prompt.Processor):
         strategy = self.config.image_strategy or ("anyres" if images == 1 else "pad")
         return self.preprocess if strategy == "anyres" else self.single_tile
 
+    def draft_side(self) -> int:
+        return max(max(size) for size in self.config.resolutions)
+
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [1 + tiles, side, side, 3]: the whole image, then its parts."""
         side = self.config.vision.image_size

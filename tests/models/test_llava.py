@@ -236,6 +236,10 @@ def test_without_its_tower_and_the_tower_not_here_it_says_how_to_get_it(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=f"models pull {name}"):
         load(str(folder))
+    config["mm_vision_tower"] = "~nouser/x"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="~nouser/x"):
+        load(str(folder))
     config.pop("mm_vision_tower")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="names none"):

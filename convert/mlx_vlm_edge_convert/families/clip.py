@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import local_snapshot, repo_id
+from mlx_vlm_edge.hub import expanded, local_snapshot, repo_id
 from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.loading import read_config
 
@@ -31,9 +30,9 @@ def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
     It must be on this machine. Raises UsageError that says how to get it otherwise.
     """
     name = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
-    folder = Path(name).expanduser() if name else None
-    if folder is None:
+    if not name:
         raise UsageError("the checkpoint has no vision tower and its config names none")
+    folder = expanded(name)
     if not folder.is_dir():
         found = local_snapshot(repo_id(name))
         if found is None:
