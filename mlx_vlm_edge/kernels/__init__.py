@@ -2,16 +2,19 @@
 
 `forms` chooses: MLX's own kernels on Metal and CUDA (gpu.py), other ones on the CPU back end
 (cpu.py). Nothing is compiled on the CPU, which would call a C++ compiler for a second or two and
-gain a tenth. Feature maps are [B, H, W, C] everywhere; on the CPU they lie channels-first in memory.
+gain a tenth. Feature maps are [B, H, W, C] everywhere; on the CPU they lie channels-first
+in memory.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu, gpu
-from .gpu import Activation, Mask
+from .gpu import Activation as Activation
+from .gpu import Mask as Mask
 
 
 def on_cpu() -> bool:
@@ -49,9 +52,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return forms().swiglu(gate, up)
 
 
-def attention(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask = None
-) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask = None) -> mx.array:
     """softmax(scale * q k^T + mask) v, softmax in float32.
 
     q [B, heads, L, D], k and v [B, heads or fewer, S, D] -> [B, heads, L, D]. mask: "causal" (the
@@ -87,18 +88,18 @@ def conv2d(
 
 def depthwise_conv2d(
     x: mx.array,
-    weight: mx.array,
+    weights: Sequence[mx.array],
     bias: mx.array | None,
     stride: int = 1,
     activation: Activation | None = None,
 ) -> mx.array:
     """activation(depthwise convolution) with "same" padding k // 2 and m outputs per channel.
 
-    x [B, H, W, C], weight [m, C, k, k, 1], bias [m, C] -> [B, ceil(H / stride), ceil(W / stride),
+    x [B, H, W, C], m weights [C, k, k, 1], bias [m * C] -> [B, ceil(H / stride), ceil(W / stride),
     m * C]: all first outputs, then all second ones. A grouped convolution with several outputs per
     group leaves MLX's fast kernels, m depthwise ones do not.
     """
-    return forms().depthwise_conv2d(x, weight, bias, stride, activation)
+    return forms().depthwise_conv2d(x, weights, bias, stride, activation)
 
 
 def resize_bilinear(x: mx.array, height: int, width: int) -> mx.array:

@@ -7,6 +7,7 @@ both orders equally well, and a depthwise convolution needs whole rows of one ch
 """
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -186,7 +187,7 @@ def conv2d(
     k, pad, (H, W) = weight.shape[1], weight.shape[1] // 2, x.shape[1:3]
     rows = -(-H // stride)
     size = max(1, 2 * CACHEFUL // (x.shape[0] * -(-W // stride) * weight.shape[0]))
-    x = mx.pad(x, ((0, 0), (pad, pad), (0, 0), (0, 0)))
+    x = mx.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0)])
     done: list[mx.array] = []
     for row in range(0, rows, size):
         last = min(row + size, rows) - 1
@@ -197,19 +198,24 @@ def conv2d(
 
 
 def depthwise_conv2d(
-    x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, activation: Activation | None
+    x: mx.array,
+    weights: Sequence[mx.array],
+    bias: mx.array | None,
+    stride: int,
+    activation: Activation | None,
 ) -> mx.array:
     """Matmuls of the windows along every row with banded matrices, some channels at a time."""
     B, H, W, C = x.shape
     rows, columns = -(-H // stride), -(-W // stride)
+    weight = mx.stack([array.squeeze(-1) for array in weights])
+    biases = None if bias is None else bias.reshape(len(weights), C, 1, 1)
     maps = mx.moveaxis(x, -1, 1)
     size = max(1, 2 * CACHEFUL // (B * rows * columns))
     done: list[mx.array] = []
     for first in range(0, C, size):
         some = slice(first, first + size)
-        y = _depthwise(_after(maps[:, some], done), weight[:, some, ..., 0], stride)
-        if bias is not None:
-            y = y + bias[:, some, None, None]
+        y = _depthwise(_after(maps[:, some], done), weight[:, some], stride)
+        y = y if biases is None else y + biases[:, some]
         done.append(y if activation is None else activation(y))
     y = mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
     return mx.moveaxis(y.reshape(B, -1, rows, columns), 1, -1)
@@ -227,7 +233,8 @@ def _depthwise(x: mx.array, weight: mx.array, s: int) -> mx.array:
     rows, columns, pad = -(-H // s), -(-W // s), k // 2
     tiles, width = -(-columns // TILE), s * (TILE - 1) + k
     high, wide = rows + (k - 1) // s, s * (TILE * tiles - 1) + k
-    x = mx.pad(x, ((0, 0), (0, 0), (pad, max(0, high * s - H - pad)), (pad, max(0, wide - W - pad))))
+    below, right = max(0, high * s - H - pad), max(0, wide - W - pad)
+    x = mx.pad(x, [(0, 0), (0, 0), (pad, below), (pad, right)])
     tall, long = x.shape[2:]
     # Rows of one phase of the stride lie together, so that those a kernel row needs are a slice.
     windows = mx.contiguous(
@@ -238,17 +245,16 @@ def _depthwise(x: mx.array, weight: mx.array, s: int) -> mx.array:
         )
     )
     bands = _banded(weight.transpose(2, 1, 0, 3), s, width)
-    y: mx.array | None = None
-    for row in range(k):
+    y = windows[0][..., :rows, :] @ bands[0][:, None]
+    for row in range(1, k):
         window = windows[row % s][..., row // s : row // s + rows, :]
-        band = bands[row][:, None]
-        y = window @ band if y is None else mx.addmm(y, window, band)
+        y = mx.addmm(y, window, bands[row][:, None])
     y = y.reshape(B, C, tiles, rows, m, TILE).transpose(0, 4, 1, 3, 2, 5)
     return y.reshape(B, m, C, rows, tiles * TILE)[..., :columns]
 
 
 def _banded(weight: mx.array, step: int, width: int) -> mx.array:
-    """[k, C, m, k'] -> [k, C, width, m * TILE]: column t of each m holds k' values from step * t on.
+    """[k, C, m, n] -> [k, C, width, m * TILE]: column t of each m holds n values from step * t on.
 
     Rows of width + step values, read in rows of width, are shifted by step more each time.
     """

@@ -4,7 +4,7 @@ They are plain MLX and run on the CPU as well, where the tests compare them with
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -65,12 +65,13 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
 
 
 def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
-    y = layer(x)
-    return y if activation is None else activation(y)
+    y = layer(x.flatten(0, -2))
+    y = y if activation is None else activation(y)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
-    return fc2(activation(fc1(x)))
+    return fc2(activation(fc1(x.flatten(0, -2)))).reshape(*x.shape[:-1], -1)
 
 
 def add(x: mx.array, y: mx.array) -> mx.array:
@@ -84,10 +85,14 @@ def conv2d(
 
 
 def depthwise_conv2d(
-    x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, activation: Activation | None
+    x: mx.array,
+    weights: Sequence[mx.array],
+    bias: mx.array | None,
+    stride: int,
+    activation: Activation | None,
 ) -> mx.array:
-    C, k = weight.shape[1:3]
-    parts = [mx.conv2d(x, kernel, stride, k // 2, groups=C) for kernel in weight]
+    C, k = weights[0].shape[:2]
+    parts = [mx.conv2d(x, weight, stride, k // 2, groups=C) for weight in weights]
     y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-    y = y if bias is None else y + bias.flatten()
+    y = y if bias is None else y + bias
     return y if activation is None else activation(y)

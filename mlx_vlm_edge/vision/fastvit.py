@@ -71,11 +71,11 @@ class DepthwiseConv(nn.Module):
     def __init__(self, channels: int, size: int, stride: int = 1, multiplier: int = 1) -> None:
         super().__init__()
         self.stride = stride
-        self.weight = mx.zeros((multiplier, channels, size, size, 1))
-        self.bias = mx.zeros((multiplier, channels))
+        self.weights = [mx.zeros((channels, size, size, 1)) for _ in range(multiplier)]
+        self.bias = mx.zeros((multiplier * channels,))
 
     def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
-        return depthwise_conv2d(x, self.weight, self.bias, self.stride, activation)
+        return depthwise_conv2d(x, self.weights, self.bias, self.stride, activation)
 
 
 class Stem(nn.Module):
