@@ -4,6 +4,8 @@ Its matmul is good (see blas.py); its erf, exp and grouped convolution are scala
 slower than what stands here, and a fresh array above 32 MB costs a page fault for every page.
 Feature maps keep their shape [B, H, W, C] but lie channels-first in memory: matmuls read and write
 both orders equally well, and a depthwise convolution needs whole rows of one channel.
+All of this is for float32; half precision, slow here anyway, takes the other forms: its sums would
+be rounded at every step.
 """
 
 import math
@@ -161,6 +163,9 @@ def _per_position(function: Activation, x: mx.array, widest: int) -> mx.array:
 
 
 def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
+    if x.dtype != mx.float32:
+        return gpu.pointwise(x, layer, activation)
+
     def some(part: mx.array) -> mx.array:
         y = _matmul(layer, part)
         return y if activation is None else activation(y)
@@ -169,6 +174,9 @@ def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> m
 
 
 def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
+    if x.dtype != mx.float32:
+        return gpu.mlp(x, fc1, fc2, activation)
+
     def some(part: mx.array) -> mx.array:
         return _matmul(fc2, activation(_matmul(fc1, part)))
 
@@ -184,6 +192,8 @@ def conv2d(
     x: mx.array, weight: mx.array, bias: mx.array, stride: int, activation: Activation
 ) -> mx.array:
     """Some rows at a time."""
+    if x.dtype != mx.float32:
+        return gpu.conv2d(x, weight, bias, stride, activation)
     k, pad, (H, W) = weight.shape[1], weight.shape[1] // 2, x.shape[1:3]
     rows = -(-H // stride)
     size = max(1, 2 * CACHEFUL // (x.shape[0] * -(-W // stride) * weight.shape[0]))
@@ -205,6 +215,8 @@ def depthwise_conv2d(
     activation: Activation | None,
 ) -> mx.array:
     """Matmuls of the windows along every row with banded matrices, some channels at a time."""
+    if x.dtype != mx.float32:
+        return gpu.depthwise_conv2d(x, weights, bias, stride, activation)
     B, H, W, C = x.shape
     rows, columns = -(-H // stride), -(-W // stride)
     weight = mx.stack([array.squeeze(-1) for array in weights])
