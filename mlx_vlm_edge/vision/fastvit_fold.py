@@ -62,13 +62,14 @@ class _Folder:
     def depthwise(
         self, name: str, target: str, channels: int, size: int, multiplier: int = 1
     ) -> Arrays:
-        """Grouped [multiplier * C, k, k, 1] -> [multiplier, C, k, k, 1], output j of all groups."""
+        """Grouped [m * C, k, k, 1] -> m arrays [C, k, k, 1], each one output of all groups."""
         out = channels * multiplier
         weight = self.take(f"{name}.weight", out, size, size, 1)
         bias = self.take(f"{name}.bias", out)
+        parts = enumerate(mx.contiguous(part) for part in _by_output(weight, multiplier))
         return {
-            f"{target}.weight": _by_output(weight, multiplier),
-            f"{target}.bias": _by_output(bias, multiplier),
+            **{f"{target}.weights.{index}": part for index, part in parts},
+            f"{target}.bias": _by_output(bias, multiplier).flatten(),
         }
 
     def pointwise(self, name: str, inner: int, out: int) -> tuple[mx.array, mx.array]:
@@ -120,8 +121,8 @@ def _ffn(folder: _Folder, source: str, target: str, scale: mx.array, hidden: int
     gain = gain * mx.rsqrt(var + BN_EPS)
     fc2, fc2_bias = _scaled(*folder.pointwise(f"{source}.convffn.fc2", hidden, width), scale)
     return {
-        f"{target}.ffn.depthwise.weight": (weight * gain[:, None, None, None])[None],
-        f"{target}.ffn.depthwise.bias": (shift - mean * gain)[None],
+        f"{target}.ffn.depthwise.weights.0": weight * gain[:, None, None, None],
+        f"{target}.ffn.depthwise.bias": shift - mean * gain,
         **_linear(f"{target}.ffn.fc1", *folder.pointwise(f"{source}.convffn.fc1", width, hidden)),
         **_linear(f"{target}.ffn.fc2", fc2, fc2_bias),
     }

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..config import check
 from ..errors import UsageError
-from ..kernels import gelu_tanh, quick_gelu
+from ..kernels import attention, gelu_tanh, mlp, quick_gelu
 from ..weights import Weights
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         scale = (D // self.heads) ** -0.5
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        x = attention(q, k, v, scale, mask)
         return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, N, D))
 
 
@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.fc2(self._activation(self.fc1(self.layer_norm2(x))))
+        return x + mlp(self.layer_norm2(x), self.fc1, self.fc2, self._activation)
 
 
 class ViT(nn.Module):

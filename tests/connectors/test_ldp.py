@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_vlm_edge import kernels
 from mlx_vlm_edge.connectors import ldp
 from mlx_vlm_edge.connectors.ldp import LDP, POOLED, InvertedResidual, LDPv2
 from mlx_vlm_edge.errors import UsageError
@@ -101,11 +102,11 @@ def plant(monkeypatch, how):
     def residual_last(self, x):
         first, _, second = self.mlp.layers
         x = grid(second(ldp.gelu(first(x))))
-        x = x + ldp.depthwise_conv2d(x, self.peg, self.peg_bias)
+        x = x + ldp.depthwise_conv2d(x, [self.peg], self.peg_bias)
         return pool(x, POOLED).flatten(1, 2)
 
     def wrong_gate(self, x):
-        y = ldp.depthwise_conv2d(x, self.depthwise, None, self.stride)
+        y = ldp.depthwise_conv2d(x, [self.depthwise], None, self.stride)
         y = ldp.hard_swish(self.norm1(y))
         gate = self.expand(mx.maximum(self.reduce(y.mean(axis=(1, 2), keepdims=True)), 0))
         y = self.norm2(self.pointwise(y * mx.sigmoid(gate)))
@@ -162,8 +163,9 @@ def operations(x, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [LDP, LDPv2])
-def test_nothing_changes_its_layout(kind, tmp_path):
-    """The only transposes are the linear layers' of their weights, which move nothing."""
+def test_nothing_changes_its_layout(kind, tmp_path, monkeypatch):
+    """On GPUs the only transposes are the linear layers' of their weights, which move nothing."""
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     model = kind(FEATURES, WIDTH)
     linear = sum(isinstance(layer, nn.Linear) for layer in model.modules())
     x = mx.array(features(24), dtype=mx.float32)
