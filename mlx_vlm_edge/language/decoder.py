@@ -1,6 +1,8 @@
 """What every decoder does the same way: input embeddings [B, L, D] -> layers, norm, head -> logits.
 
-A layer is called with (x [B, L, D], mask, its cache or None), and `fuse` merges its projections.
+A layer is called with (x [B, L, D], mask, its cache or None, last_only), and `fuse` merges its
+projections. With `last_only` all positions enter the cache, and one comes out: nothing that is for
+the others alone is computed.
 """
 
 from collections.abc import Sequence
@@ -63,9 +65,10 @@ class LanguageModel(nn.Module):
         """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
         x, L = embeddings, embeddings.shape[1]
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
+        final = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, mask, cache[index] if cache else None)
-        return self.head(x[:, -1:] if last_only else x)
+            x = layer(x, mask, cache[index] if cache else None, last_only and index == final)
+        return self.head(x)
 
     def head(self, x: mx.array) -> mx.array:
         """Logits [B, L, V] of the last layer's output [B, L, D]."""
