@@ -93,6 +93,19 @@ def exp2(x: mx.array) -> mx.array:
     return mx.view(mx.view(power, mx.int32) + (mx.view(shifted, mx.int32) << 23), mx.float32)
 
 
+def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """x [..., K] times weight.T, for a weight [N, K] of very many rows."""
+    rows, K = weight.shape
+    if not on_cpu() or x.size > K or rows % _TALL_PARTS:
+        return x @ weight.T
+    # one row on the CPU: in parts that fit its caches 0.8 of the time
+    parts = weight.reshape(_TALL_PARTS, -1, K).swapaxes(1, 2)
+    return (x.reshape(1, K) @ parts).reshape(*x.shape[:-1], rows)
+
+
+_TALL_PARTS = 64
+
+
 def depthwise_conv2d(
     x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1
 ) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import blas
+from . import quantized
 from .config import read_json
 from .errors import UsageError
 from .hub import locate
@@ -65,6 +66,8 @@ def load(
         _quantize_language_model(model, config, quantize)
     _cast(model, dtype)
     model.language_model.fuse()
+    if on_cpu():
+        quantized.for_cpu(model)
     mx.eval(model.parameters())
     tokenizer = Tokenizer.from_folder(folder)
     processor: Processor = module.Processor(model.config, tokenizer)

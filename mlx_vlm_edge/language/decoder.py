@@ -11,6 +11,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels import tall_matmul
 from .cache import Cache, KVCache
 
 
@@ -73,6 +74,8 @@ class LanguageModel(nn.Module):
     def head(self, x: mx.array) -> mx.array:
         """Logits [B, L, V] of the last layer's output [B, L, D]."""
         x = self.model.norm(x)
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(x)
-        return self.lm_head(x)
+        tied = self.config.tie_word_embeddings
+        matrix = self.model.embed_tokens if tied else self.lm_head
+        if type(matrix) in (nn.Embedding, nn.Linear):
+            return tall_matmul(x, matrix.weight)
+        return matrix.as_linear(x) if tied else matrix(x)
