@@ -59,7 +59,7 @@ class LDPv2(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         first, _, second = self.mlp.layers
         x = second(adaptive_average_pool(to_grid(gelu(first(x))), POOLED))
-        x = x + depthwise_conv2d(x, self.peg, self.peg_bias)
+        x = x + depthwise_conv2d(x, self.peg[None], self.peg_bias[None])
         return x.flatten(1, 2)
 
 
@@ -84,7 +84,7 @@ class InvertedResidual(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = depthwise_conv2d(x, self.depthwise, None, self.stride)
+        y = depthwise_conv2d(x, self.depthwise[None], None, self.stride)
         y = hard_swish(self.norm1(y))
         gate = self.expand(mx.maximum(self.reduce(y.mean(axis=(1, 2), keepdims=True)), 0))
         y = self.norm2(self.pointwise(y * mx.clip(gate / 6 + 0.5, 0, 1)))

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..config import check
 from ..errors import UsageError
-from ..kernels import depthwise_conv2d, gelu
+from ..kernels import Activation, add, attention, conv2d, depthwise_conv2d, gelu, mlp, pointwise
 
 STRIDE = 64  # pixels per visual token along each side
 HEAD_DIM = 32
@@ -64,9 +64,8 @@ class VisionConfig:
 class DepthwiseConv(nn.Module):
     """[B, H, W, C] -> [B, H / stride, W / stride, multiplier * C].
 
-    A grouped convolution with several outputs per group leaves the fast depthwise kernels, so it
-    is kept as one depthwise convolution per output. Their channels come one after another:
-    all first outputs, then all second ones; `fold` permutes the next layer to match.
+    The channels of several outputs come one after another: all first ones, then all second ones;
+    `fold` permutes the next layer to match.
     """
 
     def __init__(self, channels: int, size: int, stride: int = 1, multiplier: int = 1) -> None:
@@ -75,14 +74,8 @@ class DepthwiseConv(nn.Module):
         self.weight = mx.zeros((multiplier, channels, size, size, 1))
         self.bias = mx.zeros((multiplier, channels))
 
-    def outputs(self, x: mx.array) -> list[mx.array]:
-        """One [B, H / stride, W / stride, C] per output of a group."""
-        parts = zip(self.weight, self.bias, strict=True)
-        return [depthwise_conv2d(x, weight, bias, self.stride) for weight, bias in parts]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        outputs = self.outputs(x)
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+    def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
+        return depthwise_conv2d(x, self.weight, self.bias, self.stride, activation)
 
 
 class Stem(nn.Module):
@@ -90,14 +83,13 @@ class Stem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(3, width, 3)
         self.depthwise = DepthwiseConv(width, 3, stride=2)
         self.pointwise = nn.Linear(width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = gelu(self.conv(x))
-        x = gelu(self.depthwise(x))
-        return gelu(self.pointwise(x))
+        x = conv2d(x, self.conv.weight, self.conv.bias, 2, gelu)
+        return pointwise(self.depthwise(x, gelu), self.pointwise, gelu)
 
 
 class Downsample(nn.Module):
@@ -109,7 +101,7 @@ class Downsample(nn.Module):
         self.pointwise = nn.Linear(out, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return gelu(self.pointwise(gelu(self.depthwise(x))))
+        return pointwise(self.depthwise(x, gelu), self.pointwise, gelu)
 
 
 class ConvFFN(nn.Module):
@@ -122,7 +114,7 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(gelu(self.fc1(self.depthwise(x))))
+        return mlp(self.depthwise(x), self.fc1, self.fc2, gelu)
 
 
 class RepMixerBlock(nn.Module):
@@ -135,7 +127,7 @@ class RepMixerBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.mixer(x)
-        return x + self.ffn(x)
+        return add(x, self.ffn(x))
 
 
 class Attention(nn.Module):
@@ -150,7 +142,7 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [B, heads, H * W, 32]
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=HEAD_DIM**-0.5)
+        x = attention(q, k, v, HEAD_DIM**-0.5)
         return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
 
 
@@ -162,8 +154,8 @@ class AttentionBlock(nn.Module):
         self.ffn = ConvFFN(width, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.attention(self.norm(x))
-        return x + self.ffn(x)
+        x = add(x, self.attention(self.norm(x)))
+        return add(x, self.ffn(x))
 
 
 class Stage(nn.Module):
@@ -197,13 +189,15 @@ class Expansion(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
+        self.inputs = width
         self.depthwise = DepthwiseConv(width, 3, multiplier=out // width)
         self.reduce = nn.Linear(out, out // 16)
         self.expand = nn.Linear(out // 16, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        parts = self.depthwise.outputs(x)
-        x = mx.stack(parts, axis=-1).flatten(-2)  # a group's outputs side by side, as published
+        x = self.depthwise(x)
+        # A group's outputs side by side, as published.
+        x = x.reshape(*x.shape[:-1], -1, self.inputs).swapaxes(-1, -2).flatten(-2)
         squeezed = mx.mean(x, axis=(1, 2), keepdims=True)
         gate = mx.sigmoid(self.expand(mx.maximum(self.reduce(squeezed), 0)))
         return gelu(x * gate)
