@@ -13,8 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import blas
-from . import quantized
+from . import blas, quantized
 from .config import read_json
 from .errors import UsageError
 from .hub import locate

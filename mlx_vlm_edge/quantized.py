@@ -6,8 +6,6 @@ word holds one input of several output rows, so that a row of inputs meets many 
 third of the time), and for many rows the weights are unpacked once, a part at a time.
 """
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -46,7 +44,9 @@ def turned(words: mx.array, bits: int) -> mx.array:
     width = count // 2
     while width:
         low = sum((2**bits - 1) << (bits * i) for i in range(count) if not i & width)
-        keep, other, shift = (mx.array(n, mx.uint32) for n in (low, low ^ (2**32 - 1), width * bits))
+        keep, other, shift = (
+            mx.array(n, mx.uint32) for n in (low, low ^ (2**32 - 1), width * bits)
+        )
         for i in (i for i in range(count) if not i & width):
             a, b = parts[i], parts[i + width]
             parts[i] = (a & keep) | ((b & keep) << shift)
@@ -74,7 +74,9 @@ class Weight(nn.Module):
 
     def _packed(self, x: mx.array) -> mx.array:
         """[..., N] outputs -> in the order of the words, those of one word side by side."""
-        return mx.contiguous(x.reshape(*x.shape[:-1], -1, self._words).swapaxes(-1, -2)).reshape(x.shape)
+        return mx.contiguous(x.reshape(*x.shape[:-1], -1, self._words).swapaxes(-1, -2)).reshape(
+            x.shape
+        )
 
     def _ordered(self, x: mx.array) -> mx.array:
         """The inverse of `_packed`."""
@@ -102,13 +104,13 @@ class Weight(nn.Module):
         """A matmul for each place in a word: what is unpacked at once is an n-th of the matrix."""
         scales, biases = (self._places(y) for y in (self.scales, self.biases))
         parts = []
-        for place, (scale, bias) in enumerate(zip(scales, biases, strict=True)):
-            weight = self._values(place).astype(x.dtype) * scale + bias
+        for place in range(32 // self.bits):
+            weight = self._values(place).astype(x.dtype) * scales[place] + biases[place]
             parts.append(x @ weight.reshape(x.shape[-1], -1))
         return mx.concatenate(parts, axis=-1)
 
-    def _places(self, x: mx.array) -> Sequence[mx.array]:
-        """[G, N] -> for each place in a word [G, 1, N / n]."""
+    def _places(self, x: mx.array) -> mx.array:
+        """[G, N] -> for each place in a word [n, G, 1, N / n]."""
         return mx.contiguous(x.reshape(x.shape[0], 1, self._words, -1).transpose(3, 0, 1, 2))
 
     def _values(self, place: int) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import tall_matmul
-from .cache import Cache, KVCache
+from .cache import Cache, KVCache, Mask
 
 
 class DecoderConfig(Protocol):
@@ -22,6 +22,17 @@ class DecoderConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+
+
+class Block(nn.Module):
+    """A layer: `self_attn`, then `mlp`, each after its norm and added to what came in."""
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
+    ) -> mx.array:
+        mixed = self.self_attn(self.input_layernorm(x), mask, cache, last_only)
+        x = (x[:, -1:] if last_only else x) + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):

@@ -183,7 +183,7 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
 
-class Block(nn.Module):
+class Block(decoder.Block):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -194,13 +194,6 @@ class Block(nn.Module):
     def fuse(self) -> None:
         self.self_attn.fuse()
         self.mlp.fuse()
-
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
-    ) -> mx.array:
-        mixed = self.self_attn(self.input_layernorm(x), mask, cache, last_only)
-        x = (x[:, -1:] if last_only else x) + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LanguageModel(decoder.LanguageModel):

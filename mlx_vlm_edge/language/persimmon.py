@@ -121,7 +121,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(relu_squared(self.dense_h_to_4h(x)))
 
 
-class Block(nn.Module):
+class Block(decoder.Block):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -131,13 +131,6 @@ class Block(nn.Module):
 
     def fuse(self) -> None:
         """Nothing: the checkpoint's projections are fused as they come."""
-
-    def __call__(
-        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
-    ) -> mx.array:
-        mixed = self.self_attn(self.input_layernorm(x), mask, cache, last_only)
-        x = (x[:, -1:] if last_only else x) + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LanguageModel(decoder.LanguageModel):
