@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 
 BITS = (2, 4, 8)  # the others' values lie across the words' borders
 ROWS = 6  # from more rows than this on, unpacking costs less than multiplying packed weights
+PART = 1 << 20  # words that are turned at once
 CONSTANT_GROUP = 32  # outputs that share the kernel's scale, which is always 1 here
 
 
@@ -55,6 +56,17 @@ def turned(words: mx.array, bits: int) -> mx.array:
     return mx.stack([part.T for part in parts], axis=1).reshape(columns * count, N // count)
 
 
+def _turned_by_parts(words: mx.array, bits: int) -> mx.array:
+    """`turned` of some inputs after the other: no more than these are held three times over."""
+    count, (N, columns) = 32 // bits, words.shape
+    codes = mx.zeros((columns * count, N // count), mx.uint32)
+    size = max(1, PART // N)
+    for start in range(0, columns, size):
+        codes[start * count : (start + size) * count] = turned(words[:, start : start + size], bits)
+        mx.eval(codes)
+    return codes
+
+
 class Weight(nn.Module):
     """A matrix [N, K]: codes uint32 [G, K / G, N / n] as `turned` leaves them; scales and biases
     [G, N], in the order of the codes (n of a word side by side), for G groups of inputs."""
@@ -63,7 +75,7 @@ class Weight(nn.Module):
         super().__init__()
         self.bits = layer.bits
         groups = layer.scales.shape[1]
-        codes = turned(layer.weight, layer.bits)
+        codes = _turned_by_parts(layer.weight, layer.bits)
         self.codes = codes.reshape(groups, -1, codes.shape[1])
         self.scales, self.biases = (self._packed(x.T) for x in (layer.scales, layer.biases))
         self.freeze()

@@ -103,3 +103,18 @@ def test_nothing_is_held_twice_and_nothing_as_floats():
     codes = model.stack[0].weight.codes
     assert codes.dtype == mx.uint32
     assert codes.size * 8 == INPUTS * OUTPUTS
+
+
+def test_turning_by_parts_holds_one_part_more(monkeypatch):
+    """Beside the old matrix and the new one: not two more of the whole."""
+    monkeypatch.setattr(quantized, "PART", 1 << 12)
+    layer = nn.QuantizedLinear(1 << 11, 1 << 11, bias=False, group_size=64, bits=4)
+    mx.eval(layer.parameters())
+    size = layer.weight.nbytes
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    new = quantized.Weight(layer)
+    mx.eval(new.parameters())
+    assert mx.get_peak_memory() - before < 1.5 * size
+    x = mx.random.normal((1, 1 << 11))
+    assert distance(new.times(x), np.array(x).astype(np.float64) @ original(layer).T) < TOLERANCE
