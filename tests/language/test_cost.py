@@ -112,7 +112,7 @@ def test_nothing_waits_but_for_each_token(demo, monkeypatch, options):
 
 
 def test_a_prompt_in_chunks_waits_once_for_each_full_one(demo, monkeypatch):
-    model, processor = demo
+    _, processor = demo
     length = processor("What is this?", [np.zeros((64, 64, 3), np.uint8)]).input_ids.shape[1]
     waits = Waits(monkeypatch)
     next(tokens(demo, 1, prefill_step_size=16))
