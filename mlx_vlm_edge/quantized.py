@@ -147,7 +147,7 @@ class Linear(nn.Module):
 
     def __init__(self, layer: nn.QuantizedLinear) -> None:
         super().__init__()
-        self.weight = Weight(layer)
+        self.bits, self.weight = layer.bits, Weight(layer)
         if "bias" in layer:
             self.bias = layer.bias
 
@@ -161,7 +161,7 @@ class Embedding(nn.Module):
 
     def __init__(self, layer: nn.QuantizedEmbedding) -> None:
         super().__init__()
-        self.weight = Weight(layer)
+        self.bits, self.weight = layer.bits, Weight(layer)
 
     def __call__(self, ids: mx.array) -> mx.array:
         return self.weight.rows(ids)

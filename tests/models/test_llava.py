@@ -19,10 +19,9 @@ from mlx_vlm_edge.models import family, llava
 from mlx_vlm_edge.vision import vit
 
 from ..parity import FLOAT32, distance
-
-QUANTISED = nn.QuantizedLinear | quantized.Linear  # by device
 from ..reference import llava as theirs
 
+QUANTISED = nn.QuantizedLinear | quantized.Linear  # by device
 LAYOUTS = ("original", "hub", "transformers 5", "towerless")
 QUESTION = "What is in the image?"
 
