@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import blas
+from . import blas, quantized
 from .config import PREPROCESSOR as PREPROCESSOR
 from .config import read_config as read_config
 from .errors import UsageError
@@ -130,9 +130,16 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLa
     mx.eval([part.state for name, part in _parts(model) if name != "language_model"])
     mx.eval(model.language_model.model.embed_tokens.state)  # where Fuyu has its newline
     yield module, model
-    model.language_model.fuse()
-    mx.eval(model.state)
+    arrange(model)
     yield module, model
+
+
+def arrange(model: VisionLanguageModel) -> None:
+    """Merge projections and lay quantised weights out for the device; all is computed after it."""
+    model.language_model.fuse()
+    if on_cpu():
+        quantized.for_cpu(model)
+    mx.eval(model.state)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -68,7 +68,7 @@ def answer(spec: dict[str, Any]) -> None:
 
     imported = time.perf_counter()
     choice = {key: spec[key] for key in ("model", "random", "dtype", "bits")}
-    model, processor = Opened(Choice(**choice)).at(spec["resolution"])
+    model, processor = Opened(Choice(**choice), ahead=True).at(spec["resolution"])
     processor.eos_ids = frozenset()
     loaded = time.perf_counter()
     pieces = stream_generate(

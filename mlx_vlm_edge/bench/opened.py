@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..loading import load
+from ..loading import Options, load_ahead
 from ..models.base import VisionLanguageModel
 from ..prompt import Processor
 
@@ -22,18 +22,22 @@ class Choice:
 
 
 class Opened:
-    """A model in memory, which can be set to one resolution after another."""
+    """A model in memory, which can be set to one resolution after another.
 
-    def __init__(self, choice: Choice) -> None:
+    ahead: loaded as the command line does it, some of it still being read.
+    """
+
+    def __init__(self, choice: Choice, *, ahead: bool = False) -> None:
         if choice.random:
             from .random_weights import blueprint, build
 
             plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
             self.model, self._processor = build(plan)
         else:
-            self.model, self._processor = load(
-                choice.model, dtype=choice.dtype, quantize=choice.bits
-            )
+            options = Options(dtype=choice.dtype, quantize=choice.bits)
+            self.model, self._processor = load_ahead(choice.model, options)
+            if not ahead:
+                self.model.arrive()
         self._config = self.model.config
 
     def at(self, resolution: int | None) -> tuple[VisionLanguageModel, Processor]:

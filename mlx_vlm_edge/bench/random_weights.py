@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .. import configs
 from ..hub import ALIASES, locate
 from ..kernels import on_cpu
-from ..loading import DTYPES, GROUP_SIZE, quantize_language_model, read_config
+from ..loading import DTYPES, GROUP_SIZE, arrange, quantize_language_model, read_config
 from ..models import family
 from ..models.base import VisionLanguageModel
 from ..prompt import Processor
@@ -75,8 +75,7 @@ def blueprint(
 def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:
     """Make the parameters, and a tokenizer; the blueprint's model is the one that is returned."""
     fill(plan.model, plan.dtype, plan.bits)
-    plan.model.language_model.fuse()
-    mx.eval(plan.model.parameters())
+    arrange(plan.model)
     return plan.model, processor_of(plan)
 
 

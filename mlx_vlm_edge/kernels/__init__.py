@@ -61,6 +61,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask = 
     return forms().attention(q, k, v, scale, mask)
 
 
+def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """x W^T of x [..., K] and a weight [N, K] of very many rows, as an output head is."""
+    return forms().tall_matmul(x, weight)
+
+
 def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None = None) -> mx.array:
     """A 1x1 convolution of a feature map: activation(layer(x)), [B, H, W, C] -> [B, H, W, D]."""
     return forms().pointwise(x, layer, activation)

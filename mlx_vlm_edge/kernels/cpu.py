@@ -19,6 +19,8 @@ from .gpu import Activation, Mask
 
 CACHEFUL = 1 << 18  # elements: 1 MB, half of an ordinary second-level cache and more
 TILE = 8  # results along a row that one small matmul of a depthwise convolution gives
+QUERIES = 64  # of causal attention at a time
+TALL = 64  # parts that the output head is multiplied in
 PACKED = 256  # columns below which a matmul spends its time on repacking the weights
 
 # 1 + erf(t / sqrt(2)) = 2 - 2 / P(t) ** 16 for t >= 0, within 5e-7. Fitted to least
@@ -60,8 +62,11 @@ def _by_cachefuls(function: Activation, x: mx.array) -> mx.array:
 
 
 def exp2(x: mx.array) -> mx.array:
-    """2 ** x in float32, relative error below 1e-7 + |x| * 6e-8; 2 ** -126 below x = -126."""
-    x = mx.clip(x, -126.0, 127.0)
+    """2 ** x in float32, relative error below 1e-7 + |x| * 6e-8; 2 ** -100 below x = -100.
+
+    What softmax hides stays a normal number so: some processors are slow at denormal ones.
+    """
+    x = mx.clip(x, -100.0, 127.0)
     exponent = (x + 127.5).astype(mx.int32)  # of 2 ** (nearest integer), as float32 holds it
     rest = x - (exponent.astype(mx.float32) - 127.0)
     return _polynomial(rest, EXP2) * (exponent << 23).view(mx.float32)
@@ -112,10 +117,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     """Softmax by exp2, over several heads at a time or some of the queries of one."""
     B, heads, L, _ = q.shape
     S = k.shape[2]
-    if L == 1 or q.dtype != mx.float32:
+    if q.dtype != mx.float32:
         return gpu.attention(q, k, v, scale, mask)
-    if isinstance(mask, str):  # "causal"
-        mask = mx.arange(S) <= mx.arange(S - L, S)[:, None]
+    if isinstance(mask, str) or (mask is None and L == 1):
+        return _causal_attention(q, k, v, scale)
     if mask is not None:
         mask = mx.broadcast_to(mask, (B, heads, L, S))
     q = q * (scale * math.log2(math.e))
@@ -131,6 +136,26 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     return mx.concatenate(done, axis=1 if rows >= L else 2).reshape(B, heads, L, -1)
 
 
+def _causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Some queries of all heads at a time, with the keys that they see and no others."""
+    B, heads, L, D = q.shape
+    kv_heads, S = k.shape[1:3]
+    q = q * (scale * math.log2(math.e))
+    done: list[mx.array] = []
+    for row in range(0, L, QUERIES):
+        some = _after(q[:, :, row : row + QUERIES], done)
+        n = some.shape[2]
+        seen = S - L + row + n
+        hidden = mx.arange(seen) > mx.arange(seen - n, seen)[:, None] if n > 1 else None
+        # Heads that share keys lie together: one matmul for each key head.
+        scores = some.reshape(B, kv_heads, -1, D) @ k[:, :, :seen].swapaxes(2, 3)
+        if hidden is not None:
+            scores = scores.reshape(B, heads, n, seen) + mx.where(hidden, -1e30, 0.0)
+        scores = scores.reshape(B, kv_heads, -1, seen)
+        done.append(_softmax_times(scores, None, v[:, :, :seen]).reshape(B, heads, n, D))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=2)
+
+
 def _softmax_times(scores: mx.array, mask: mx.array | None, v: mx.array) -> mx.array:
     """Scores in units of log 2."""
     if mask is not None:
@@ -138,6 +163,15 @@ def _softmax_times(scores: mx.array, mask: mx.array | None, v: mx.array) -> mx.a
         scores = mx.where(mask, scores, -1e30) if hidden else scores + mask * math.log2(math.e)
     powers = exp2(scores - scores.max(axis=-1, keepdims=True))
     return (powers @ v) / powers.sum(axis=-1, keepdims=True)
+
+
+def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """One row in parts of the weight that stay in the cache while a matmul packs them."""
+    N, K = weight.shape
+    if x.size > K or N % TALL:
+        return gpu.tall_matmul(x, weight)
+    parts = weight.reshape(TALL, -1, K).swapaxes(1, 2)
+    return (x.reshape(1, K) @ parts).reshape(*x.shape[:-1], N)
 
 
 def _channels_first(x: mx.array) -> mx.array:

@@ -64,6 +64,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
+def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
+
+
 def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
     y = layer(x.flatten(0, -2))
     y = y if activation is None else activation(y)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ..errors import UsageError
+from ..kernels import attention
 
 Mask = mx.array | str | None
 STEP = 256  # positions a cache grows by
@@ -240,10 +241,15 @@ class RotatingKVCache:
 
 
 def attend(q: mx.array, k: Any, v: Any, cache: Cache | None, scale: float, mask: Mask) -> mx.array:
-    """Attention of q [B, heads, L, D] over what `cache.update_and_fetch` gave."""
+    """Attention of q [B, heads, L, D] over what `cache.update_and_fetch` gave.
+
+    q may be the last few only of the positions that the mask is for.
+    """
+    if isinstance(mask, mx.array):
+        mask = mask[..., -q.shape[2] :, :]
     if isinstance(cache, QuantizedKVCache):
         return _attend_quantized(q, k, v, cache, scale, mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    return attention(q, k, v, scale, mask)
 
 
 def _attend_quantized(

@@ -1,6 +1,8 @@
 """What every decoder does the same way: input embeddings [B, L, D] -> layers, norm, head -> logits.
 
-A layer is called with (x [B, L, D], mask, its cache or None), and `fuse` merges its projections.
+A layer is called with (x [B, L, D], mask, its cache or None, last_only), and `fuse` merges its
+projections. With `last_only` all positions enter the cache, and one comes out: nothing that is for
+the others alone is computed.
 """
 
 from collections.abc import Sequence
@@ -9,7 +11,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import Cache, KVCache
+from ..kernels import tall_matmul
+from .cache import Cache, KVCache, Mask
 
 
 class DecoderConfig(Protocol):
@@ -19,6 +22,17 @@ class DecoderConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+
+
+class Block(nn.Module):
+    """A layer: `self_attn`, then `mlp`, each after its norm and added to what came in."""
+
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
+    ) -> mx.array:
+        mixed = self.self_attn(self.input_layernorm(x), mask, cache, last_only)
+        x = (x[:, -1:] if last_only else x) + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -63,13 +77,16 @@ class LanguageModel(nn.Module):
         """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
         x, L = embeddings, embeddings.shape[1]
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
+        final = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, mask, cache[index] if cache else None)
-        return self.head(x[:, -1:] if last_only else x)
+            x = layer(x, mask, cache[index] if cache else None, last_only and index == final)
+        return self.head(x)
 
     def head(self, x: mx.array) -> mx.array:
         """Logits [B, L, V] of the last layer's output [B, L, D]."""
         x = self.model.norm(x)
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(x)
-        return self.lm_head(x)
+        tied = self.config.tie_word_embeddings
+        matrix = self.model.embed_tokens if tied else self.lm_head
+        if type(matrix) in (nn.Embedding, nn.Linear):
+            return tall_matmul(x, matrix.weight)
+        return matrix.as_linear(x) if tied else matrix(x)

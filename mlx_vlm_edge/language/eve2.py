@@ -60,8 +60,7 @@ class Block(llama.Block):
         halves = (self, self.visual)
         pairs = list(zip(halves, xs, strict=True))
         each = [half.self_attn.qkv(half.input_layernorm(x)) for half, x in pairs]
-        q, k, v = (kinds.join(parts) for parts in zip(*each, strict=True))
-        mixed = kinds.split(self.self_attn.attend((q, k, v), mask, cache))
+        mixed = kinds.split(self.self_attn.attend(kinds.join(each), mask, cache))
         xs = [x + half.self_attn.o_proj(y) for (half, x), y in zip(pairs, mixed, strict=True)]
         return [
             x + half.mlp(half.post_attention_layernorm(x))

@@ -126,13 +126,11 @@ class Attention(nn.Module):
             del self.q_proj, self.k_proj, self.v_proj
             self.qkv_proj = fused
 
-    def qkv(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values of x [B, L, D], each [B, L, heads * head_dim]."""
-        if "qkv_proj" not in self:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        parts = mx.split(self.qkv_proj(x), [q, q + kv], axis=-1)
-        return parts[0], parts[1], parts[2]
+    def qkv(self, x: mx.array) -> mx.array:
+        """Queries, keys and values of x [B, L, D]: [B, L, (heads + 2 kv_heads) * head_dim]."""
+        if "qkv_proj" in self:
+            return self.qkv_proj(x)
+        return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         base = self.base if self._periods is None else None
@@ -141,21 +139,27 @@ class Attention(nn.Module):
             freqs=self._periods,
         )  # fmt: skip
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        return self.o_proj(self.attend(self.qkv(x), mask, cache))
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
+    ) -> mx.array:
+        return self.o_proj(self.attend(self.qkv(x), mask, cache, last_only))
 
     def attend(
-        self, qkv: tuple[mx.array, mx.array, mx.array], mask: Mask, cache: Cache | None
+        self, qkv: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
     ) -> mx.array:
-        """What `qkv` gave, in the order of positions -> [B, L, heads * head_dim]."""
-        B, L, _ = qkv[0].shape
-        q, k, v = (y.reshape(B, L, -1, self.head_dim).swapaxes(1, 2) for y in qkv)
-        offset = 0 if cache is None else cache.offset
-        q, k = self._rope(q, offset), self._rope(k, offset)
+        """What `qkv` gave, in the order of positions -> [B, L, heads * head_dim], L = 1 with
+        `last_only`."""
+        B, L, _ = qkv.shape
+        x = qkv.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+        turned, v = mx.split(x, [self.heads + self.kv_heads], axis=1)
+        turned = self._rope(turned, 0 if cache is None else cache.offset)
+        q, k = mx.split(turned, [self.heads], axis=1)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
+        if last_only:
+            q = q[:, :, -1:]
         out = attend(q, k, v, cache, self.head_dim**-0.5, mask)
-        return out.swapaxes(1, 2).reshape(B, L, -1)
+        return out.swapaxes(1, 2).reshape(B, q.shape[2], -1)
 
 
 class MLP(nn.Module):
@@ -179,7 +183,7 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate, up))
 
 
-class Block(nn.Module):
+class Block(decoder.Block):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -190,10 +194,6 @@ class Block(nn.Module):
     def fuse(self) -> None:
         self.self_attn.fuse()
         self.mlp.fuse()
-
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LanguageModel(decoder.LanguageModel):

@@ -94,7 +94,9 @@ class Attention(nn.Module):
             x, self.rotary_dims, traditional=False, base=self.base, scale=1.0, offset=offset
         )
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, mask: Mask, cache: Cache | None, last_only: bool = False
+    ) -> mx.array:
         B, L, D = x.shape
         qkv = self.query_key_value(x).reshape(B, L, self.heads, 3, self.head_dim)
         q, k, v = (qkv[..., i, :].swapaxes(1, 2) for i in range(3))
@@ -103,8 +105,10 @@ class Attention(nn.Module):
         k = self._rope(self.k_layernorm(k), offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
+        if last_only:
+            q = q[:, :, -1:]
         out = attend(q, k, v, cache, self.head_dim**-0.5, mask)
-        return self.dense(out.swapaxes(1, 2).reshape(B, L, D))
+        return self.dense(out.swapaxes(1, 2).reshape(B, q.shape[2], D))
 
 
 class MLP(nn.Module):
@@ -117,7 +121,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(relu_squared(self.dense_h_to_4h(x)))
 
 
-class Block(nn.Module):
+class Block(decoder.Block):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -127,10 +131,6 @@ class Block(nn.Module):
 
     def fuse(self) -> None:
         """Nothing: the checkpoint's projections are fused as they come."""
-
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LanguageModel(decoder.LanguageModel):

@@ -31,6 +31,8 @@ class Clock:
 class Working:
     """Takes the times above for its work; always says the same token."""
 
+    arriving = None
+
     def __init__(self, clock, token):
         self.clock, self.token = clock, token
         self.config = SimpleNamespace(context=1000)

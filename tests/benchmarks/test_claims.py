@@ -26,8 +26,11 @@ def test_what_the_project_is_about_is_there():
 @pytest.mark.parametrize("claim", KNOWN, ids=lambda claim: claim.id)
 def test_every_claim_has_a_source_and_runs_known_models(claim):
     assert claim.paper.source
-    assert claim.paper.machine
-    assert claim.paper.value > 0
+    if claim.paper.value is None:  # what the paper says without a figure
+        assert claim.paper.note
+    else:
+        assert claim.paper.machine
+        assert claim.paper.value > 0
     for subject in claim.subjects:
         assert subject.parts or subject.not_runnable
         assert all(part.model in ALIASES for part in subject.parts)

@@ -220,7 +220,7 @@ def test_fusing_holds_one_copy_of_every_weight(references):
     [
         ("Attention._rope", lambda self, x, offset: x),
         ("rope_periods", lambda config: None),
-        ("Block.__call__", lambda self, x, mask, cache: x + self.mlp(x)),
+        ("Block.__call__", lambda self, x, mask, cache, last_only=False: x + self.mlp(x)),
         ("swiglu", lambda gate, up: nn.gelu(gate) * up),
     ],
     ids=["no rope", "no rope scaling", "missing attention", "gelu for silu"],
