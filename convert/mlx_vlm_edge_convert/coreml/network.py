@@ -131,7 +131,9 @@ class Network:
         """Over one axis."""
         return Value(tools().mb.softmax(x=_true(x), axis=axis, name=name))
 
-    def matmul(self, x: Value, y: Value, name: str, *, x_t: bool = False, y_t: bool = False) -> Value:
+    def matmul(
+        self, x: Value, y: Value, name: str, *, x_t: bool = False, y_t: bool = False
+    ) -> Value:
         """x @ y over the last two axes, either transposed."""
         var = tools().mb.matmul(
             x=_true(x), y=_true(y), transpose_x=x_t, transpose_y=y_t, name=name
