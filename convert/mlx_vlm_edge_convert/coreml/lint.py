@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import spec
+from .interface import blocks, is_state
+from .saved import Saved, Type, type_of
 
 NARROW = 32  # elements of the last axis that fill 64 bytes in float16
 LARGE = 1 << 16  # elements from which padding a narrow axis matters
@@ -44,8 +45,8 @@ class _Operation:
     kind: str
     name: str
     dtype: str
-    shape: spec.Shape
-    reads: Mapping[str, list[tuple[str, spec.Shape, bool]]]  # dtype, shape, whether constant
+    shape: tuple[int | None, ...]
+    reads: Mapping[str, list[tuple[Type, bool]]]  # its type, and whether it is constant
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -58,7 +59,7 @@ Rule = Callable[[_Operation], str | None]
 def lint(package: Path) -> list[Finding]:
     """Every finding of every rule, in the order of the program. Raises UsageError if unreadable."""
     found: list[Finding] = []
-    for name, function, block in spec.functions(spec.read_spec(package)):
+    for name, function, block in blocks(Saved(package)):
         found += _inputs(name, function)
         for op in _operations(function, block):
             found += [
@@ -92,11 +93,11 @@ def summary(findings: Iterable[Finding]) -> list[str]:
 
 def _inputs(name: str, function: Any) -> Iterator[Finding]:
     for value in function.inputs:
-        _, shape = spec.tensor(value.type)
+        shape = type_of(value.type).shape
         where = f"input {value.name}"
         if None in shape:
             yield Finding("dynamic-shape", name, where, f"{shape}: only fixed shapes can be placed")
-        if value.type.WhichOneof("type") == "stateType":
+        if is_state(value):
             reason = "states are reported to keep a program off it (coremltools #2553)"
             yield Finding("state", name, where, reason)
             if shape and (shape[-1] or 0) % NARROW:
@@ -106,22 +107,19 @@ def _inputs(name: str, function: Any) -> Iterator[Finding]:
 
 def _operations(function: Any, block: Any) -> Iterator[_Operation]:
     """Operations that compute something, with what is known of their inputs."""
-    known: dict[str, tuple[str, spec.Shape, bool]] = {
-        value.name: (*spec.tensor(value.type), False) for value in function.inputs
-    }
+    known = {value.name: (type_of(value.type), False) for value in function.inputs}
     for op in block.operations:
         constant = op.type == "const" or op.type.startswith("constexpr")
         for out in op.outputs:
-            known[out.name] = (*spec.tensor(out.type), constant)
+            known[out.name] = (type_of(out.type), constant)
         if constant or not op.outputs or op.type == "read_state":
             continue
         reads = {
             argument: [known[b.name] for b in bound.arguments if b.name in known]
             for argument, bound in op.inputs.items()
         }
-        dtype, shape, _ = known[op.outputs[0].name]
-        if dtype != "string":
-            yield _Operation(op.type, op.outputs[0].name, dtype, shape, reads)
+        made, _ = known[op.outputs[0].name]
+        yield _Operation(op.type, op.outputs[0].name, made.dtype, made.shape, reads)
 
 
 def _float32(op: _Operation) -> str | None:
@@ -164,7 +162,7 @@ def _narrow(op: _Operation) -> str | None:
 
 def _linear(op: _Operation) -> str | None:
     factors = [value for argument in ("x", "y") for value in op.reads.get(argument, [])]
-    constant = any(is_constant for _, _, is_constant in factors)
+    constant = any(is_constant for _, is_constant in factors)
     if op.kind == "linear" or (op.kind == "matmul" and constant):
         return "a 1x1 convolution is what it is built for"
     return None
@@ -178,7 +176,7 @@ def _kernel(op: _Operation) -> str | None:
     weight = op.reads.get("weight")
     if op.kind != "conv" or not weight:
         return None
-    sides = [side or 0 for side in weight[0][1][2:]]
+    sides = [side or 0 for side in weight[0][0].shape[2:]]
     return f"a kernel of {max(sides)}, more than {KERNEL}" if max(sides) > KERNEL else None
 
 

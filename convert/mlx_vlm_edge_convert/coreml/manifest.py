@@ -9,8 +9,8 @@ from typing import Any
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
-from . import spec
 from .encoders import Preprocessing
+from .interface import interface
 from .package import SUFFIX
 from .parts import MINIMUM, Check, Options, Part
 
@@ -33,7 +33,7 @@ def part_entry(
     entry = {
         "package": package.name,
         "minimum_os": MINIMUM[part.minimum],
-        "functions": spec.interface(package),
+        "functions": interface(package),
         "precision": options.precision,
         "compute_units": UNITS[options.compute],
         "parity": parity,
@@ -96,7 +96,7 @@ def read(folder: Path) -> dict[str, Any]:
     for name, part in content["parts"].items():
         if lacking := _PART_KEYS - part.keys():
             raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
-        if part["functions"] != spec.interface(folder / part["package"]):
+        if part["functions"] != interface(folder / part["package"]):
             raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
     return content
 

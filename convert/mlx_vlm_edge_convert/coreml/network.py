@@ -176,14 +176,14 @@ class Network:
 
         What x is held smaller by goes into eps, of which float16 holds 6e-8 at the least.
         """
-        mb, least = tools().mb, SMALLEST if self.half else 0.0
+        mb = tools().mb
         mean = mb.reduce_mean(x=x.var, axes=[1], keep_dims=True, name=f"{name}_mean")
         centred = self.value(mb.sub(x=x.var, y=mean, name=f"{name}_centred"), x.site).var
         squared = mb.mul(x=centred, y=centred, name=f"{name}_squared")
         self.value(squared, x.site, degree=2)
         variance = mb.reduce_mean(x=squared, axes=[1], keep_dims=True, name=f"{name}_variance")
         self.value(variance, x.site, degree=2)
-        epsilon = self.const(max(eps * 4.0**-x.power, least))[()]
+        epsilon = self.const(max(eps * 4.0**-x.power, SMALLEST))[()]
         inverse = mb.rsqrt(x=variance, epsilon=epsilon, name=f"{name}_rsqrt")
         return Value(mb.mul(x=centred, y=inverse, name=name))
 

@@ -21,17 +21,11 @@ _UNUSED = ("torch", "tensorflow", "sklearn", "xgboost", "libsvm")
 
 @dataclass(frozen=True)
 class Tools:
-    """ct: coremltools. mb: the MIL Builder. types: MIL's. model, mil: the protobuf modules.
-
-    decode_error is what protobuf raises on a damaged file.
-    """
+    """ct: coremltools. mb: the MIL Builder. types: MIL's."""
 
     ct: Any
     mb: Any
     types: Any
-    model: Any
-    mil: Any
-    decode_error: type[Exception]
 
 
 @contextlib.contextmanager
@@ -62,13 +56,10 @@ def tools() -> Tools:
             ct = import_module("coremltools")
             mil = import_module("coremltools.converters.mil")
             types = import_module("coremltools.converters.mil.mil.types")
-            model = import_module("coremltools.proto.Model_pb2")
-            proto = import_module("coremltools.proto.MIL_pb2")
-            decode_error = import_module("google.protobuf.message").DecodeError
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "coremltools":
             raise
         raise UsageError(
             "Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
         ) from None
-    return Tools(ct, mil.Builder, types, model, proto, decode_error)
+    return Tools(ct, mil.Builder, types)
