@@ -16,6 +16,16 @@ from mlx_vlm_edge.errors import UsageError
 _OWNER, _FOLDER = "coremltools", "coremltools.proto"
 
 
+def parse(content: bytes) -> Any:
+    """The message of a `.mlmodel` file. Raises ValueError when the bytes are none."""
+    message = model_class()()
+    try:
+        message.ParseFromString(content)
+    except import_module("google.protobuf.message").DecodeError as error:
+        raise ValueError(str(error)) from error
+    return message
+
+
 @cache
 def model_class() -> Any:
     """The class of a `.mlmodel` file. Raises UsageError when coremltools is missing."""

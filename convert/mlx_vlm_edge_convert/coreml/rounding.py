@@ -13,7 +13,8 @@ _OVERFLOW = 65520.0  # from here on float16 rounds to infinity
 def _round(x: np.ndarray) -> np.ndarray:
     size = np.abs(x)
     if not float(size.max(initial=0.0)) < _OVERFLOW:
-        return x.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
     wide = x * _SPLIT
     y = wide - (wide - x)
     small = size < _NORMAL

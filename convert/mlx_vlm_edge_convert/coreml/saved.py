@@ -10,7 +10,7 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 
 from .blob import NUMPY, WIDTHS, Blob, unpack
-from .messages import model_class
+from .messages import parse
 
 DTYPES = {  # MIL_pb2.DataType
     1: "bool", 2: "string", 10: "fp16", 11: "fp32", 21: "int8", 22: "int16", 23: "int32",
@@ -60,10 +60,9 @@ class Saved:
             content = model.read_bytes()
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"{path.name} is not a whole Core ML package ({error})") from error
-        self.spec = model_class()()
         try:
-            self.spec.ParseFromString(content)
-        except ValueError as error:  # protobuf's DecodeError is one
+            self.spec = parse(content)
+        except ValueError as error:
             raise UsageError(f"{path.name}: {model.name} is damaged ({error})") from error
         if self.spec.WhichOneof("Type") != "mlProgram":
             raise UsageError(f"{path.name}: {model.name} is damaged: it has no ML program")
