@@ -34,7 +34,7 @@ def repair(ranges: Mapping[str, float], sites: Sites, powers: Mapping[str, int])
     """
     chosen = dict(powers)
     for name in leaving(ranges):
-        if name in sites:
+        if name in sites and math.isfinite(ranges[name]):
             site, degree = sites[name]
             more = math.ceil(math.log2(ranges[name] / AIM) / degree)
             chosen[site] = max(chosen.get(site, 0), powers.get(site, 0) + more)

@@ -112,8 +112,8 @@ def _global(net: Network, layer: CrossAttention, query: mx.array, tokens: Value)
     v = net.reshape(value, (1, HEADS, C // HEADS, h * w), "global_v")
     mixed = net.matmul(v, weights, "global_mix", y_t=True)
     out = net.reshape(mixed, (1, C, 1, 1), "global_out")
-    y = net.linear(out, numpy(layer.proj.weight), numpy(layer.proj.bias), "global_proj")
-    return net.add_const(y, numpy(query).reshape(1, C, 1, 1), "global")
+    bias = numpy(layer.proj.bias) + numpy(query)  # the residual is constant as well
+    return net.linear(out, numpy(layer.proj.weight), bias, "global")
 
 
 def _in_rows(net: Network, tokens: Value, first: Value, last: np.ndarray) -> Value:

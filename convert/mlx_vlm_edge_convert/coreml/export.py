@@ -146,17 +146,14 @@ def _drawn(height: int, width: int) -> np.ndarray:
 
 
 def _save(part: Part, path: Path, verify: bool, say: Report) -> tuple[Part, Check | None]:
-    """Save a part, check it, repair its ranges where they need it and check it again."""
+    """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
     say(f"{part.name}: writing {path.name}")
-    save_package(part, path)
     if not verify:
-        return part, None
-    check = part.check(path)
-    if repaired := part.repaired(check):
-        say(f"{part.name}: activations leave float16: {_told(repaired)}; writing it again")
-        part = repaired
         save_package(part, path)
-        check = part.check(path)
+        return part, None
+    part, check = part.verified(path)
+    if told := _told(part):
+        say(f"  {part.name}: activations leave float16: {told}")
     for parity in check.parity:
         say(f"  {part.name}, {parity.inputs}: relative error {parity.error:.2e}")
     for parity in check.parity:
@@ -172,7 +169,7 @@ def _told(part: Part) -> str:
     repair = part.describe().get("range_repair", {})
     powers = ", ".join(f"{site} by 2^{k}" for site, k in repair.get("powers_of_two", {}).items())
     islands = len(repair.get("float32", ()))
-    held = [f"held smaller: {powers}"] if powers else []
+    held = [f"held smaller, {powers}"] if powers else []
     return "; ".join([*held, *([f"{islands} operations in float32"] if islands else [])])
 
 

@@ -98,10 +98,6 @@ class Part(Protocol):
         """What the manifest says of the part beyond its inputs and outputs."""
         ...
 
-    def check(self, package: Path) -> Check:
-        """Run the saved package and compare it with the MLX model."""
-        ...
-
-    def repaired(self, check: Check) -> "Part | None":
-        """The part without what `check` showed to leave float16; None when nothing does."""
+    def verified(self, path: Path) -> "tuple[Part, Check]":
+        """Save the package and compare it with MLX: the part as it was saved, repaired maybe."""
         ...

@@ -60,7 +60,7 @@ class _Name(str):
 
 def plain(name: str) -> str:
     """An operation's name before coremltools rounded it."""
-    return name.removesuffix(ROUNDED)
+    return name.replace(ROUNDED, "")
 
 
 def check_rounded(package: Path, twin: Path) -> None:

@@ -181,25 +181,32 @@ class VisionPart:
         repairs = {"powers_of_two": dict(self.powers), "float32": sorted(self.islands)}
         return {**self.notes, "range_repair": repairs}
 
-    def check(self, package: Path) -> Check:
-        """Relative errors on every picture, and the ranges that were seen in float32.
+    def verified(self, path: Path) -> "tuple[VisionPart, Check]":
+        """Save the package and compare it on every picture, its ranges repaired where they need it.
 
-        A float16 package has a float32 twin, made for the check: the twin must be what MLX
-        computes, the package the twin rounded, and then near MLX itself.
-        Raises UsageError when the package is damaged or not its twin.
+        A float16 package has a float32 twin, made for this: the twin must be what MLX computes, the
+        package the twin rounded, and then near MLX itself. The ranges are the twin's.
+        Raises UsageError when the package is damaged or not its twin, or for what only float32 can
+        hold, unless the precision is mixed.
         """
         if self.options.precision == "fp32":
-            return self._run(package, GRAPH, "")
+            save_package(self, path)
+            return self, self._run(path, GRAPH, "")
+        with TemporaryDirectory(dir=path.parent) as folder:
+            twin = Path(folder) / path.name
+            part, whole = self, self._graph(twin)
+            while repaired := part.repaired(whole):
+                part, whole = repaired, repaired._graph(twin)
+            save_package(part, path)
+            check_rounded(path, twin)
+        found = part._run(path, HALF, "")
+        return part, Check((*whole.parity, *found.parity), whole.ranges)
+
+    def _graph(self, path: Path) -> Check:
+        """The float32 twin, saved and run."""
         twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
-        with TemporaryDirectory(dir=package.parent) as folder:
-            path = Path(folder) / package.name
-            save_package(twin, path)
-            check_rounded(package, path)
-            whole = twin._run(path, GRAPH, " (graph)")
-        if not self.islands >= {*audit.leaving(whole.ranges)}:
-            return whole  # to be repaired first
-        found = self._run(package, HALF, "")
-        return Check((*whole.parity, *found.parity), whole.ranges)
+        save_package(twin, path)
+        return twin._run(path, GRAPH, " (graph)")
 
     def _run(self, path: Path, limit: float, note: str) -> Check:
         package, parity = Package(path, track=True), []
@@ -215,9 +222,7 @@ class VisionPart:
 
         Raises UsageError for what only float32 can hold, unless the precision is mixed.
         """
-        if self.options.precision == "fp32":
-            return None
-        net = self._network()
+        net = Network(False, self.powers)
         self.stretch.emit(net)
         repair = audit.repair(check.ranges, net.sites, self.powers)
         if repair.powers == self.powers and repair.beyond <= self.islands:
