@@ -161,7 +161,7 @@ def groups(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int
     offset = np.divide(-biases, scales, out=np.zeros_like(biases), where=scales > 0)
     nearest = np.round(offset)
     offset = np.where(np.abs(offset - nearest) <= OFF, nearest, offset)
-    whole = bool((offset == nearest).all() and (0 <= offset).all() and (offset <= largest).all())
+    whole = bool(((offset == nearest) & (offset >= 0) & (offset <= largest)).all())
     return Groups(
         split.reshape(data.shape), scales.astype(np.float32), offset.astype(np.float32), bits, whole
     )
@@ -216,7 +216,7 @@ def matrix(layer: nn.Module, bits: Bits | None, half: bool) -> Matrix:
 
 
 def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:
-    """What MLX makes of a layer's weights by itself, float32 [out, in]; `bits` quantised its way."""
+    """What MLX makes of a layer's weights, float32 [out, in], `bits` as MLX quantises."""
     if "scales" in layer:
         parts, form = (layer.weight, layer.scales, layer.biases), (layer.group_size, layer.bits)
     elif bits in WIDTHS:

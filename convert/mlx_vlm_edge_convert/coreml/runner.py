@@ -65,9 +65,7 @@ class Runner:
         self.start()
 
     @classmethod
-    def open(
-        cls, folder: Path, entry: Mapping[str, Any], mode: Mode = "declared"
-    ) -> "Runner":
+    def open(cls, folder: Path, entry: Mapping[str, Any], mode: Mode = "declared") -> "Runner":
         """A bundle's decoder in the interpreter. entry: the manifest's, of the decoder."""
         table = load_file(folder / EMBEDDINGS_FILE)[EMBEDDINGS_NAME]
         package = Package(folder / "decoder.mlpackage", mode)

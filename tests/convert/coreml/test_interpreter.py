@@ -151,7 +151,7 @@ def test_what_is_no_package_is_one_clear_line(package, tmp_path):
     copy = tmp_path / "damaged.mlpackage"
     shutil.copytree(package, copy)
     (copy / MODEL).write_bytes((package / MODEL).read_bytes()[:-7])
-    with pytest.raises(UsageError, match="model.mlmodel is damaged"):
+    with pytest.raises(UsageError, match=r"model.mlmodel is damaged"):
         Package(copy)
 
 
