@@ -89,6 +89,21 @@ class Runner:
         """Token ids -> input embeddings [L, D]."""
         return self.embeddings[np.asarray(ids, np.int64)]
 
+    def embed_prompt(
+        self, ids: Sequence[int], visual: Sequence[int], tokens: np.ndarray
+    ) -> np.ndarray:
+        """Input embeddings [L, D] of a prompt: visual tokens [V, D] at the positions `visual`.
+
+        What `ids` has there is a placeholder, which may be no token.
+        """
+        rows, places = np.asarray(ids, np.int64).copy(), np.asarray(visual, np.int64)
+        if len(places) != len(tokens):
+            raise UsageError(f"{len(tokens)} visual tokens for {len(places)} positions")
+        rows[places] = 0
+        embeddings = self.embed(rows.tolist())
+        embeddings[places] = tokens
+        return embeddings
+
     def prefill(self, embeddings: np.ndarray) -> np.ndarray:
         """Run a prompt [L, D] after what is cached; logits float32 [V] of its last position.
 

@@ -155,7 +155,7 @@ class _Emission:
     def _norm(self, x: Any, weight: np.ndarray) -> Any:
         """RMSNorm. In float16 of x over its largest, whose square cannot overflow.
 
-        x / sqrt(mean(x^2) + eps) = r x / sqrt(mean((r x)^2) + r^2 eps), with r of about 1 / max |x|.
+        x / sqrt(mean(x^2) + eps) = r x / sqrt(mean((r x)^2) + r^2 eps), with r near 1 / max |x|.
         """
         mb, number, axes = self.mb, self.number, [self.axis]
         eps: Any = number(self.config.rms_norm_eps)
