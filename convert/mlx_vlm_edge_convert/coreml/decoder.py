@@ -284,28 +284,45 @@ class _Case:
 
 
 def reference(part: DecoderPart) -> LanguageModel:
-    """MLX's decoder in float32, with the weights that the package holds."""
-    decoder = part.decoder
-    model = LanguageModel(replace(decoder.config, tie_word_embeddings=False))
+    """MLX's decoder in float32, with the numbers that the package holds: weights and constants."""
+    decoder, config = part.decoder, part.decoder.config
+    scale, root = config.head_dim**-0.5, config.rms_norm_eps**0.5
+    if decoder.half:
+        config = replace(config, rms_norm_eps=float(np.float16(root)) ** 2)
+    model = LanguageModel(replace(config, tie_word_embeddings=False))
     model.lm_head = as_layer(decoder.head)
     model.model.norm.weight = mx.array(decoder.norm)
+    # Queries are scaled by a constant of the package's dtype.
+    heads, kv = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads
+    factor = np.ones(heads + kv * config.head_dim, np.float32)
+    factor[:heads] = float(np.float16(scale)) / scale if decoder.half else 1
     for own, layer in zip(model.model.layers, decoder.layers, strict=True):
         own.input_layernorm.weight, own.post_attention_layernorm.weight = map(mx.array, layer.norms)
-        _place(own.self_attn, layer.qkv, *QKV)
+        _place(own.self_attn, layer.qkv, *QKV, factor)
         _place(own.mlp, layer.gate_up, *GATE_UP)
         own.self_attn.o_proj, own.mlp.down_proj = as_layer(layer.out), as_layer(layer.down)
     return model
 
 
-def _place(module: nn.Module, matrices: Sequence[Matrix], fused: str, names: Sequence[str]) -> None:
-    """Layers under their names, or the one that stands for all of them."""
-    if len(matrices) == 1:
+def _place(
+    module: nn.Module,
+    matrices: Sequence[Matrix],
+    fused: str,
+    names: Sequence[str],
+    factor: np.ndarray | None = None,
+) -> None:
+    """Layers under their names, or the one that stands for all of them; their outputs scaled."""
+    sizes = [matrix.outputs for matrix in matrices]
+    factors = np.ones(sum(sizes), np.float32) if factor is None else factor
+    parts = np.split(factors, np.cumsum(sizes)[:-1])
+    layers = [as_layer(*pair) for pair in zip(matrices, parts, strict=True)]
+    if len(layers) == 1:
         for name in names:
             del module[name]
-        module[fused] = as_layer(matrices[0])
+        module[fused] = layers[0]
         return
-    for name, each in zip(names, matrices, strict=True):
-        module[name] = as_layer(each)
+    for name, layer in zip(names, layers, strict=True):
+        module[name] = layer
 
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> float:

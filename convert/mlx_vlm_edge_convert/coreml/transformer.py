@@ -163,7 +163,9 @@ class _Emission:
             largest = mb.reduce_max(x=mb.abs(x=x), axes=axes, keep_dims=True)
             shrink = mb.inverse(x=largest, epsilon=number(SHRINK))
             x = mb.mul(x=x, y=shrink)
-            eps = mb.mul(x=mb.mul(x=shrink, y=eps), y=shrink)
+            # 1e-6 is beneath float16's normal numbers, its root is not.
+            root = mb.mul(x=shrink, y=number(self.config.rms_norm_eps**0.5))
+            eps = mb.mul(x=root, y=root)
         mean = mb.reduce_mean(x=mb.mul(x=x, y=x), axes=axes, keep_dims=True)
         normed = mb.mul(x=x, y=mb.rsqrt(x=mb.add(x=mean, y=eps), epsilon=number(0)))
         shape = (1, 1, -1) if self.stateful else (1, -1, 1, 1)

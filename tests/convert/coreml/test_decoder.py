@@ -17,7 +17,6 @@ from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.interpreter import Package
 from mlx_vlm_edge_convert.coreml.parts import Options
 from mlx_vlm_edge_convert.coreml.runner import Geometry, Runner
-from mlx_vlm_edge_convert.coreml.transformer import Decoder, _Emission
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
@@ -36,6 +35,9 @@ LLAMA = TextConfig(
     max_position_embeddings=64, tie_word_embeddings=False, o_bias=True, mlp_bias=True,
     rope_scaling={"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
 )  # fmt: skip
+MODEL, WEIGHT = (
+    f"Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights/weight.bin")
+)
 FORMS = {"stateful": "cpu-gpu", "readonly": "cpu-ne"}
 
 
@@ -85,8 +87,7 @@ def worst(made, path):
     return max(parity.error / parity.limit for parity in made.check(path).parity)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["qwen2", "llama"])
+@pytest.mark.parametrize(("name", "form"), [("qwen2", "stateful"), ("llama", "readonly")])
 def test_float16_is_near_and_its_graph_exact(request, tools, tmp_path, name, form):
     made = make(request.getfixturevalue(name), form, "fp16")
     _, found = made.verified(tmp_path / "decoder.mlpackage")
@@ -94,16 +95,15 @@ def test_float16_is_near_and_its_graph_exact(request, tools, tmp_path, name, for
         "prefill + 8 steps (graph)", "prefill + 8 steps",
     ]  # fmt: skip
     assert all(parity.passed for parity in found.parity)
-    assert 1e-5 < found.parity[-1].error  # it did round
+    assert found.parity[-1].error > 1e-5  # it did round
     assert found.ranges["layer_1"] < 1000
 
 
 def test_prefill_and_decode_share_their_weights(saved):
     made, path = saved
     assert Package(path).functions == ("prefill", "decode")
-    weights = path / "Data/com.apple.CoreML/weights/weight.bin"
     parameters = sum(matrix.weight.weight.size for matrix in _matrices(made.decoder))
-    assert weights.stat().st_size < 1.2 * 4 * parameters
+    assert (path / WEIGHT).stat().st_size < 1.2 * 4 * parameters
 
 
 def _matrices(decoder):
@@ -113,13 +113,17 @@ def _matrices(decoder):
 
 
 @pytest.mark.parametrize("bits", [4, 8, "palette4"])
-def test_compressed_weights(tools, qwen2, tmp_path, bits):
-    made = make(qwen2, "stateful" if bits == 8 else "readonly", "fp16", bits)
-    _, found = made.verified(tmp_path / "decoder.mlpackage")
+def test_compressed_weights(tools, monkeypatch, qwen2, tmp_path, bits):
+    """And the head in parts, of which the Neural Engine's form has as many as it needs."""
+    monkeypatch.setattr("mlx_vlm_edge_convert.coreml.transformer.HEAD", 48)
+    path, form = tmp_path / "decoder.mlpackage", "stateful" if bits == 8 else "readonly"
+    made = make(qwen2, form, "fp16", bits)
+    _, found = made.verified(path)
     assert all(parity.passed for parity in found.parity)
-    described = made.describe()
     kind = "palettes of 16 for 16 rows" if bits == "palette4" else f"{bits} bits in groups of"
-    assert all(each.startswith(kind) for each in described["weights"])
+    assert all(each.startswith(kind) for each in made.describe()["weights"])
+    logits = [name for name in _block(path, "decode").outputs if "logits" in name]
+    assert logits == (["logits"] if form == "stateful" else ["logits_0", "logits_1"])
 
 
 def test_a_quantised_checkpoint_is_exported_as_it_is(tools, tmp_path):
@@ -130,23 +134,13 @@ def test_a_quantised_checkpoint_is_exported_as_it_is(tools, tmp_path):
     _, found = made.verified(tmp_path / "decoder.mlpackage")
     assert all(parity.passed for parity in found.parity)
     assert found.parity[1].error < 1e-6  # the weights, against MLX's
-    operations = {op.type for op in _operations(tmp_path / "decoder.mlpackage", "decode")}
+    operations = {op.type for op in _block(tmp_path / "decoder.mlpackage", "decode").operations}
     assert "constexpr_blockwise_shift_scale" in operations
 
 
-def _operations(path, name):
-    function = Package(path).spec.mlProgram.functions[name]
-    return function.block_specializations[function.opset].operations
-
-
-def test_the_head_is_split_for_the_neural_engine(tools, monkeypatch, qwen2, tmp_path):
-    monkeypatch.setattr("mlx_vlm_edge_convert.coreml.transformer.HEAD", 40)
-    path = tmp_path / "decoder.mlpackage"
-    made, found = make(qwen2, "readonly").verified(path)
-    assert all(parity.passed for parity in found.parity)
-    function = Package(path).spec.mlProgram.functions["decode"]
-    outputs = function.block_specializations[function.opset].outputs
-    assert [name for name in outputs if "logits" in name] == ["logits_0", "logits_1", "logits_2"]
+def _block(path, name, spec=None):
+    function = (spec or Package(path).spec).mlProgram.functions[name]
+    return function.block_specializations[function.opset]
 
 
 def test_every_value_has_at_most_rank_4_in_the_neural_engine_s_form(saved):
@@ -155,7 +149,7 @@ def test_every_value_has_at_most_rank_4_in_the_neural_engine_s_form(saved):
         for name in ("prefill", "decode"):
             ranks = [
                 len(output.type.tensorType.dimensions)
-                for op in _operations(path, name)
+                for op in _block(path, name).operations
                 for output in op.outputs
             ]
             assert max(ranks) == 4
@@ -221,49 +215,56 @@ def test_a_fault_of_the_host_is_found(saved, monkeypatch, fault):
     assert worst(made, path) > 100
 
 
-# Faults of the package.
+# Faults of the package: one function, one operation, or the bytes of one constant.
 
 
-def no_bias(decoder):
-    first = decoder.layers[1]
-    qkv = [replace(each, bias=each.bias * 0) for each in first.qkv]
-    return replace(decoder, layers=[decoder.layers[0], replace(first, qkv=qkv)])
+def another_activation(spec, name):
+    first = next(op for op in _block(None, name, spec).operations if op.type == "sigmoid")
+    first.type = "tanh"
 
 
-def other_epsilon(decoder):
-    return replace(decoder, config=replace(decoder.config, rms_norm_eps=1e-3))
+def turned_the_other_way(spec, name):
+    """The last rotation takes the cosines for sines."""
+    bindings = [
+        binding
+        for op in _block(None, name, spec).operations
+        for argument in op.inputs.values()
+        for binding in argument.arguments
+    ]
+    next(b for b in reversed(bindings) if b.name == "sin").name = "cos"
 
 
-def heads_in_another_order(decoder):
-    return replace(decoder, config=replace(decoder.config, num_attention_heads=2, head_dim=32,
-                                           num_key_value_heads=1))  # fmt: skip
+def unmasked(spec, name):
+    """The last layer adds its scores to themselves instead of the mask."""
+    scores = [
+        op for op in _block(None, name, spec).operations if op.outputs[0].name.endswith("_scores")
+    ]
+    scores[-1].inputs["y"].arguments[0].name = scores[-1].inputs["x"].arguments[0].name
 
 
-@pytest.mark.parametrize("change", [no_bias, other_epsilon])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_fault_of_the_package_is_found(tools, qwen2, monkeypatch, tmp_path, change, form):
-    made, program = make(qwen2, form), Decoder.program
-    monkeypatch.setattr(Decoder, "program", lambda self, q: program(change(self), q))
-    _, found = made.verified(tmp_path / "decoder.mlpackage")
-    assert not all(parity.passed for parity in found.parity)
-
-
-def test_a_state_written_one_further_is_found(tools, qwen2, monkeypatch, tmp_path):
-    written = _Emission._written
-
-    def further(self, state, fresh):
-        self.inputs = {**self.inputs, "position": self.mb.maximum(
-            x=self.mb.sub(x=self.inputs["position"], y=np.array([1], np.int32)),
-            y=np.array([0], np.int32))}  # fmt: skip
-        return written(self, state, fresh)
-
-    monkeypatch.setattr(_Emission, "_written", further)
-    _, found = make(qwen2).verified(tmp_path / "decoder.mlpackage")
-    assert not all(parity.passed for parity in found.parity)
-
-
-def test_weights_that_are_not_mlx_s_are_found(qwen2, saved):
+@pytest.mark.parametrize("fault", [another_activation, turned_the_other_way, unmasked])
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_a_fault_of_one_operation_is_found(saved, tmp_path, fault, function):
     made, path = saved
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    spec = Package(copy).spec
+    fault(spec, function)
+    (copy / MODEL).write_bytes(spec.SerializeToString())
+    assert worst(made, copy) > 100
+
+
+def test_a_bias_of_zeros_is_found(saved, tmp_path):
+    made, path = saved
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    wanted = made.decoder.layers[1].qkv[2].bias.astype(np.float32).tobytes()
+    content = (copy / WEIGHT).read_bytes()
+    assert content.count(wanted) == 1  # shared by both functions
+    (copy / WEIGHT).write_bytes(content.replace(wanted, bytes(len(wanted))))
+    assert worst(made, copy) > 100
+
+
+def test_weights_that_are_not_mlx_s_are_found(saved):
+    made, _ = saved
     other = replace(made, language_model=random_model(QWEN2, seed=1))
     other.__dict__["decoder"] = made.decoder
     assert other.weights_error() > 0.5
@@ -271,10 +272,8 @@ def test_weights_that_are_not_mlx_s_are_found(qwen2, saved):
 
 def test_a_truncated_weight_file_is_found(saved, tmp_path):
     made, path = saved
-    copy = tmp_path / "decoder.mlpackage"
-    shutil.copytree(path, copy)
-    weights = copy / "Data/com.apple.CoreML/weights/weight.bin"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    (copy / WEIGHT).write_bytes((path / WEIGHT).read_bytes()[:-100])
     with pytest.raises(UsageError, match=r"weight.bin is cut off"):
         made.check(copy)
 
@@ -285,8 +284,6 @@ def test_activations_beyond_float16_are_one_clear_line(tools, tmp_path):
         layer.mlp.down_proj.weight = layer.mlp.down_proj.weight * 3e4
     with pytest.raises(UsageError, match=r"leave float16 \(the first is .*use --precision fp32"):
         make(model, precision="fp16").verified(tmp_path / "decoder.mlpackage")
-    _, found = make(model).verified(tmp_path / "again.mlpackage")
-    assert max(found.ranges.values()) > 65504
 
 
 def test_large_activations_are_normed_in_float16(tools, tmp_path):
@@ -296,10 +293,9 @@ def test_large_activations_are_normed_in_float16(tools, tmp_path):
     untied = LanguageModel(replace(QWEN2, tie_word_embeddings=False))
     untied.model = model.model
     untied.lm_head.weight = mx.random.normal(untied.lm_head.weight.shape) / 8
-    for form in FORMS:
-        _, found = make(untied, form, "fp16").verified(tmp_path / f"{form}.mlpackage")
-        assert all(parity.passed for parity in found.parity)
-        assert found.ranges["layer_0"] > 2000
+    _, found = make(untied, "readonly", "fp16").verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity)
+    assert found.ranges["layer_0"] > 2000
 
 
 # The runner.
@@ -339,7 +335,8 @@ def test_a_stop_token_ends_an_answer(saved):
     run, _ = run_of(saved)
     tokens = list(run.generate(run.embed([5, 6, 7]), 6))
     run.start()
-    assert list(run.generate(run.embed([5, 6, 7]), 6, stops=tokens[2:3])) == tokens[:3]
+    assert len(tokens) == 6
+    assert list(run.generate(run.embed([5, 6, 7]), 6, stops=tokens[:1])) == tokens[:1]
 
 
 def test_masks_are_the_worked_examples():
@@ -389,8 +386,9 @@ def answer(run, model, inputs, visual_tokens, eos, count):
     return list(run.generate(embeddings, count, eos))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("folder", ["mobilevlm_v2", "fastvlm_tiny"])
+@pytest.mark.parametrize(
+    ("folder", "form"), [("mobilevlm_v2", "stateful"), ("fastvlm_tiny", "readonly")]
+)
 def test_the_tiny_models_decoders_give_mlx_s_tokens(
     tools, golden, native_folder, tmp_path, folder, form
 ):
