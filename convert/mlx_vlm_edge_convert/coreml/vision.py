@@ -191,13 +191,14 @@ class VisionPart:
         """Save the package and compare it on every picture, its ranges repaired where they need it.
 
         A float16 package has a float32 twin, made for this: the twin must be what MLX computes, the
-        package the twin rounded, and then near MLX itself. The ranges are the twin's.
+        package the twin rounded, and then near MLX itself on the first picture. The ranges are the
+        twin's.
         Raises UsageError when the package is damaged or not its twin, or for what only float32 can
         hold, unless the precision is mixed.
         """
         if self.options.precision == "fp32":
             save_package(self, path)
-            return self, self._run(path, GRAPH, "")
+            return self, self._run(path, self.cases, GRAPH, "")
         with TemporaryDirectory(dir=path.parent) as folder:
             twin = Path(folder) / path.name
             part, whole = self, self._graph(twin)
@@ -205,18 +206,18 @@ class VisionPart:
                 part, whole = repaired, repaired._graph(twin)
             save_package(part, path)
             check_rounded(path, twin)
-        found = part._run(path, HALF, "")
+        found = part._run(path, self.cases[:1], HALF, "")
         return part, Check((*whole.parity, *found.parity), whole.ranges)
 
     def _graph(self, path: Path) -> Check:
         """The float32 twin, saved and run."""
         twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
         save_package(twin, path)
-        return twin._run(path, GRAPH, " (graph)")
+        return twin._run(path, self.cases, GRAPH, " (graph)")
 
-    def _run(self, path: Path, limit: float, note: str) -> Check:
+    def _run(self, path: Path, cases: Sequence[Case], limit: float, note: str) -> Check:
         package, parity = Package(path, track=True), []
-        for case in self.cases:
+        for case in cases:
             outputs = package.run("main", self.stretch.inputs(case, self._half))
             for name, output in outputs.items():
                 error = _distance(output, case.reference[name])

@@ -146,7 +146,7 @@ def test_streams_that_leave_float16_are_held_smaller(native_folder, tmp_path, st
     made = encoder(model, (64, 64), None)
     part, path = part_of(made, Options()), tmp_path / "high.mlpackage"
     save_package(part, path)
-    (parity,) = part._run(path, vision.HALF, "").parity
+    (parity,) = part._run(path, part.cases, vision.HALF, "").parity
     assert not parity.passed
     repaired, check = verified(part, path)
     assert {*repaired.powers} == {f"stage{stage}"}
