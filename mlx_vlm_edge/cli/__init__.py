@@ -20,6 +20,7 @@ VERBS = {
     "models": "list, pull, show and remove models",
     "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
+    "export": "export a model to Core ML packages for an app",
 }
 
 

@@ -1,0 +1,244 @@
+"""The export verb: a bundle that is whole, verified and described, or nothing at all."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from mlx_vlm_edge_convert.coreml import export as exporting
+from mlx_vlm_edge_convert.coreml import lint, manifest, vision
+from mlx_vlm_edge_convert.coreml.interpreter import Package
+from mlx_vlm_edge_convert.coreml.parts import Options
+
+from mlx_vlm_edge import load
+from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.errors import UsageError
+
+from . import planted
+
+DEMO = ("vision", "connector")
+
+
+@pytest.fixture(scope="session")
+def bundle(tools, tmp_path_factory):
+    """The demo model's vision part and connector, apart, as `export` writes them."""
+    folder = tmp_path_factory.mktemp("bundles") / "demo"
+    options = Options(compute="cpu-ne", fused=False, image_input=False)
+    said = []
+    exporting.export(
+        "demo", folder, parts=DEMO, options=options, show_lint=True, report=said.append
+    )
+    return folder, said
+
+
+def test_the_bundle_is_what_its_manifest_says(bundle):
+    folder, said = bundle
+    content = manifest.read(folder)
+    assert {*content["parts"]} == {*DEMO}
+    assert content["tokens"] == {"bos": 509, "eos": [509, 511], "image": -200}
+    assert content["preprocessing"]["strategy"] == "pad"
+    tower = content["parts"]["vision"]
+    (taken,) = tower["functions"]["main"]["inputs"]
+    assert taken == {"name": "image", "kind": "tensor", "dtype": "fp16", "shape": [1, 3, 128, 128]}
+    assert tower["compute_units"] == "cpuAndNeuralEngine"
+    assert tower["minimum_os"] == {"ios": "16.0", "macos": "13.0"}
+    for part in content["parts"].values():
+        assert all(entry["error"] <= entry["limit"] for entry in part["parity"])
+        assert part["largest_activation"] < 65504
+    assert "tokenizer.json" in content["files"]
+    assert any("(graph): relative error" in line for line in said)
+
+
+def test_its_packages_give_the_model_s_visual_tokens(bundle, examples):
+    folder, _ = bundle
+    model, processor = load("demo", dtype="float32")
+    pixels = processor("What is it?", images=[examples / "shapes.png"]).pixels[0]
+    image = pixels.data.transpose(2, 0, 1)[None]
+    features = Package(folder / "vision.mlpackage").run("main", {"image": image})
+    (tokens,) = Package(folder / "connector.mlpackage").run("main", features).values()
+    expected = np.array(model.encode_image(pixels))
+    assert np.linalg.norm(tokens[0] - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="session")
+def examples(request):
+    return request.config.rootpath / "examples" / "images"
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "changed", "format", "interface"])
+def test_a_manifest_that_is_not_true(bundle, tmp_path, change):
+    folder = shutil.copytree(bundle[0], tmp_path / "copy")
+    path = folder / manifest.NAME
+    content = json.loads(path.read_text())
+    if change == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif change == "extra":
+        (folder / "notes.txt").write_text("")
+    elif change == "changed":
+        (folder / "tokenizer.json").write_text("{}")
+    elif change == "format":
+        content["format"] = 99
+    else:
+        content["parts"]["vision"]["functions"]["main"]["inputs"][0]["shape"][2] = 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError):
+        manifest.read(folder)
+
+
+def run(code, *arguments):
+    """A process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+FAULTS = {
+    "gelu for relu": (planted.gelu_to_relu, "not as it was emitted"),
+    "a bias zeroed": (planted.bias_zeroed, "not as it was emitted"),
+    "a blob truncated": (planted.blob_truncated, "weight.bin"),
+    "axes swapped": (planted.transposed, "not as it was emitted|declared"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "precision"),
+    [*((fault, "fp32") for fault in FAULTS), ("a bias zeroed", "fp16"), ("gelu for relu", "fp16")],
+)
+def test_planted_faults_leave_nothing_behind(
+    fault, precision, tools, native_folder, tmp_path, monkeypatch
+):
+    plant, said = FAULTS[fault]
+    sound = vision.save_package
+
+    def faulty(part, path):
+        sound(part, path)
+        if part.options.precision == precision:
+            plant(path)
+
+    monkeypatch.setattr(vision, "save_package", faulty)
+    options = Options(precision=precision, size=(64, 64))
+    if precision == "fp32":
+        said = "the exported vision is wrong: off by|weight.bin|declared"
+    with pytest.raises(UsageError, match=said):
+        exporting.export(native_folder, tmp_path / "out", parts=("vision",), options=options)
+    assert [*tmp_path.iterdir()] == []
+
+
+FULL = """
+import resource, sys
+from mlx_vlm_edge.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(["export", "demo", "-o", sys.argv[1], "--part", "vision", "--no-verify"]))
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    result = run(FULL, tmp_path / "out")
+    assert result.returncode == 2
+    assert "vision.mlpackage: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_interrupt_leaves_nothing_behind(tools, native_folder, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting.manifest, "write", interrupted)
+    options = Options(precision="fp32", size=(64, 64))
+    with pytest.raises(KeyboardInterrupt):
+        exporting.export(
+            native_folder, tmp_path / "out", parts=("connector",), options=options, verify=False
+        )
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resolution", "100"], "resolution 100x100: FastViTHD takes multiples of 64"),
+        (["--resolution", "huge"], "resolution 'huge': give pixels"),
+        (["--part", "vision", "--bits", "4"], "--bits compresses the decoder"),
+        (["--context", "0"], "context 0"),
+        (["--image-strategy", "odd"], "image strategy 'odd'"),
+        (["--image", "nowhere.png"], "nowhere.png: no such file"),
+    ],
+)
+def test_a_user_s_mistakes_are_one_line(arguments, said, tmp_path, capsys):
+    part = [] if "--part" in arguments else ["--part", "vision"]
+    assert main(["export", "demo", "-o", str(tmp_path / "out"), *part, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_family_without_a_tower(tools, tmp_path):
+    class Other:
+        pass
+
+    with pytest.raises(UsageError, match="no vision tower that can be exported"):
+        exporting.encoder(Other(), None, None)
+
+
+def test_a_bundle_is_replaced_only_when_asked_for(bundle, capsys):
+    folder, _ = bundle
+    assert main(["export", "demo", "-o", str(folder), "--part", "connector"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert manifest.read(folder)["parts"].keys() == {*DEMO}
+
+
+WITHOUT = """
+import sys
+sys.modules["coremltools"] = None
+from mlx_vlm_edge.cli import main
+sys.exit(main(["export", "demo", "-o", sys.argv[1]]))
+"""
+
+
+def test_without_the_extra_one_line_names_it(tmp_path):
+    result = run(WITHOUT, tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "mlx-vlm-edge: error: Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
+    ]
+
+
+def test_lint_names_the_rule_the_operation_and_the_reason(bundle):
+    """FastViTHD for the Neural Engine: clean but for two layout operations per attention, two at
+    the end."""
+    folder, said = bundle
+    findings = lint.lint(folder / "vision.mlpackage")
+    assert lint.counts(findings) == {"layout": 2 * 3 + 2, "subnormal-constant": 5}
+    layout = [finding for finding in findings if finding.rule == "layout"]
+    assert layout[0].operation == "reshape stage3_block0_attention_rows"
+    assert any("lint: layout x8" in line for line in said)
+
+
+def test_lint_sees_what_float32_and_linear_layers_cost(tools, native_folder, tmp_path):
+    mb, types = tools.mb, tools.types
+
+    def program():
+        spec = mb.TensorSpec(shape=(1, 1, 2, 3, 40000), dtype=types.fp32)
+
+        @mb.program(input_specs=[spec], opset_version=tools.ct.target.iOS18)
+        def made(x):
+            x = mb.matmul(x=x, y=np.ones((1, 1, 2, 40000, 2), np.float32), name="product")
+            return mb.silu(x=x, name="swish")
+
+        return made
+
+    from types import SimpleNamespace
+
+    from mlx_vlm_edge_convert.coreml.package import save_package
+    from mlx_vlm_edge_convert.coreml.parts import Function
+
+    part = SimpleNamespace(functions=lambda: [Function("main", program)], minimum="iOS18")
+    save_package(part, tmp_path / "odd.mlpackage")
+    found = {(f.rule, f.operation) for f in lint.lint(tmp_path / "odd.mlpackage")}
+    assert found == {
+        ("float32", "matmul product"), ("rank", "matmul product"), ("linear", "matmul product"),
+        ("float32", "silu swish"), ("rank", "silu swish"), ("silu", "silu swish"),
+    }  # fmt: skip

@@ -1,0 +1,204 @@
+"""Towers and connectors of every family as Core ML packages, run and compared with MLX."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_vlm_edge_convert.coreml import audit, network, vision
+from mlx_vlm_edge_convert.coreml.encoders import encoder
+from mlx_vlm_edge_convert.coreml.interface import blocks
+from mlx_vlm_edge_convert.coreml.interpreter import Package
+from mlx_vlm_edge_convert.coreml.package import save_package
+from mlx_vlm_edge_convert.coreml.parts import Options
+from mlx_vlm_edge_convert.coreml.rounded import check_rounded
+from mlx_vlm_edge_convert.coreml.saved import Saved, type_of
+
+from mlx_vlm_edge import load
+from mlx_vlm_edge.errors import UsageError
+
+from .planted import amplify
+
+GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny")
+
+
+@pytest.fixture(scope="module")
+def folders(native_folder, golden, tmp_path_factory):
+    """A model folder by name: the golden ones, and the originals' at a tiny size."""
+    from ...reference import eve2, idefics3, llava, llava_onevision
+    from ..conftest import golden_folder
+
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        if name == "fastvlm":
+            return native_folder
+        if name == "fastvlm_tiny":
+            return golden_folder(golden, "apple_llava", folder)
+        if name in GOLDEN:
+            return golden.parent / name
+        if name == "smolvlm":
+            case = idefics3.CASES[name]
+            return idefics3.save(idefics3.build(case), case, folder)
+        if name == "llava":
+            return llava.save(llava.build(), "hub", folder)
+        if name == "eve2":
+            return eve2.save(eve2.build(), folder)
+        weights = llava_onevision.weights(llava_onevision.build())
+        return llava_onevision.save(weights, folder, "native")
+
+    return make
+
+
+def model_of(folder):
+    from mlx_vlm_edge.loading import build, read_checkpoint
+    from mlx_vlm_edge.models import family
+
+    config, arrays = read_checkpoint(folder)
+    model = build(family(config["model_type"]), config, arrays)
+    model.apply(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p)
+    return model
+
+
+def cases_of(made):
+    height, width = made.preprocessing.size
+    noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    return [vision.Case("random pixels", noise, made)]
+
+
+def part_of(made, options, connector=False, **changes):
+    stretch = vision.Connector(made) if connector else vision.Tower(made, options)
+    return vision.VisionPart(stretch, options, cases_of(made), **changes)
+
+
+def verified(part, path):
+    """The part as saved, and its check, which it passed."""
+    part, check = part.verified(path)
+    assert all(parity.passed for parity in check.parity), check.parity
+    return part, check
+
+
+@pytest.fixture(scope="module")
+def fastvlm(native_folder):
+    """A tiny FastVLM under whose weights no signal dies out."""
+    return model_of(native_folder)
+
+
+FAMILIES = (*GOLDEN, "smolvlm", "llava", "eve2", "llava_onevision")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_in_float32_and_float16(name, folders, tmp_path):
+    made = encoder(model_of(folders(name)), None, None)
+    fused = part_of(made, Options(precision="fp16"))
+    _, check = verified(fused, tmp_path / "fused.mlpackage")  # its float32 twin is checked as well
+    assert [parity.limit for parity in check.parity] == [vision.GRAPH, vision.HALF]
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v2", "smolvlm"])
+def test_head_by_head_from_a_tensor_and_the_connector_apart(name, folders, tmp_path):
+    made = encoder(model_of(folders(name)), None, None)
+    apart = Options(precision="fp32", compute="cpu-ne", fused=False, image_input=False)
+    verified(part_of(made, apart), tmp_path / "apart.mlpackage")
+    verified(part_of(made, apart, connector=True), tmp_path / "connector.mlpackage")
+
+
+def test_any_multiple_of_64(fastvlm, tmp_path):
+    made = encoder(fastvlm, (64, 192), None)
+    part = part_of(made, Options(precision="fp32"))
+    verified(part, tmp_path / "wide.mlpackage")
+    (output,) = Package(tmp_path / "wide.mlpackage").run(
+        "main", {"image": np.zeros((1, 3, 64, 192))}
+    ).values()  # fmt: skip
+    assert output.shape == (1, 3, 64)
+
+
+def test_the_image_s_scale_is_folded(fastvlm, tmp_path):
+    """Nothing but the cast is computed in float32, and no operation scales pixels."""
+    part = part_of(encoder(fastvlm, (64, 64), None), Options())
+    save_package(part, tmp_path / "a.mlpackage")
+    package = Package(tmp_path / "a.mlpackage", track=True)
+    package.run("main", {"image": np.full((1, 3, 64, 64), 255)})
+    first, second = list(package.ranges)[:2]
+    assert (first, package.ranges[first]) == ("image_half", 255)
+    assert second == "stem_conv"
+
+
+def test_a_tanh_gelu_is_seen_in_a_float16_export(fastvlm, tmp_path, monkeypatch):
+    monkeypatch.setitem(network.GELU, "gelu", "TANH_APPROXIMATION")
+    part = part_of(encoder(fastvlm, (64, 64), None), Options())
+    _, check = part.verified(tmp_path / "a.mlpackage")
+    graph, half = check.parity
+    assert not graph.passed
+    assert half.passed  # which is why there is a twin
+
+
+def test_another_graph_is_no_rounding_of_the_twin(fastvlm, tmp_path):
+    made = encoder(fastvlm, (64, 64), None)
+    for name, options in (("a", Options()), ("b", Options(precision="fp32", fused=False))):
+        save_package(part_of(made, options), tmp_path / f"{name}.mlpackage")
+    with pytest.raises(UsageError, match="connector_0 is not as it was emitted"):
+        check_rounded(tmp_path / "a.mlpackage", tmp_path / "b.mlpackage")
+
+
+@pytest.mark.parametrize(("stage", "gain"), [(1, 2.0**13), (3, 2.0**9)])
+def test_streams_that_leave_float16_are_held_smaller(native_folder, tmp_path, stage, gain):
+    """By a power of two in the weights around; stage 3 only by the squares in its norms."""
+    model = model_of(native_folder)
+    amplify(model.vision_tower, stage, gain)
+    made = encoder(model, (64, 64), None)
+    part, path = part_of(made, Options()), tmp_path / "high.mlpackage"
+    save_package(part, path)
+    (parity,) = part._run(path, part.cases, vision.HALF, "").parity
+    assert not parity.passed
+    repaired, check = verified(part, path)
+    assert {*repaired.powers} == {f"stage{stage}"}
+    assert not repaired.islands
+    assert max(check.ranges.values()) < audit.HELD
+    assert repaired.describe()["range_repair"]["powers_of_two"] == repaired.powers
+
+
+def test_what_no_power_repairs_stays_in_float32_when_mixed(native_folder, tmp_path):
+    model = model_of(native_folder)
+    ffn = model.vision_tower.stages[2].blocks[0].ffn
+    ffn.fc1.weight = ffn.fc1.weight * 2.0**14
+    ffn.fc2.weight = ffn.fc2.weight / 2.0**14
+    made = encoder(model, (64, 64), None)
+    path = tmp_path / "hidden.mlpackage"
+    with pytest.raises(UsageError, match=r"stage2_block0_\w+ reaches .* use --precision mixed"):
+        part_of(made, Options()).verified(path)
+    repaired, check = verified(part_of(made, Options(precision="mixed")), path)
+    assert repaired.islands == {"stage2_block0_fc1", "stage2_block0_gelu"}
+    assert len(check.parity) == 2
+    declared = {
+        op.outputs[0].name: op for _, _, block in blocks(Saved(path)) for op in block.operations
+    }
+    kinds = {name: type_of(op.outputs[0].type).dtype for name, op in declared.items()}
+    assert kinds["stage2_block0_gelu"] == kinds["stage2_block0_fc2"] == "fp32"
+    assert kinds["stage3_block0_cast_fp16"] == "fp16"
+
+
+def test_ranges_and_powers():
+    sites = {"a": ("one", 1), "b": ("one", 2), "c": ("two", 1)}
+    ranges = {"a": 2.0**17, "b": 2.0**20, "c": 100.0, "d": 1.0}
+    repair = audit.repair(ranges, sites, {})
+    assert (repair.powers, repair.beyond) == ({"one": 3}, frozenset())
+    again = audit.repair({**ranges, "d": float("inf")}, sites, {})
+    assert again.beyond == {"d"}
+    more = audit.repair({"a": 2.0**17}, sites, {"one": 3})
+    assert more.powers == {"one": 6}
+
+
+@pytest.mark.parametrize(
+    ("folder", "size", "said"),
+    [
+        ("fastvlm", (100, 64), "resolution 100x64: FastViTHD takes multiples of 64"),
+        ("mobilevlm_v2", (64, 64), "this vision tower takes"),
+        ("eve_tiny", (30, 30), "multiples of"),
+    ],
+)
+def test_wrong_sizes(folder, size, said, folders):
+    with pytest.raises(UsageError, match=said):
+        encoder(model_of(folders(folder)), size, None)
+
+
+def test_the_demo_model(tmp_path):
+    model, _ = load("demo", dtype="float32")
+    verified(part_of(encoder(model, None, None), Options()), tmp_path / "demo.mlpackage")
