@@ -332,6 +332,34 @@ def test_the_context_s_end(saved):
     assert len(list(run.generate(run.embed([1] * 30), 9))) == 3
 
 
+def test_core_ml_itself_is_driven_the_same_way(saved, tools, monkeypatch):
+    """Its MLModel, which runs on a Mac only, played by the interpreter."""
+
+    class Model:
+        def __init__(self, path, function_name, compute_units):
+            self._package, self._function = Package(Path(path)), function_name
+            self.predict = lambda inputs, state=None: self._package.run(
+                self._function, inputs, state
+            )
+            self.make_state = lambda: self._package.new_state(self._function)
+
+    monkeypatch.setattr(tools.ct.models, "MLModel", Model)
+    run, made = run_of(saved)
+    mac = Runner(runner.Compiled(saved[1], "CPU_AND_GPU"), made.geometry, made.table)
+    prompt = run.embed([5, 6, 7] * 5)
+    assert list(mac.generate(prompt, 6)) == list(run.generate(prompt, 6))
+
+
+def test_visual_tokens_take_the_places_of_their_placeholders(saved):
+    run, made = run_of(saved)
+    tokens = np.full((2, 64), 7, np.float32)
+    embedded = run.embed_prompt([3, -200, -200, 4], [1, 2], tokens)
+    assert (embedded[1:3] == 7).all()
+    np.testing.assert_array_equal(embedded[[0, 3]], made.table[[3, 4]])
+    with pytest.raises(UsageError, match="2 visual tokens for 1 positions"):
+        run.embed_prompt([3, -200], [1], tokens)
+
+
 def test_a_stop_token_ends_an_answer(saved):
     run, _ = run_of(saved)
     tokens = list(run.generate(run.embed([5, 6, 7]), 6))
