@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from mlx_vlm_edge.errors import UsageError
 
 from .interpreter import Mode, Package
+from .toolkit import tools
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 EMBEDDINGS_NAME = "embeddings"
@@ -28,6 +29,32 @@ class Functions(Protocol):
     def run(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> Mapping[str, np.ndarray]: ...
+
+
+class Compiled:
+    """A package run by Core ML itself, through coremltools on a Mac.
+
+    units: a name of coremltools' ComputeUnit. Raises UsageError without coremltools.
+    """
+
+    def __init__(self, path: Path, units: str = "ALL") -> None:
+        ct = tools().ct
+        self._models = {
+            name: ct.models.MLModel(
+                str(path), function_name=name, compute_units=ct.ComputeUnit[units]
+            )
+            for name in Package(path).functions
+        }
+
+    def new_state(self, function: str) -> Any:
+        return self._models[function].make_state()
+
+    def run(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> Mapping[str, np.ndarray]:
+        given = {} if state is None else {"state": state}
+        outputs: Mapping[str, np.ndarray] = self._models[function].predict(dict(inputs), **given)
+        return outputs
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,9 @@ class _Emission:
     def _mlp(self, x: Any, layer: Layer) -> Any:
         mb, inner = self.mb, self.config.intermediate_size
         gate, up = self._linears(x, layer.gate_up, [inner, inner])
-        swish = mb.mul(x=gate, y=mb.sigmoid(x=gate))
-        return self._linear(mb.mul(x=swish, y=up), layer.down)
+        # In this order, since coremltools joins gate * sigmoid(gate) to one operation.
+        weighed = mb.mul(x=up, y=mb.sigmoid(x=gate))
+        return self._linear(mb.mul(x=weighed, y=gate), layer.down)
 
     def _attention(self, x: Any, layer: Layer, index: int) -> tuple[Any, list[Any]]:
         """What is added to the stream, and the new keys and values where the host keeps them."""
