@@ -123,7 +123,7 @@ def _rounding(written: Mapping[str, mx.array]) -> float:
     return max(limit for name, limit in _DTYPES.items() if getattr(mx, name) in dtypes)
 
 
-class _Recorder(Stages):
+class Recorder(Stages):
     """Keeps what each stage came out with, by the part's name."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ def compare(
 
 def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
     """What each stage of an image's encoding gives; all parts but the decoder are then let go."""
-    recorder = _Recorder()
+    recorder = Recorder()
     parts = [name for name in model.children() if name != "language_model"]
     for part in parts:
         _float32(model[part])

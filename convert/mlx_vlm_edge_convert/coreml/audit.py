@@ -1,0 +1,61 @@
+"""Where activations leave float16, and the powers of two that bring them back.
+
+The largest |x| of every operation is known from running the package. A site's values are held
+smaller by one power; what lies at no site can only stay in float32.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+HELD = 2.0**15  # float16 ends at 65504: what comes closer than a factor of two is repaired
+AIM = 2.0**14  # where a repaired site ends at the most
+
+Sites = Mapping[str, tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """powers: by site, in all. beyond: operations that leave float16 all the same."""
+
+    powers: Mapping[str, int]
+    beyond: frozenset[str]
+
+
+def leaving(ranges: Mapping[str, float]) -> list[str]:
+    """Operations whose output comes near the end of float16, or is not finite."""
+    return [name for name, largest in ranges.items() if not largest <= HELD]
+
+
+def repair(ranges: Mapping[str, float], sites: Sites, powers: Mapping[str, int]) -> Repair:
+    """What to do about true ranges, measured in float32 with sites held smaller by `powers`.
+
+    A stage that reaches 2 ** 17 is held smaller by 2 ** 3; values whose squares reach 2 ** 20, also.
+    """
+    chosen = dict(powers)
+    for name in leaving(ranges):
+        if name in sites:
+            site, degree = sites[name]
+            more = math.ceil(math.log2(ranges[name] / AIM) / degree)
+            chosen[site] = max(chosen.get(site, 0), powers.get(site, 0) + more)
+    after = {name: _predicted(name, ranges[name], sites, powers, chosen) for name in ranges}
+    return Repair(chosen, frozenset(leaving(after)))
+
+
+def _predicted(
+    name: str, largest: float, sites: Sites, before: Mapping[str, int], after: Mapping[str, int]
+) -> float:
+    if name not in sites:
+        return largest
+    site, degree = sites[name]
+    return largest * 2.0 ** (degree * (before.get(site, 0) - after.get(site, 0)))
+
+
+def largest(ranges: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each operation over several runs; not finite where one was not."""
+    found: dict[str, float] = {}
+    for run in ranges:
+        for name, value in run.items():
+            before = found.get(name, 0.0)
+            found[name] = value if math.isnan(value) else max(before, value)
+    return found

@@ -1,0 +1,98 @@
+"""What a part of a bundle is: one package with one or more functions, and how it is checked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Precision = Literal["fp16", "fp32", "mixed"]
+Compute = Literal["cpu-gpu", "cpu-ne"]
+Bits = Literal[4, 8, "palette4"]
+Say = Callable[[str], None]
+
+MINIMUM = {  # deployment target -> what the manifest says of it
+    "iOS16": {"ios": "16.0", "macos": "13.0"},
+    "iOS18": {"ios": "18.0", "macos": "15.0"},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    size: (height, width) of the picture, None for the model's own. bits and context are the
+    decoder's. fused: the connector is in the vision package. image_input: the package takes a
+    picture, not a tensor [1, 3, H, W] of the same values, 0..255.
+    """
+
+    precision: Precision = "fp16"
+    compute: Compute = "cpu-gpu"
+    size: tuple[int, int] | None = None
+    bits: Bits | None = None
+    context: int = 2048
+    fused: bool = True
+    image_input: bool = True
+
+
+@dataclass(frozen=True)
+class Function:
+    """program builds the MIL program, anew at each call, since converting uses it up.
+
+    images: shapes [1, 3, H, W] of the inputs that are pictures. islands: operations that stay in
+    float32 when a program of float32 is rounded to float16; None when nothing is to be rounded.
+    """
+
+    name: str
+    program: Callable[[], Any]
+    images: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    islands: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a package is from the MLX model: ||a - b|| / ||b||, and what it must stay below."""
+
+    part: str
+    inputs: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is below the limit; NaN is not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Check:
+    """What running a saved package showed. ranges: largest |x| of each operation's output."""
+
+    parity: tuple[Parity, ...]
+    ranges: dict[str, float] = field(default_factory=dict)
+
+
+class Part(Protocol):
+    """A package of the bundle, `<name>.mlpackage`."""
+
+    name: str
+    minimum: str  # a key of MINIMUM
+
+    def functions(self) -> Sequence[Function]:
+        """What the package computes; several functions share their weights."""
+        ...
+
+    def write_files(self, folder: Path) -> None:
+        """Files that the part needs beside its package."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the part beyond its inputs and outputs."""
+        ...
+
+    def check(self, package: Path) -> Check:
+        """Run the saved package and compare it with the MLX model."""
+        ...
+
+    def repaired(self, check: Check) -> "Part | None":
+        """The part without what `check` showed to leave float16; None when nothing does."""
+        ...

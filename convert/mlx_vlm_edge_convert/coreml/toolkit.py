@@ -1,0 +1,69 @@
+"""coremltools, imported here and nowhere else, quietly and without torch.
+
+It is the extra `coreml`: without it there is one line that says so.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from mlx_vlm_edge.errors import UsageError
+
+# Front ends that coremltools imports where it finds them; none is used, and torch costs seconds.
+_UNUSED = ("torch", "tensorflow", "sklearn", "xgboost", "libsvm")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """ct: coremltools. mb: the MIL Builder. types: MIL's. model, mil: the protobuf modules."""
+
+    ct: Any
+    mb: Any
+    types: Any
+    model: Any
+    mil: Any
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of coremltools' progress bars and notes on the terminal; errors are raised anyway."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Modules that are not imported yet cannot be, for a moment."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@cache
+def tools() -> Tools:
+    """The parts of coremltools that the exporter uses. Raises UsageError when it is missing."""
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    try:
+        with quiet(), _without(_UNUSED):
+            ct = import_module("coremltools")
+            mil = import_module("coremltools.converters.mil")
+            types = import_module("coremltools.converters.mil.mil.types")
+            model = import_module("coremltools.proto.Model_pb2")
+            proto = import_module("coremltools.proto.MIL_pb2")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "coremltools":
+            raise
+        raise UsageError(
+            "Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
+        ) from None
+    return Tools(ct, mil.Builder, types, model, proto)
