@@ -33,10 +33,13 @@ Report = Callable[[str], None]
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: Path, *, overwrite: bool = False, holds: str = "config.json"
+) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
 
-    With `overwrite` a folder with a model in it is replaced, and no other one that has something.
+    With `overwrite` a folder that has the file `holds`, a model's, is replaced, and no other one
+    that has something.
     Raises UsageError when the target is in the way or cannot be made.
     """
     target = target.resolve()
@@ -45,7 +48,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
-        if not (target / "config.json").is_file():
+        if not (target / holds).is_file():
             raise UsageError(f"{target} has other things than a model in it; name another folder")
     missing = [folder for folder in target.parents if not folder.exists()]
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -18,6 +18,7 @@ VERBS = {
     "generate": "answer a question about images",
     "models": "list, pull, show and remove models",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
+    "export": "export a model to Core ML packages for an app",
 }
 
 

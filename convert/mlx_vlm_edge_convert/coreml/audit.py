@@ -30,7 +30,7 @@ def leaving(ranges: Mapping[str, float]) -> list[str]:
 def repair(ranges: Mapping[str, float], sites: Sites, powers: Mapping[str, int]) -> Repair:
     """What to do about true ranges, measured in float32 with sites held smaller by `powers`.
 
-    A stage that reaches 2 ** 17 is held smaller by 2 ** 3; values whose squares reach 2 ** 20, also.
+    A stage that reaches 2 ** 17 is held smaller by 2 ** 3; one whose squares reach 2 ** 20, too.
     """
     chosen = dict(powers)
     for name in leaving(ranges):

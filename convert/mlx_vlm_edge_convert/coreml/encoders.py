@@ -121,7 +121,8 @@ def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encod
 
     return Encoder(
         Preprocessing(
-            _fixed(size, vision.image_size), config.image_strategy, llava.FILL, llava.MEAN, llava.STD
+            _fixed(size, vision.image_size), config.image_strategy,
+            llava.FILL, llava.MEAN, llava.STD,
         ),
         emit, vision.hidden_size, grid, model.mm_projector,
         lambda pixels: _stages(model, pixels), {},
@@ -188,7 +189,7 @@ def _eve(
 ) -> Encoder:  # fmt: skip
     config = model.config.adapted(strategy, None)
     stride = config.vision.stride
-    step = stride if isinstance(model, eve2.Model) else config.step
+    step = config.step if isinstance(config, eve_family.Config) else stride
     height, width = size or (config.image_size // step * step,) * 2
     if min(height, width) < step or height % step or width % step:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""EVE's patch embeddings as MIL: [1, 3, H, W] pixels of 0..255 -> features [1, C, 1, 1 + h (w + 1)].
+"""EVE's patch embeddings as MIL: [1, 3, H, W] of 0..255 -> features [1, C, 1, 1 + h (w + 1)].
 
 Windows attend to their own patches without leaving the grid: the patches at one place of every
 window are a strided slice. Source of the layers: `mlx_vlm_edge.vision.eve`.

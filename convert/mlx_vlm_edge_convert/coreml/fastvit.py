@@ -85,7 +85,9 @@ def _downsample(net: Network, layer: Downsample, x: Value, name: str) -> Value:
     weight = numpy(layer.pointwise.weight)  # its columns come output after output
     out = weight.shape[0]
     weight = weight.reshape(out, m, -1).transpose(0, 2, 1).reshape(out, -1)
-    x = net.linear(x, np.ascontiguousarray(weight), numpy(layer.pointwise.bias), f"{name}_pointwise")
+    x = net.linear(
+        x, np.ascontiguousarray(weight), numpy(layer.pointwise.bias), f"{name}_pointwise"
+    )
     return net.activation(x, "gelu", f"{name}_gelu")
 
 

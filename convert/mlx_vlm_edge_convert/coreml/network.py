@@ -131,7 +131,9 @@ class Network:
         """Over one axis."""
         return Value(tools().mb.softmax(x=_true(x), axis=axis, name=name))
 
-    def matmul(self, x: Value, y: Value, name: str, *, x_t: bool = False, y_t: bool = False) -> Value:
+    def matmul(
+        self, x: Value, y: Value, name: str, *, x_t: bool = False, y_t: bool = False
+    ) -> Value:
         """x @ y over the last two axes, either transposed."""
         var = tools().mb.matmul(
             x=_true(x), y=_true(y), transpose_x=x_t, transpose_y=y_t, name=name
@@ -165,11 +167,9 @@ class Network:
     def affine(
         self, x: Value, gain: np.ndarray, offset: np.ndarray, name: str, site: str | None = None
     ) -> Value:
-        """x * gain + offset, channel by channel; the result lies at `site`."""
-        power = self.powers.get(site, 0) if site else 0
-        factor = self.const(gain.reshape(1, -1, 1, 1) * 2.0 ** (x.power - power))
-        grown = self.value(tools().mb.mul(x=x.var, y=factor, name=f"{name}_gain"), site)
-        return self.add_const(grown, offset.reshape(1, -1, 1, 1), name)
+        """x * gain + offset, channel by channel, as a 1x1 depthwise convolution."""
+        C = gain.size
+        return self.conv(x, gain.reshape(C, 1, 1, 1), offset, name, site, groups=C)
 
     def norm(self, x: Value, eps: float, name: str) -> Value:
         """LayerNorm over the channels without its gain and offset: a true value.

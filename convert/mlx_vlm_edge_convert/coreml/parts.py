@@ -20,7 +20,8 @@ MINIMUM = {  # deployment target -> what the manifest says of it
 class Options:
     """What the user asked for.
 
-    size: (height, width) of the picture, None for the model's own. bits and context are the
+    size: (height, width) of the picture, and strategy, how one becomes that: None for the model's
+    own. bits and context are the
     decoder's. fused: the connector is in the vision package. image_input: the package takes a
     picture, not a tensor [1, 3, H, W] of the same values, 0..255.
     """
@@ -28,6 +29,7 @@ class Options:
     precision: Precision = "fp16"
     compute: Compute = "cpu-gpu"
     size: tuple[int, int] | None = None
+    strategy: str | None = None
     bits: Bits | None = None
     context: int = 2048
     fused: bool = True
@@ -74,8 +76,15 @@ class Check:
 class Part(Protocol):
     """A package of the bundle, `<name>.mlpackage`."""
 
-    name: str
-    minimum: str  # a key of MINIMUM
+    @property
+    def name(self) -> str:
+        """Of the part and its package."""
+        ...
+
+    @property
+    def minimum(self) -> str:
+        """The deployment target, a key of MINIMUM."""
+        ...
 
     def functions(self) -> Sequence[Function]:
         """What the package computes; several functions share their weights."""

@@ -21,13 +21,17 @@ _UNUSED = ("torch", "tensorflow", "sklearn", "xgboost", "libsvm")
 
 @dataclass(frozen=True)
 class Tools:
-    """ct: coremltools. mb: the MIL Builder. types: MIL's. model, mil: the protobuf modules."""
+    """ct: coremltools. mb: the MIL Builder. types: MIL's. model, mil: the protobuf modules.
+
+    decode_error is what protobuf raises on a damaged file.
+    """
 
     ct: Any
     mb: Any
     types: Any
     model: Any
     mil: Any
+    decode_error: type[Exception]
 
 
 @contextlib.contextmanager
@@ -60,10 +64,11 @@ def tools() -> Tools:
             types = import_module("coremltools.converters.mil.mil.types")
             model = import_module("coremltools.proto.Model_pb2")
             proto = import_module("coremltools.proto.MIL_pb2")
+            decode_error = import_module("google.protobuf.message").DecodeError
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "coremltools":
             raise
         raise UsageError(
             "Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
         ) from None
-    return Tools(ct, mil.Builder, types, model, proto)
+    return Tools(ct, mil.Builder, types, model, proto, decode_error)

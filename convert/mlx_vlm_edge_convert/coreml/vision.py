@@ -39,7 +39,10 @@ class Case:
 class Stretch(Protocol):
     """What of an encoder a package computes, as a program with one input."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the part."""
+        ...
 
     def images(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs that are pictures."""

@@ -1,0 +1,116 @@
+"""manifest.json: what an app must know of a bundle, and the hash of every file in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..save import save_json
+from . import spec
+from .encoders import Preprocessing
+from .package import SUFFIX
+from .parts import MINIMUM, Check, Options, Part
+
+FORMAT = 1
+NAME = "manifest.json"
+UNITS = {"cpu-gpu": "cpuAndGPU", "cpu-ne": "cpuAndNeuralEngine"}  # Core ML's names
+_KEYS = {"format", "model", "parts", "tokens", "files"}
+_PART_KEYS = {"package", "minimum_os", "functions", "precision", "compute_units", "parity"}
+
+
+def part_entry(
+    part: Part, options: Options, package: Path, check: Check | None, findings: Any
+) -> dict[str, Any]:
+    """What the manifest says of one part. check: None where it was not verified."""
+    parity = None
+    if check is not None:
+        parity = [
+            {"inputs": p.inputs, "error": p.error, "limit": p.limit} for p in check.parity
+        ]  # fmt: skip
+    entry = {
+        "package": package.name,
+        "minimum_os": MINIMUM[part.minimum],
+        "functions": spec.interface(package),
+        "precision": options.precision,
+        "compute_units": UNITS[options.compute],
+        "parity": parity,
+        **part.describe(),
+    }
+    if check is not None and check.ranges:
+        entry["largest_activation"] = max(check.ranges.values())
+    if findings is not None:
+        entry["lint"] = findings
+    return entry
+
+
+def preprocessing_entry(pixels: Preprocessing) -> dict[str, Any]:
+    """How a picture becomes the vision part's input; mean and std are in its weights already."""
+    return {
+        "strategy": pixels.strategy,
+        "height": pixels.size[0],
+        "width": pixels.size[1],
+        "fill": list(pixels.fill),
+        "resample": "bicubic",
+        "color": "RGB",
+        "range": [0, 255],
+        "folded": {"scale": 1 / 255, "mean": list(pixels.mean), "std": list(pixels.std)},
+    }
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write manifest.json with the hashes of the files that are in the folder."""
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in _files(folder)}
+    save_json(folder / NAME, {"format": FORMAT, **content, "files": files})
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if path != folder / NAME)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A bundle's manifest, checked against its files.
+
+    Raises UsageError for a manifest that is missing, malformed or of another format, a file that is
+    missing, extra or changed, and a package whose inputs and outputs are not those it says.
+    """
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable manifest ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a bundle of format {FORMAT}; export it again")
+    if lacking := _KEYS - content.keys():
+        raise UsageError(f"{path}: lacks {min(lacking)}; export it again")
+    _check_files(folder, content["files"])
+    for name, part in content["parts"].items():
+        if lacking := _PART_KEYS - part.keys():
+            raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
+        if part["functions"] != spec.interface(folder / part["package"]):
+            raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
+    return content
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    found = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    if odd := sorted(found ^ files.keys()):
+        word = "is not in the manifest" if odd[0] in found else "is missing"
+        raise UsageError(f"{folder / odd[0]} {word}; export it again")
+    for name, expected in files.items():
+        if digest(folder / name) != expected:
+            raise UsageError(f"{folder / name} is not as it was exported; export it again")
+
+
+def package_path(folder: Path, part: Part) -> Path:
+    """Where a part's package is in a bundle."""
+    return folder / f"{part.name}{SUFFIX}"

@@ -1,0 +1,107 @@
+"""`mlx-vlm-edge export`: a model -> a bundle of Core ML packages that an app can embed."""
+
+import argparse
+import re
+import sys
+
+from ..errors import UsageError
+
+HELP = (
+    "Export a model to Core ML: packages and what an app needs beside them, each package run and "
+    "compared with the MLX model (needs the extra coreml)."
+)
+PARTS = ("vision", "connector", "decoder", "all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what and where")
+    what.add_argument("model", metavar="MODEL", help="folder, Hub id or alias")
+    what.add_argument("-o", "--out", metavar="DIR", help="folder to write")
+    what.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    what.add_argument("--offline", action="store_true", help="never touch the network")
+    what.add_argument("--part", choices=PARTS, default="all", help="what to export")
+    what.add_argument(
+        "--separate-connector", action="store_true",
+        help="the vision part ends at image features; the connector is a package of its own",
+    )  # fmt: skip
+    form = parser.add_argument_group("form")
+    form.add_argument(
+        "--resolution", metavar="N|HxW", help="of pictures, pixels (default: the model's)"
+    )
+    form.add_argument(
+        "--precision", choices=("fp16", "fp32", "mixed"), default="fp16",
+        help="mixed: float16, but for what leaves its range",
+    )  # fmt: skip
+    form.add_argument(
+        "--compute", choices=("cpu-gpu", "cpu-ne"), default="cpu-gpu",
+        help="compute units that the packages are shaped for",
+    )  # fmt: skip
+    form.add_argument(
+        "--input", choices=("image", "tensor"), default="image",
+        help="what the vision part takes: a picture, or a tensor of its values 0..255",
+    )  # fmt: skip
+    form.add_argument(
+        "--image-strategy", metavar="S", help="pad, center_crop, ... (default: the model's)"
+    )
+    form.add_argument(
+        "--bits", choices=("4", "8", "palette4"),
+        help="compress the decoder (default: as the model's weights are)",
+    )  # fmt: skip
+    form.add_argument(
+        "--context", type=int, default=2048, metavar="N", help="positions of the decoder's cache"
+    )
+    check = parser.add_argument_group("checks")
+    check.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="run every package, compare it with MLX and repair what leaves float16",
+    )  # fmt: skip
+    check.add_argument(
+        "--image", metavar="FILE", help="picture to verify on (default: a drawn one)"
+    )
+    check.add_argument(
+        "--lint", action="store_true", help="print which rules for the Neural Engine are broken"
+    )
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of a resolution: "1024" -> (1024, 1024), "512x768" -> (512, 768)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?", text)
+    if not match:
+        raise UsageError(f"resolution {text!r}: give pixels, as 1024 or 512x768 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.out:
+        raise UsageError("name the folder to write: -o DIR")
+    if args.context < 1:
+        raise UsageError(f"context {args.context}: give a number of positions above zero")
+    if args.bits and args.part in ("vision", "connector"):
+        raise UsageError(f"--bits compresses the decoder, which --part {args.part} leaves out")
+    wanted = size(args.resolution)
+    from mlx_vlm_edge_convert.coreml.export import export
+    from mlx_vlm_edge_convert.coreml.parts import Options
+
+    from ..hub import locate
+
+    parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
+    bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
+    options = Options(
+        precision=args.precision, compute=args.compute, size=wanted,
+        strategy=args.image_strategy, bits=bits,
+        context=args.context, fused=not args.separate_connector,
+        image_input=args.input == "image",
+    )  # fmt: skip
+    target = export(
+        locate(args.model, offline=args.offline), args.out, parts=parts, options=options,
+        image=args.image, verify=args.verify, show_lint=args.lint, overwrite=args.overwrite,
+        report=_report,
+    )  # fmt: skip
+    print(target)
+    return 0
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
