@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,7 @@ class CoreMLFeatures:
                 "leaves one partly filled: use --vision-backend mlx"
             )
         size = (pictures.shape[1], pictures.shape[2])
-        if size not in self._runs:
-            self._runs[size] = self._prepare(size)
+        self.prepare(size)
         run, dtype = self._runs[size], np.float16 if self.precision == "fp16" else np.float32
         found: list[np.ndarray] = []
         for picture in pictures:
@@ -89,12 +89,15 @@ class CoreMLFeatures:
         text = self.model.language_model.model.norm.weight.dtype
         return mx.array(np.concatenate(found)).astype(text)
 
-    def _prepare(self, size: tuple[int, int]) -> Run:
+    def prepare(self, size: tuple[int, int]) -> None:
+        """Have the package for pictures of (height, width) ready to run."""
+        if size in self._runs:
+            return
         folder = cache_folder() / self._key(size)
         if not folder.is_dir():
             self.say(f"exporting the vision tower to Core ML at {size[1]}x{size[0]} (once)")
             self._export(size, folder)
-        return _runner(folder, self.compute, self.say)
+        self._runs[size] = _runner(folder, self.compute, self.say)
 
     def _key(self, size: tuple[int, int]) -> str:
         told = [__version__, self.weights, *size, self.precision, self.compute]
@@ -104,8 +107,17 @@ class CoreMLFeatures:
         options = Options(self.precision, self.compute, size, fused=False, image_input=False)
         tower = Tower(encoder(self.model, size, None), options)
         part = VisionPart(tower, options, drawn_cases(tower.encoder))
-        with new_folder(folder) as partial:
+        with new_folder(folder) as partial, self._set_aside():
             save_checked(part, partial / PACKAGE, self.say)
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """MLX's own features for a moment, which a new package is compared with."""
+        del self.model.features
+        try:
+            yield
+        finally:
+            self.model.features = self
 
 
 def _runner(folder: Path, compute: Compute, say: Say) -> Run:
@@ -131,9 +143,10 @@ def attach(
     Raises UsageError for another setting and for a family that has no tower to export.
     """
     precision, compute = parse(setting)
-    encoder(model, None, None)
+    size = encoder(model, None, None).preprocessing.size
     features = CoreMLFeatures(model, identity(folder), precision, compute, say)
     model.features = features  # in the place of the family's method
+    features.prepare(size)
     return features
 
 
