@@ -140,12 +140,16 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
         stages = stages or Stages()
-        x = llava.normalize(pixels).astype(self.vision_tower.class_embedding.dtype)
-        features = self.vision_tower(x)
+        features = self.features(pixels.data[None])[0]
         stages.mark("vision", features)
         tokens = self.mm_projector(features)
         stages.mark("connector", tokens)
         return tokens
+
+    def features(self, pictures: np.ndarray) -> mx.array:
+        """uint8 [1, H, W, 3] -> image features [1, 1 + h * (w + 1), C]."""
+        x = llava.normalize(pictures).astype(self.vision_tower.class_embedding.dtype)
+        return self.vision_tower(x)[None]
 
 
 class Processor(llava.Processor):

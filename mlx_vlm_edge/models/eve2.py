@@ -111,10 +111,14 @@ class Model(VisionLanguageModel):
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
-        x = llava.normalize(pixels).astype(self.vision_tower.class_embedding.dtype)
-        tokens = self.vision_tower(x)
+        tokens = self.features(pixels.data[None])[0]
         (stages or Stages()).mark("vision", tokens)
         return tokens
+
+    def features(self, pictures: np.ndarray) -> mx.array:
+        """uint8 [1, H, W, 3] -> visual tokens [1, 1 + h * (w + 1), D]."""
+        x = llava.normalize(pictures).astype(self.vision_tower.class_embedding.dtype)
+        return self.vision_tower(x)[None]
 
     def prefill(
         self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages

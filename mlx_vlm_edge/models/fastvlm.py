@@ -130,13 +130,16 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [side / 64 squared, D]."""
         stages = stages or Stages()
-        dtype = self.vision_tower.stem.conv.weight.dtype
-        x = mx.array(pixels.data)[None].astype(dtype) * (1 / 255)
-        features = self.vision_tower(x)
+        features = self.features(pixels.data[None])
         stages.mark("vision", features)
         tokens = self.mm_projector(features)[0]
         stages.mark("connector", tokens)
         return tokens
+
+    def features(self, pictures: np.ndarray) -> mx.array:
+        """uint8 [B, H, W, 3] -> image features [B, H / 64 * W / 64, C]."""
+        dtype = self.vision_tower.stem.conv.weight.dtype
+        return self.vision_tower(mx.array(pictures).astype(dtype) * (1 / 255))
 
 
 class Processor(prompt.Processor):

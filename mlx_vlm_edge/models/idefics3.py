@@ -109,13 +109,13 @@ class Model(VisionLanguageModel):
             mx.eval(tokens[-1:])
             part = slice(start, start + step)
             mask = None if pixels.mask is None else pixels.mask[part]
-            features = self.encode_tiles(pixels.data[part], mask)
+            features = self.features(pixels.data[part], mask)
             stages.mark("vision", features)
             tokens.append(self.connector(features).reshape(-1, self.config.text.hidden_size))
             stages.mark("connector", tokens[-1])
         return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
 
-    def encode_tiles(self, tiles: np.ndarray, mask: np.ndarray | None = None) -> mx.array:
+    def features(self, tiles: np.ndarray, mask: np.ndarray | None = None) -> mx.array:
         """uint8 [B, H, W, 3] and bool [B, H, W] -> image features [B, N, C]."""
         config = self.config.vision
         x = mx.array(tiles).astype(mx.float32)

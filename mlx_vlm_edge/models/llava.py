@@ -149,19 +149,22 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [N, D]."""
         stages = stages or Stages()
-        x = normalize(pixels).astype(self.vision_tower.position_embedding.dtype)
-        features = self.vision_tower(x)
-        if not self.config.keeps_class_token:
-            features = features[:, 1:]
+        features = self.features(pixels.data[None])
         stages.mark("vision", features)
         tokens = self.mm_projector(features)[0]
         stages.mark("connector", tokens)
         return tokens
 
+    def features(self, pictures: np.ndarray) -> mx.array:
+        """uint8 [B, H, W, 3] -> image features [B, N, C]."""
+        x = normalize(pictures).astype(self.vision_tower.position_embedding.dtype)
+        features = self.vision_tower(x)
+        return features if self.config.keeps_class_token else features[:, 1:]
 
-def normalize(pixels: Pixels) -> mx.array:
-    """uint8 [H, W, 3] -> float32 [1, H, W, 3] as CLIP takes it."""
-    x = mx.array(pixels.data)[None].astype(mx.float32) * (1 / 255)
+
+def normalize(pictures: np.ndarray) -> mx.array:
+    """uint8 [B, H, W, 3] -> float32 of the same shape as CLIP takes it."""
+    x = mx.array(pictures).astype(mx.float32) * (1 / 255)
     return (x - mx.array(MEAN)) / mx.array(STD)
 
 

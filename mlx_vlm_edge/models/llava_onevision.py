@@ -228,13 +228,13 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image, uint8 [tiles, side, side, 3] -> visual tokens [N, D]."""
         stages = stages or Stages()
-        features = self.encode_tiles(pixels.data)
+        features = self.features(pixels.data)
         stages.mark("vision", features)
         tokens = self.pack(self.multi_modal_projector(features), pixels.size)
         stages.mark("connector", tokens)
         return tokens
 
-    def encode_tiles(self, tiles: np.ndarray) -> mx.array:
+    def features(self, tiles: np.ndarray) -> mx.array:
         """uint8 [tiles, side, side, 3] -> image features [tiles, N, C], a few tiles at a time."""
         dtype = self.vision_tower.position_embedding.dtype
         features: list[mx.array] = []

@@ -85,7 +85,7 @@ def test_pixels(name, loaded, expected):
 def test_patch_embedding_and_visual_tokens(name, loaded, expected):
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected[f"{name}/image"]]).pixels[0]
-    embedded = model.vision_tower(llava.normalize(pixels))
+    embedded = model.vision_tower(llava.normalize(pixels.data[None]))
     assert largest(embedded, expected[f"{name}/pel"]) < SMALL
     assert largest(model.encode_image(pixels), expected[f"{name}/proj"]) < SMALL
     assert processor.visual_tokens(pixels) == len(expected[f"{name}/pel"])
@@ -225,7 +225,7 @@ FAULTS = {
         "in_rows",
         lambda tokens, first, last: ROWS(tokens, mx.zeros_like(first), last),
     ),
-    "no mean and deviation": (llava, "normalize", lambda pixels: mx.array(pixels.data)[None] / 255),
+    "no mean and deviation": (llava, "normalize", lambda pictures: mx.array(pictures) / 255),
 }
 
 
@@ -234,7 +234,7 @@ def test_a_planted_fault_is_caught(fault, loaded, expected, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected["port/image"]]).pixels[0]
-    embedded = model.vision_tower(llava.normalize(pixels))
+    embedded = model.vision_tower(llava.normalize(pixels.data[None]))
     assert np.abs(np.array(embedded) - expected["port/pel"]).max() > 10 * SMALL
 
 

@@ -77,9 +77,7 @@ def test_every_stage_of_a_tiled_image(both, theirs, tiles):
     assert np.abs(nchw(ours) - pixels.numpy()).max() < 1e-6
     assert inputs.input_ids.tolist() == want["input_ids"].tolist()
     assert len(inputs.visual) == processor.visual_tokens(ours) == tiles * tokens_per_tile(case)
-    assert (
-        distance(model.encode_tiles(ours.data), theirs.features(reference, pixels, mask)) < FLOAT32
-    )
+    assert distance(model.features(ours.data), theirs.features(reference, pixels, mask)) < FLOAT32
     tokens = theirs.visual_tokens(reference, pixels, mask)
     assert distance(model.encode_image(ours), tokens) < FLOAT32
     assert distance(model(inputs)[0], theirs.logits(reference, want)) < FLOAT32
@@ -191,7 +189,7 @@ def test_partial_pixel_masks(built, theirs, valid):
     ours = Pixels(data, (32, 32), mask)
     pixels = torch.tensor(nchw(ours) * mask[:, None])
     want = torch.tensor(mask.astype(np.int64))
-    got = model.encode_tiles(data, mask)
+    got = model.features(data, mask)
     assert distance(got, theirs.features(reference, pixels, want)) < FLOAT32
     tokens = theirs.visual_tokens(reference, pixels, want)
     assert distance(model.encode_image(ours), tokens) < FLOAT32

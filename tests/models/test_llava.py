@@ -77,7 +77,7 @@ def test_every_layout_gives_the_same_parameters(loaded):
 def test_every_stage_is_transformers(pair, reference):
     model, processor = pair
     inputs = processor(QUESTION, images=[picture()])
-    pixels = np.array(llava.normalize(inputs.pixels[0]))[0]
+    pixels = np.array(llava.normalize(inputs.pixels[0].data[None]))[0]
     features = model.vision_tower(mx.array(pixels)[None])[:, 1:]
     assert distance(features, reference.features(pixels)) < FLOAT32
     tokens = reference.tokens(pixels)
@@ -96,7 +96,7 @@ def test_every_stage_is_transformers(pair, reference):
 def test_two_images_and_none(loaded, reference):
     model, processor = loaded["original"]
     inputs = processor("Compare.", images=[picture(1), picture(2, 60, 90)])
-    tokens = [reference.tokens(np.array(llava.normalize(p))[0]) for p in inputs.pixels]
+    tokens = [reference.tokens(np.array(llava.normalize(p.data[None]))[0]) for p in inputs.pixels]
     import torch
 
     want = reference.logits(inputs.input_ids[0].tolist(), inputs.visual, torch.cat(tokens))
@@ -123,7 +123,7 @@ def test_a_fault_is_caught(folders, reference, monkeypatch, fault):
         monkeypatch.setattr(vit.ViT, "__call__", lambda self, x: mx.roll(run(self, x), 1, axis=1))
     model, processor = load(str(folders["hub"]))
     pixels = processor(QUESTION, images=[picture()]).pixels[0]
-    want = reference.tokens(np.array(llava.normalize(pixels))[0])[0]
+    want = reference.tokens(np.array(llava.normalize(pixels.data[None]))[0])[0]
     if fault == "BGR":
         pixels = Pixels(np.ascontiguousarray(pixels.data[..., ::-1]), pixels.size)
     assert distance(model.encode_image(pixels), want) > 5 * FLOAT32
@@ -150,7 +150,7 @@ def test_pixels_are_clips_image_processors(loaded):
     processor = CLIPImageProcessorPil(**sizes)
     for size in ((90, 70), (56, 56), (31, 200)):
         image = picture(3, *size)
-        got = np.array(llava.normalize(loaded["hub"][1].preprocess(image)))[0]
+        got = np.array(llava.normalize(loaded["hub"][1].preprocess(image).data[None]))[0]
         want = processor(image, return_tensors="pt")["pixel_values"][0]
         assert np.abs(got - torch.as_tensor(want).permute(1, 2, 0).numpy()).max() < 1e-5
 

@@ -107,7 +107,7 @@ def test_features_and_visual_tokens(loaded, theirs, reference, size):
     model, processor = loaded
     image = theirs.picture(1, *size)
     pixels = processor(QUESTION, images=[image]).pixels[0]
-    features = model.encode_tiles(pixels.data)
+    features = model.features(pixels.data)
     assert distance(features, theirs.features(reference, image)) < FLOAT32
     got = model.encode_image(pixels)
     assert distance(got, theirs.encode(reference, [image])[0]) < FLOAT32
@@ -189,9 +189,9 @@ def test_strategies(folder, theirs, reference):
 def test_how_many_tiles_at_once_changes_nothing(loaded, theirs, monkeypatch, at_once):
     model, processor = loaded
     pixels = processor(QUESTION, images=[theirs.picture(1, 240, 200)]).pixels[0]
-    want = model.encode_tiles(pixels.data)
+    want = model.features(pixels.data)
     monkeypatch.setattr(llava_onevision, "TILES_AT_ONCE", at_once)
-    assert distance(model.encode_tiles(pixels.data), want) < 2e-6
+    assert distance(model.features(pixels.data), want) < 2e-6
 
 
 def test_memory_does_not_grow_with_the_tiles(loaded, monkeypatch):
@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_the_tiles(loaded, monkeypatch):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        mx.eval(model.encode_tiles(tiles))
+        mx.eval(model.features(tiles))
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < peaks[0] / 3
 

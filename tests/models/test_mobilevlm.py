@@ -55,7 +55,7 @@ def test_golden_pixels_features_and_visual_tokens(version, name):
     folder, model, processor = version
     want = expected(folder, name)
     pixels = processor(ASKED, images=[picture(folder, name)]).pixels[0]
-    x = llava.normalize(pixels)
+    x = llava.normalize(pixels.data[None])
     assert off(x.transpose(0, 3, 1, 2), want["pixel_values"]) < 1e-5
     features = model.vision_tower(x)
     assert off(features, want["vision_hidden_m2"]) < 2e-4

@@ -173,7 +173,7 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
         return net.reshape(x, (1, vision.hidden_size, side, side), "features")
 
     def reference(pixels: np.ndarray) -> dict[str, mx.array]:
-        features = model.encode_tiles(pixels[None])
+        features = model.features(pixels[None])
         tokens = model.multi_modal_projector(features)
         return {"image_features": features, "visual_tokens": tokens}
 

@@ -64,7 +64,11 @@ def export(
         entries = {}
         for part in built:
             path = manifest.package_path(partial, part)
-            part, check = _save(part, path, verify, say)
+            check = None
+            if verify:
+                part, check = save_checked(part, path, say)
+            else:
+                _save(part, path, say)
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
@@ -111,7 +115,7 @@ def _parts(
     made: Encoder | None = None
     if {"vision", "connector"} & {*wanted}:
         made = encoder(model, options.size, options.strategy)
-        cases = _cases(made, image)
+        cases = drawn_cases(made) if image is None else _cases(made, image)
         if "vision" in wanted:
             built.append(VisionPart(Tower(made, options), options, cases, made.notes, made.arrays))
         if "connector" in wanted and not ("vision" in wanted and options.fused):
@@ -121,18 +125,22 @@ def _parts(
     return built, None if made is None else made.preprocessing
 
 
-def _cases(made: Encoder, image: str | Path | None) -> list[Case]:
-    """A picture, and random pixels, which drive activations further than pictures do."""
+def drawn_cases(made: Encoder) -> list[Case]:
+    """A drawn picture, and random pixels, which drive activations further than pictures do."""
+    picture = _drawn(*made.preprocessing.size)
+    return [Case("a drawn picture", picture, made), _noise(made)]
+
+
+def _cases(made: Encoder, image: str | Path) -> list[Case]:
     pixels = made.preprocessing
     height, width = pixels.size
-    if image is None:
-        name, picture = "a drawn picture", _drawn(height, width)
-    else:
-        name = "the given picture"
-        fitted = fit(open_image(image), (width, height), pixels.strategy, pixels.fill)
-        picture = np.asarray(fitted)
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    return [Case(name, picture, made), Case("random pixels", noise, made)]
+    fitted = fit(open_image(image), (width, height), pixels.strategy, pixels.fill)
+    return [Case("the given picture", np.asarray(fitted), made), _noise(made)]
+
+
+def _noise(made: Encoder) -> Case:
+    shape = (*made.preprocessing.size, 3)
+    return Case("random pixels", np.random.default_rng(0).integers(0, 256, shape, np.uint8), made)
 
 
 def _drawn(height: int, width: int) -> np.ndarray:
@@ -145,12 +153,13 @@ def _drawn(height: int, width: int) -> np.ndarray:
     return picture.astype(np.uint8)
 
 
-def _save(part: Part, path: Path, verify: bool, say: Report) -> tuple[Part, Check | None]:
+def _save(part: Part, path: Path, say: Report) -> None:
+    say(f"{part.name}: writing {path.name}")
+    save_package(part, path)
+
+
+def save_checked(part: Part, path: Path, say: Report) -> tuple[Part, Check]:
     """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
-    if not verify:
-        say(f"{part.name}: writing {path.name}")
-        save_package(part, path)
-        return part, None
     say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
     part, check = part.verified(path)
     if told := _told(part):

@@ -38,11 +38,12 @@ def _depthwise(
     net: Network, layer: DepthwiseConv, x: Value, name: str, site: str | None = None
 ) -> Value:
     """A group's outputs side by side: channel c * multiplier + j is output j of channel c."""
-    weight, bias = numpy(layer.weight), numpy(layer.bias)
-    m, C, k = weight.shape[:3]
-    weight = weight[..., 0].transpose(1, 0, 2, 3).reshape(m * C, 1, k, k)
+    weight = np.stack([numpy(output)[..., 0] for output in layer.weights], axis=1)
+    C, m, k, _ = weight.shape
+    bias = numpy(layer.bias).reshape(m, C).T.reshape(-1)
     return net.conv(
-        x, weight, bias.T.reshape(-1), name, site, stride=layer.stride, groups=C, pad=k // 2
+        x, weight.reshape(C * m, 1, k, k), bias, name, site,
+        stride=layer.stride, groups=C, pad=k // 2,
     )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def _stage(net: Network, stage: Stage, x: Value, site: str) -> Value:
 
 
 def _downsample(net: Network, layer: Downsample, x: Value, name: str) -> Value:
-    m = layer.depthwise.weight.shape[0]
+    m = len(layer.depthwise.weights)
     x = net.activation(_depthwise(net, layer.depthwise, x, f"{name}_depthwise"), "gelu", name)
     weight = numpy(layer.pointwise.weight)  # its columns come output after output
     out = weight.shape[0]

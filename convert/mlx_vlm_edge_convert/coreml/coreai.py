@@ -1,0 +1,253 @@
+"""A Core ML (MIL) program -> a Core AI asset (`.aimodel`), operation by operation. Experimental.
+
+Core AI is Apple's next format (macOS and iOS 27). The vision tower's program has about a dozen
+kinds of operations, so it is translated from the MIL program rather than emitted a second time.
+Anything without a translation raises. Source of the operations: coreai-core 1.0.0b3.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from mlx_vlm_edge.errors import UsageError
+
+Operation = Any  # of coremltools' MIL
+Tensor = Any  # a Value of coreai.authoring
+
+
+def _authoring() -> Any:
+    try:
+        import coreai.authoring as authoring
+    except ImportError:
+        raise UsageError(
+            "Core AI export needs coreai-core: pip install 'mlx-vlm-edge[coreai]' "
+            "(macOS, or Linux with glibc 2.34 or newer)"
+        ) from None
+    return authoring
+
+
+def _indices(values: Any) -> np.ndarray:
+    return np.asarray(values, np.int32)
+
+
+class _Translation:
+    """One function's operations, translated in order; `values` holds what each gave."""
+
+    def __init__(self, dtype: type[np.floating[Any]]) -> None:
+        self.ca = _authoring()
+        self.dtype = dtype
+        self.values: dict[str, Tensor] = {}
+
+    def get(self, operation: Operation, name: str) -> Tensor:
+        """An input: what an earlier operation gave, or a constant in the program's dtype."""
+        variable = operation.inputs[name]
+        if variable.name in self.values:
+            return self.values[variable.name]
+        value = np.asarray(variable.val)
+        return value.astype(self.dtype) if value.dtype.kind == "f" else value
+
+    def run(self, operation: Operation) -> None:
+        translate = _TRANSLATIONS.get(operation.op_type)
+        if translate is None:
+            raise UsageError(
+                f"Core AI export: no translation of the operation {operation.op_type!r} "
+                f"({operation.name}): export this part with --format mlpackage"
+            )
+        results = translate(self, operation)
+        several = results if isinstance(results, list) else [results]
+        for variable, value in zip(operation.outputs, several, strict=True):
+            self.values[variable.name] = value
+
+
+def _conv(t: _Translation, operation: Operation) -> Tensor:
+    inputs = operation.inputs
+    x, pads = t.get(operation, "x"), [0, 0, 0, 0]
+    if inputs["pad_type"].val == "custom":
+        pads = [int(pad) for pad in inputs["pad"].val]
+    elif inputs["pad_type"].val != "valid":
+        raise UsageError(f"Core AI export: padding {inputs['pad_type'].val!r} is not translated")
+    if any(pads):
+        x = t.ca.pad(x, np.array([0, 0, 0, 0, *pads], np.uint32), t.dtype(0))
+    strides, dilations = (
+        np.asarray(inputs[key].val, np.uint32) for key in ("strides", "dilations")
+    )
+    weight, groups = t.get(operation, "weight"), np.uint32(inputs["groups"].val)
+    y = t.ca.conv2d(x, weight, strides, dilations, groups)
+    if inputs.get("bias") is None:
+        return y
+    return t.ca.broadcasting_add(y, t.get(operation, "bias").reshape(1, -1, 1, 1))
+
+
+def _avg_pool(t: _Translation, operation: Operation) -> Tensor:
+    inputs = operation.inputs
+    kernel, strides = (
+        np.asarray(inputs[key].val, np.uint32) for key in ("kernel_sizes", "strides")
+    )
+    if inputs["pad_type"].val != "valid":
+        raise UsageError("Core AI export: a padded average pool is not translated")
+    x = t.get(operation, "x")
+    if tuple(kernel) == tuple(inputs["x"].shape[2:]):
+        return t.ca.reduce_mean(x, _indices([2, 3]))
+    total = t.ca.sumpool2d(x, kernel, strides, np.ones(2, np.uint32))
+    return t.ca.broadcasting_mul(total, t.dtype(1 / int(np.prod(kernel))))
+
+
+def _transposed(t: _Translation, operation: Operation, name: str) -> Tensor:
+    x, flag = t.get(operation, name), operation.inputs.get(f"transpose_{name}")
+    if flag is None or not flag.val:
+        return x
+    rank = len(operation.inputs[name].shape)
+    return t.ca.transpose(x, np.array([*range(rank - 2), rank - 1, rank - 2], np.uint32))
+
+
+def _matmul(t: _Translation, operation: Operation) -> Tensor:
+    x, y = _transposed(t, operation, "x"), _transposed(t, operation, "y")
+    return t.ca.broadcasting_batch_matmul(x, y)
+
+
+def _gelu(t: _Translation, operation: Operation) -> Tensor:
+    names = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
+    mode = operation.inputs["mode"].val
+    if mode not in names:
+        raise UsageError(f"Core AI export: GELU mode {mode!r} is not translated")
+    return t.ca.gelu(t.get(operation, "x"), approximate=names[mode])
+
+
+def _reduce_mean(t: _Translation, operation: Operation) -> Tensor:
+    axes = _indices(operation.inputs["axes"].val)
+    mean = t.ca.reduce_mean(t.get(operation, "x"), axes)
+    return mean if operation.inputs["keep_dims"].val else _reshaped(t, operation, mean)
+
+
+def _rsqrt(t: _Translation, operation: Operation) -> Tensor:
+    epsilon = t.dtype(operation.inputs["epsilon"].val)
+    return t.ca.rsqrt(t.ca.broadcasting_add(t.get(operation, "x"), epsilon))
+
+
+def _reshaped(t: _Translation, operation: Operation, x: Tensor) -> Tensor:
+    return t.ca.reshape(x, np.array(operation.outputs[0].shape, np.uint32))
+
+
+def _same_values(t: _Translation, operation: Operation) -> Tensor:
+    """reshape, squeeze, expand_dims: the same values under the declared shape."""
+    return _reshaped(t, operation, t.get(operation, "x"))
+
+
+def _transpose(t: _Translation, operation: Operation) -> Tensor:
+    order = np.array(operation.inputs["perm"].val, np.int64)
+    return t.ca.transpose(t.get(operation, "x"), (order % len(order)).astype(np.uint32))
+
+
+def _split(t: _Translation, operation: Operation) -> list[Tensor]:
+    axis = int(operation.inputs["axis"].val)
+    sizes = np.array([variable.shape[axis] for variable in operation.outputs], np.uint32)
+    parts: list[Tensor] = t.ca.split(t.get(operation, "x"), sizes, np.int32(axis))
+    return parts
+
+
+def _concat(t: _Translation, operation: Operation) -> Tensor:
+    axis = np.int32(operation.inputs["axis"].val)
+    return t.ca.concat(axis, [t.values[variable.name] for variable in operation.inputs["values"]])
+
+
+def _softmax(t: _Translation, operation: Operation) -> Tensor:
+    return t.ca.softmax(t.get(operation, "x"), np.int32(operation.inputs["axis"].val))
+
+
+def _one(name: str) -> Callable[[_Translation, Operation], Tensor]:
+    return lambda t, operation: getattr(t.ca, name)(t.get(operation, "x"))
+
+
+def _two(name: str) -> Callable[[_Translation, Operation], Tensor]:
+    return lambda t, operation: getattr(t.ca, name)(t.get(operation, "x"), t.get(operation, "y"))
+
+
+_TRANSLATIONS: Mapping[str, Callable[[_Translation, Operation], Any]] = {
+    "add": _two("broadcasting_add"),
+    "avg_pool": _avg_pool,
+    "concat": _concat,
+    "conv": _conv,
+    "expand_dims": _same_values,
+    "gelu": _gelu,
+    "matmul": _matmul,
+    "mul": _two("broadcasting_mul"),
+    "real_div": _two("broadcasting_divide"),
+    "reduce_mean": _reduce_mean,
+    "relu": _one("relu"),
+    "reshape": _same_values,
+    "rsqrt": _rsqrt,
+    "sigmoid": _one("sigmoid"),
+    "softmax": _softmax,
+    "split": _split,
+    "squeeze": _same_values,
+    "sub": _two("broadcasting_sub"),
+    "transpose": _transpose,
+}
+
+
+def save_asset(program: Any, path: Path, dtype: type[np.floating[Any]] = np.float32) -> None:
+    """Translate the `main` function of a MIL program and write it to `path` (`*.aimodel`).
+
+    Weights, activations, inputs and outputs are of `dtype`. Raises UsageError when coreai-core is
+    missing and for an operation that has no translation.
+    """
+    ca = _authoring()
+    translation, function = _Translation(dtype), program.functions["main"]
+    names, outputs = list(function.inputs), list(function.outputs)
+
+    def body(*tensors: Tensor) -> Tensor:
+        translation.values.update(zip(names, tensors, strict=True))
+        for operation in function.operations:
+            if operation.op_type != "const":
+                translation.run(operation)
+        results = tuple(translation.values[variable.name] for variable in outputs)
+        return results[0] if len(results) == 1 else results
+
+    def tensor(shape: Sequence[int], name: str) -> Any:
+        return Annotated[ca.Value, ca.TensorType(tuple(shape), dtype, name=name)]
+
+    module = ca.Module.create()
+    with module:
+        ca.graph(
+            _signed(
+                body,
+                {name: tensor(function.inputs[name].shape, name) for name in names},
+                [tensor(variable.shape, variable.name) for variable in outputs],
+            )
+        )
+    ca.AIProgram(module).save_asset(path)
+
+
+def _signed(body: Callable[..., Any], inputs: Mapping[str, Any], outputs: list[Any]) -> Any:
+    """`body` under the name `main`, with the parameters and annotations that Core AI reads."""
+    import inspect
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=a) for name, a in inputs.items()]
+    result = outputs[0] if len(outputs) == 1 else tuple[tuple(outputs)]  # type: ignore[misc]
+
+    def main(*tensors: Tensor) -> Any:
+        return body(*tensors)
+
+    main.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    main.__annotations__ = {**inputs, "return": result}
+    return main
+
+
+def predict(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run an asset's `main` with Core AI's own runtime (on Linux: its CPU interpreter)."""
+    _authoring()
+    from coreai.authoring import AIModelAsset
+    from coreai.runtime import NDArray
+
+    async def run() -> dict[str, np.ndarray]:
+        async with AIModelAsset.load(path).executable() as model:
+            results = await model.load_function("main")(
+                {name: NDArray(np.ascontiguousarray(array)) for name, array in inputs.items()}
+            )
+            return {name: result.numpy() for name, result in results.items()}
+
+    return asyncio.run(run())
