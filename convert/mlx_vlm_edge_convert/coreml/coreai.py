@@ -6,6 +6,7 @@ Anything without a translation raises. Source of the operations: coreai-core 1.0
 """
 
 import asyncio
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,10 @@ class _Translation:
         value = np.asarray(variable.val)
         return value.astype(self.dtype) if value.dtype.kind == "f" else value
 
+    def counts(self, operation: Operation, name: str) -> np.ndarray:
+        """A parameter that holds sizes."""
+        return np.asarray(operation.inputs[name].val, np.uint32)
+
     def run(self, operation: Operation) -> None:
         translate = _TRANSLATIONS.get(operation.op_type)
         if translate is None:
@@ -71,9 +76,7 @@ def _conv(t: _Translation, operation: Operation) -> Tensor:
         raise UsageError(f"Core AI export: padding {inputs['pad_type'].val!r} is not translated")
     if any(pads):
         x = t.ca.pad(x, np.array([0, 0, 0, 0, *pads], np.uint32), t.dtype(0))
-    strides, dilations = (
-        np.asarray(inputs[key].val, np.uint32) for key in ("strides", "dilations")
-    )
+    strides, dilations = t.counts(operation, "strides"), t.counts(operation, "dilations")
     weight, groups = t.get(operation, "weight"), np.uint32(inputs["groups"].val)
     y = t.ca.conv2d(x, weight, strides, dilations, groups)
     if inputs.get("bias") is None:
@@ -83,9 +86,7 @@ def _conv(t: _Translation, operation: Operation) -> Tensor:
 
 def _avg_pool(t: _Translation, operation: Operation) -> Tensor:
     inputs = operation.inputs
-    kernel, strides = (
-        np.asarray(inputs[key].val, np.uint32) for key in ("kernel_sizes", "strides")
-    )
+    kernel, strides = t.counts(operation, "kernel_sizes"), t.counts(operation, "strides")
     if inputs["pad_type"].val != "valid":
         raise UsageError("Core AI export: a padded average pool is not translated")
     x = t.get(operation, "x")
@@ -223,8 +224,6 @@ def save_asset(program: Any, path: Path, dtype: type[np.floating[Any]] = np.floa
 
 def _signed(body: Callable[..., Any], inputs: Mapping[str, Any], outputs: list[Any]) -> Any:
     """`body` under the name `main`, with the parameters and annotations that Core AI reads."""
-    import inspect
-
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=a) for name, a in inputs.items()]
     result = outputs[0] if len(outputs) == 1 else tuple[tuple(outputs)]  # type: ignore[misc]

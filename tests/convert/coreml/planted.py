@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_vlm_edge_convert.coreml.interface import blocks
 from mlx_vlm_edge_convert.coreml.saved import Saved
 
-from mlx_vlm_edge.vision.fastvit import AttentionBlock, FastViTHD
+from mlx_vlm_edge.vision.fastvit import AttentionBlock, DepthwiseConv, FastViTHD
 
 DATA = Path("Data/com.apple.CoreML")
 WEIGHTS = DATA / "weights" / "weight.bin"
@@ -81,10 +81,13 @@ def amplify(tower: FastViTHD, index: int, gain: float) -> None:
     _grow(entering[0], gain)
     last = index + 1 == len(tower.stages)
     leaving = tower.conv_exp if last else tower.stages[index + 1].entry[0]
-    leaving.depthwise.weight = leaving.depthwise.weight / gain
+    leaving.depthwise.weights = [weight / gain for weight in leaving.depthwise.weights]
     mx.eval(tower.parameters())
 
 
 def _grow(layer, gain: float) -> None:
-    layer.weight = layer.weight * gain
+    if isinstance(layer, DepthwiseConv):
+        layer.weights = [weight * gain for weight in layer.weights]
+    else:
+        layer.weight = layer.weight * gain
     layer.bias = layer.bias * gain
