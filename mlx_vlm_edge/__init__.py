@@ -8,6 +8,8 @@ print(generate(model, processor, "What is this?", images=["x.jpg"]))
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import blas
+
 __version__ = "0.1.0"
 __all__ = ["UsageError", "__version__", "generate", "load", "stream_generate"]
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from .errors import UsageError
     from .generation import generate, stream_generate
     from .loading import load
+
+blas.prepare()  # before anything imports mlx
 
 _HOME = {
     "load": "loading",

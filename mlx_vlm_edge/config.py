@@ -7,6 +7,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UsageError
 
+PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} when there is no such file. Raises UsageError for any other content."""
@@ -19,6 +21,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a JSON object")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with the eos ids of generation_config.json added to its own.
+
+    What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
+    config = read_json(path)
+    generation = read_json(folder / "generation_config.json")
+    if (more := generation.get("eos_token_id")) is not None:
+        config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
+    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
+    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+    return {**config, PREPROCESSOR: own}
+
+
+def _joined(ids: Any, more: Any) -> Any:
+    """Two entries of eos ids, each one id, several or None, as one: 1 and [1, 2] -> [1, 2]."""
+    one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
+    both = one + [x for x in two if x not in one]
+    return both[0] if len(both) == 1 else both
 
 
 def check(config: Any, *, positive: bool = False) -> None:

@@ -21,7 +21,7 @@ from .sampling import (
     make_logits_processors,
     make_sampler,
 )
-from .timings import Stages
+from .timings import Clock, Stages
 from .tokenizer import Detokenizer
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
@@ -104,20 +104,22 @@ def stream_generate(
     image: Any = None,
     raw: bool = False,
     verbose: bool = False,
+    clock: Clock = time.perf_counter,
     **options: Any,
 ) -> Iterator[GenerationResult]:
     """Yield one result per token; text is empty until a character is whole.
 
     prompt: a question, or chat messages; with `raw` the text as it stands, one <image> per picture.
     images: paths, URLs, bytes, PIL images or arrays; `image` is the same for one or a list.
-    verbose: measure the stages. options: the fields of Options.
+    verbose: measure the stages. clock: what all times are taken from, in seconds.
+    options: the fields of Options.
     Raises UsageError for a bad image or option, and for a prompt longer than the context.
     """
     known = {field.name for field in fields(Options)}
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(sorted(known))}")
     chosen = Options(**options)
-    started, stages = time.perf_counter(), Stages(verbose)
+    started, stages = clock(), Stages(verbose, clock)
     inputs = processor(prompt, _as_list(images) + _as_list(image), raw=raw, stages=stages)
     return _stream(model, processor, inputs, chosen, stages, started)
 
@@ -167,10 +169,10 @@ class _Meter:
         self._tokens += 1
         if self._tokens == 1:
             self._stages.mark("first sample")
-            self._first = time.perf_counter()
+            self._first = self._stages.clock()
 
     def result(self, text: str, token: int | None, reason: str | None = None) -> GenerationResult:
-        decoding = time.perf_counter() - self._first
+        decoding = self._stages.clock() - self._first
         ttft = self._first - self._started
         return GenerationResult(
             text=text,

@@ -13,7 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .config import read_json
+from . import blas
+from .config import PREPROCESSOR as PREPROCESSOR
+from .config import read_config as read_config
 from .errors import UsageError
 from .hub import locate
 from .kernels import on_cpu
@@ -25,7 +27,6 @@ from .weights import Weights, check_names, find_shards, read_safetensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROUP_SIZE = 64  # of quantisation at load
-PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
 Quantization = Mapping[str, Any]
 
 
@@ -50,6 +51,7 @@ def load(
     image costs in the families that cut one up.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
+    blas.check()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if resolution is not None and type(resolution) is not int:
@@ -60,37 +62,13 @@ def load(
     model = build(module, config, arrays)
     model.config = model.config.adapted(image_strategy, resolution, max_tiles)
     if quantize is not None:
-        _quantize_language_model(model, config, quantize)
+        quantize_language_model(model, config, quantize)
     _cast(model, dtype)
     model.language_model.fuse()
     mx.eval(model.parameters())
     tokenizer = Tokenizer.from_folder(folder)
     processor: Processor = module.Processor(model.config, tokenizer)
     return model, processor
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, with the eos ids of generation_config.json added to its own.
-
-    What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
-    config = read_json(path)
-    generation = read_json(folder / "generation_config.json")
-    if (more := generation.get("eos_token_id")) is not None:
-        config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
-    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
-    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
-    return {**config, PREPROCESSOR: own}
-
-
-def _joined(ids: Any, more: Any) -> Any:
-    """Two entries of eos ids, each one id, several or None, as one: 1 and [1, 2] -> [1, 2]."""
-    one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
-    both = one + [x for x in two if x not in one]
-    return both[0] if len(both) == 1 else both
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -161,7 +139,7 @@ def _place_quantized_layers(
     nn.quantize(model, class_predicate=kind)
 
 
-def _quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
+def quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
     if config.get("quantization"):
         raise UsageError("the model is quantised already: leave quantize out")
     if bits not in (4, 8):

@@ -114,6 +114,18 @@ def capped(height: int, width: int, limit: int) -> Size:
     return int(height // ratio), int(width // ratio)
 
 
+def fit_within(size: Size, limit: Size) -> Size:
+    """The (width, height) of a picture scaled down, where it must be, to fit `limit`.
+
+    (4000, 3000) in (1920, 1080) -> (1440, 1080); (300, 200) stays. Rounded down as Fuyu does it.
+    """
+    (width, height), (most_wide, most_high) = size, limit
+    if width <= most_wide and height <= most_high:
+        return size
+    scale = min(most_high / height, most_wide / width)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
 def longest_edge_size(size: Size, longest: int) -> Size:
     """The size with its longest edge at `longest`, the other one even, as Idefics3 rounds it.
 

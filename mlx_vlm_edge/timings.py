@@ -4,16 +4,20 @@ Evaluating costs a synchronisation per stage, so it happens only when timings ar
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
+
+Clock = Callable[[], float]  # seconds from any origin
 
 
 class Stages:
     """`mark(name, *arrays)` ends a stage; `seconds` has each one's time, summed by name."""
 
-    def __init__(self, measured: bool = False) -> None:
+    def __init__(self, measured: bool = False, clock: Clock = time.perf_counter) -> None:
         self.measured = measured
+        self.clock = clock
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = clock()
 
     def mark(self, name: str, *arrays: Any) -> None:
         if not self.measured:
@@ -22,6 +26,6 @@ class Stages:
             import mlx.core as mx
 
             mx.eval(*arrays)
-        now = time.perf_counter()
+        now = self.clock()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

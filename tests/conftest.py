@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_vlm_edge import blas  # before any test imports mlx, so that the fast BLAS is used
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32 on NVIDIA GPUs as well
@@ -22,7 +24,7 @@ def pytest_report_header() -> str:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             found.append(f"{name} missing")
-    return ", ".join(found)
+    return f"{', '.join(found)}\nblas: {blas.status()}"
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ assert code == 0, code
 def test_importing_the_package_is_free(bare):
     loaded = modules_after("import mlx_vlm_edge") - bare
     assert packages(loaded) & {"mlx", "numpy", "PIL", "tokenizers"} == set()
-    assert len(loaded) < 15, loaded
+    assert len(loaded) < 20, loaded
 
 
 def test_help_loads_nothing_but_the_parser(bare):

@@ -10,13 +10,15 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
-from .. import __version__
+from .. import __version__, blas
 from ..errors import UsageError
 
 PROGRAM = "mlx-vlm-edge"
 VERBS = {
     "generate": "answer a question about images",
+    "estimate": "what a model would take on a chip, without running it",
     "models": "list, pull, show and remove models",
+    "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
     "export": "export a model to Core ML packages for an app",
 }
@@ -67,6 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UsageError(f"no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    blas.check()
     module = import_module(f".{verb}", __name__)
     parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP)
     module.add_arguments(parser)

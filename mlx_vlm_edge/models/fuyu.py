@@ -20,6 +20,7 @@ from .. import prompt
 from ..errors import UsageError
 from ..image import Pixels
 from ..language.persimmon import LanguageModel, TextConfig
+from ..tiling import fit_within
 from ..timings import Stages
 from ..tokenizer import Tokenizer
 from ..weights import Weights
@@ -110,18 +111,6 @@ def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     """The model's parameters from renamed native weights: nothing is folded."""
     patches = weights.take_prefix("vision_embed_tokens.")
     return {**patches, **weights.take_prefix("language_model.")}
-
-
-def fit_within(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) of a picture scaled down, where it must be, to fit `limit`.
-
-    (4000, 3000) in (1920, 1080) -> (1440, 1080); (300, 200) stays. Rounded down as in the original.
-    """
-    (width, height), (most_wide, most_high) = size, limit
-    if width <= most_wide and height <= most_high:
-        return size
-    scale = min(most_high / height, most_wide / width)
-    return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def patchify(x: mx.array, patch: int) -> mx.array:

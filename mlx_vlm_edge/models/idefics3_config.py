@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import check
+from ..configs.defaults import IDEFICS3_VISION, LLAMA
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..vision.vit import ViTConfig
@@ -13,17 +14,6 @@ from .base import eos_ids
 SIZES = 4  # the longest edge, in tiles, that the published processors have
 MARKED = 6  # rows and columns that the vocabulary and the training have markers for
 STRATEGIES = ("split", "no-upscale", "stretch")
-
-# What transformers leaves out of a saved config, because it is the default of its class.
-VISION_DEFAULTS = {
-    "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 16, "image_size": 224, "patch_size": 32,
-    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-}  # fmt: skip
-TEXT_DEFAULTS = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048,
-}  # fmt: skip
 FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 1}
 
 
@@ -134,11 +124,11 @@ def _text(config: Mapping[str, Any]) -> TextConfig:
     if given.get("model_type", "llama") != "llama":
         raise UsageError(f"text_config: model_type {given['model_type']!r} is not known")
     tied = config.get("tie_word_embeddings", False)
-    return TextConfig.from_dict({**TEXT_DEFAULTS, **given, "tie_word_embeddings": tied}, "llama")
+    return TextConfig.from_dict({**LLAMA, **given, "tie_word_embeddings": tied}, "llama")
 
 
 def _vision(given: Mapping[str, Any]) -> ViTConfig:
-    config = {**VISION_DEFAULTS, **given}
+    config = {**IDEFICS3_VISION, **given}
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size",
              "hidden_act", "layer_norm_eps")  # fmt: skip
     return ViTConfig(

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import prompt
+from ..configs.defaults import LLAMA
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, Strategy, fit
@@ -42,15 +43,6 @@ VISION = "vision_tower.vision_model."
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)
-# transformers' LlamaConfig, whose values published text_configs leave out.
-LLAMA = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-}
 BOS = 1
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

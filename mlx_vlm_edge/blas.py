@@ -1,0 +1,110 @@
+"""A fast matrix library for MLX's CPU back end on Linux, loaded before MLX is.
+
+MLX's Linux wheel brings the reference BLAS, which is some forty times slower than OpenBLAS or MKL.
+The first `cblas_sgemm` in the process's global scope wins, so whoever exports one must be loaded
+globally before `mlx.core`. `mlx_vlm_edge/__init__.py` calls `prepare`. Nothing to do on macOS.
+"""
+
+import ctypes
+import os
+import sys
+from typing import NamedTuple
+
+from .errors import UsageError
+
+VARIABLE = "MLX_VLM_EDGE_BLAS"  # "off", or a library's path or name
+SYMBOL = "cblas_sgemm"
+# pip and conda put these beside Python; the pip wheel `mkl` is the fastest where it is installed.
+BESIDE_PYTHON = ("libmkl_rt.so.", "libopenblas.so.0")
+# Debian's and Arch's name, Fedora's with threads, the development package's.
+BY_NAME = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
+
+
+class Blas(NamedTuple):
+    """What MLX computes float32 matmuls with: a short line, and the user's mistake if any."""
+
+    status: str
+    mistake: str = ""
+
+
+_blas = Blas("not loaded yet")
+
+
+class _Symbol(ctypes.Structure):
+    """Dl_info of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _home(library: ctypes.CDLL) -> str:
+    """The file that SYMBOL comes from when it is looked up in a library; "" when it is not there.
+
+    ctypes.CDLL(None) is the process's global scope, where MLX looks first.
+    """
+    try:
+        function = getattr(library, SYMBOL)
+        lookup = ctypes.CDLL(None).dladdr
+    except AttributeError:
+        return ""
+    found = _Symbol()
+    lookup(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
+    return os.path.realpath(os.fsdecode(found.file or b""))
+
+
+def _load(name: str) -> str:
+    """Load a library for the whole process if it exports SYMBOL -> its file, or "" if not."""
+    try:
+        if home := _home(ctypes.CDLL(name)):
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+        return home
+    except OSError:
+        return ""
+
+
+def _candidates() -> list[str]:
+    folder = os.path.join(sys.prefix, "lib")
+    files = sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else []
+    beside = [file for name in BESIDE_PYTHON for file in files if file.startswith(name)]
+    return [os.path.join(folder, file) for file in beside] + list(BY_NAME)
+
+
+def _choose() -> Blas:
+    if sys.platform != "linux":
+        return Blas("not used: MLX has a fast BLAS here")
+    setting, mlx_is_there = os.environ.get(VARIABLE, ""), "mlx.core" in sys.modules
+    present = _home(ctypes.CDLL(None))
+    if present and (os.environ.get("LD_PRELOAD") or not mlx_is_there):
+        return Blas(f"loaded before us: {present}")
+    if setting == "off":
+        return Blas("stock: off")
+    if mlx_is_there:
+        return Blas("stock: mlx was imported first")
+    for name in [setting] if setting else _candidates():
+        if home := _load(name):
+            return Blas(f"fast: {home}")
+    if setting:
+        mistake = f"{VARIABLE}={setting}: no library that exports {SYMBOL}; name another, or off"
+        return Blas(f"stock: {setting} cannot be used", mistake)
+    return Blas("stock: no library found (on Debian: apt install libopenblas0-pthread)")
+
+
+def prepare() -> None:
+    """Load the library named by $MLX_VLM_EDGE_BLAS, or else the first that is found."""
+    global _blas
+    _blas = _choose()
+
+
+def status() -> str:
+    """One line for benchmark records: "fast: FILE", "loaded before us: FILE" or "stock: why"."""
+    return _blas.status
+
+
+def check() -> None:
+    """Raises UsageError when $MLX_VLM_EDGE_BLAS names no usable library."""
+    if _blas.mistake:
+        raise UsageError(_blas.mistake)

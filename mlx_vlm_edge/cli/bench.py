@@ -1,0 +1,258 @@
+"""`mlx-vlm-edge bench`: time to first token and the rest, measured; `--claims`: the paper's."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .generate import DEFAULT_MODEL, default_model
+
+if TYPE_CHECKING:
+    from ..bench.cases import Options
+    from ..bench.claims import Claim
+
+HELP = (
+    "Measure time to first token, stage by stage, with the spread of the runs. "
+    "ttft: vision encoder + prefill (the FastVLM paper's definition). ttft_e2e: image bytes and "
+    "prompt in, first token out. ttft_cold: a fresh process, from its start to its first text."
+)
+MAX_TOKENS, RUNS = 32, 5
+CASES_ONLY = (
+    "model", "random_weights", "resolution", "bits", "dtype", "image", "prompt_tokens", "no_cold",
+    "energy",
+)  # fmt: skip
+NARROW, WIDE = 40, 120
+IN_PARTS = (
+    "Measured in parts, as the paper does: encoder and prefill by themselves, one tile for "
+    "several, the first and the last chunk for a long prefill. --no-in-parts runs all of it."
+)
+WHOLE = "Encoder and prefill are measured by themselves, as in the paper, and their times added."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [--model NAME ...] [--random-weights] [options]"
+    what = parser.add_argument_group("what to measure (every model x resolution x bits is a case)")
+    what.add_argument(
+        "--model", nargs="+", action="extend", default=[], metavar="NAME",
+        help=f"aliases, Hub ids or folders (default: as in generate; {DEFAULT_MODEL} for random "
+        "weights)",
+    )  # fmt: skip
+    what.add_argument(
+        "--random-weights", action="store_true",
+        help="the model at its full size with random weights: no download, the same latency",
+    )  # fmt: skip
+    what.add_argument(
+        "--resolution", nargs="+", type=int, default=[], metavar="PX",
+        help="pixels, as in generate (default: the checkpoint's)",
+    )  # fmt: skip
+    what.add_argument(
+        "--bits", nargs="+", type=int, choices=(4, 8), default=[],
+        help="quantise the language model while loading (default: as the checkpoint is)",
+    )  # fmt: skip
+    what.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of weights and activations (default: the checkpoint's, or bfloat16 for random ones, "
+        "on a GPU; float32 on a CPU)",
+    )  # fmt: skip
+    what.add_argument(
+        "--image", metavar="FILE", help="picture to ask about (default: a drawn one, 1024 x 1024)"
+    )
+    what.add_argument(
+        "--prompt-tokens", type=int, metavar="N",
+        help="text tokens of the prompt, exactly; visual ones come on top (default: a question's)",
+    )  # fmt: skip
+    what.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
+        help="tokens to decode, exactly: an end token does not end a run",
+    )  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--runs", type=int, default=RUNS, metavar="N",
+        help="staged and plain runs, in turn, after a warm-up of each",
+    )  # fmt: skip
+    how.add_argument("--no-cold", action="store_true", help="leave the fresh processes out")
+    how.add_argument(
+        "--energy", action="store_true", help="energy by macOS's powermetrics, which needs root"
+    )
+    claims = parser.add_argument_group("the paper's claims")
+    claims.add_argument(
+        "--claims", nargs="*", metavar="ID",
+        help="run every claim that can be run on this device, or those named; `--claims list` "
+        "shows them",
+    )  # fmt: skip
+    claims.add_argument(
+        "--in-parts", action=argparse.BooleanOptionalAction,
+        help="measure one tile and some chunks of a long prefill and sum them up "
+        "(default: on the CPU back end only)",
+    )  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", metavar="FILE", help="write the whole record: every run, machine and versions"
+    )
+
+
+class Progress:
+    """What is being done, on one line of a terminal's stderr, or a line each elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr is not None and sys.stderr.isatty()
+        self._began = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr is None:
+            return
+        line = f"[{time.monotonic() - self._began:5.0f} s] {text}"
+        width = shutil.get_terminal_size().columns - 1
+        shown = f"\r\033[K{line[:width]}" if self._live else f"{line}\n"
+        print(shown, end="", file=sys.stderr, flush=True)
+
+    def under(self, label: str) -> Callable[[str], None]:
+        """The same, every text after a label."""
+        return lambda text: self(f"{label}: {text}")
+
+    def clear(self) -> None:
+        """Before something is printed on stdout."""
+        if self._live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench.saved import writable
+
+    _refuse_mixtures(args)
+    with writable(args.json) as save:
+        return _claims(args, save) if args.claims is not None else _cases(args, save)
+
+
+def _refuse_mixtures(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that would be ignored."""
+    if args.claims is None:
+        if args.in_parts is not None:
+            raise UsageError("--in-parts is for --claims")
+        return
+    for name in CASES_ONLY:
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is not for --claims: each claim says what it runs")
+
+
+def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
+    from ..bench import cases, energy, machine, table
+
+    options, width, progress = _options(args), _width(), Progress()
+    cases.check(options)
+    record: dict[str, Any] = {"kind": "bench", "machine": machine.record(), "cases": []}
+    _say(_heading(record["machine"]), width)
+    if options.energy and (why := energy.unavailable()):
+        _say([why], width)
+    code = 0
+    try:
+        for case in cases.run(options, progress):
+            progress.clear()
+            record["cases"].append(case)
+            print(f"\n{table.case(case, width)}", flush=True)
+    except KeyboardInterrupt:
+        progress.clear()
+        code, record["interrupted"] = 130, True
+        print(f"stopped: {len(record['cases'])} of {options.count} cases measured", file=sys.stderr)
+    if len(record["cases"]) > 1:
+        print(f"\n{table.summary(record['cases'], width)}")
+    if record["cases"]:
+        print(f"\n{table.notes(width)}")
+        save(record)
+    return code
+
+
+def _options(args: argparse.Namespace) -> "Options":
+    from ..bench.cases import Options
+    from ..bench.picture import NAME, default_picture
+
+    return Options(
+        models=tuple(args.model) or (DEFAULT_MODEL if args.random_weights else default_model(),),
+        resolutions=tuple(args.resolution) or (None,),
+        bits=tuple(args.bits) or (None,),
+        random=args.random_weights,
+        dtype=args.dtype,
+        prompt_tokens=args.prompt_tokens,
+        max_tokens=args.max_tokens,
+        runs=args.runs,
+        image=_read(args.image) if args.image else default_picture(),
+        image_name=args.image or NAME,
+        cold=not args.no_cold,
+        energy=args.energy,
+    )
+
+
+def _read(name: str) -> bytes:
+    try:
+        return Path(name).expanduser().read_bytes()
+    except OSError as error:
+        raise UsageError(f"--image {name}: cannot be read ({error.strerror})") from None
+
+
+def _width() -> int:
+    return max(NARROW, min(WIDE, shutil.get_terminal_size().columns))
+
+
+def _heading(record: dict[str, Any]) -> list[str]:
+    from ..bench import machine
+
+    warning = machine.busy(machine.load_average(), record["cores"])
+    return [machine.summary(record), *([warning] if warning else [])]
+
+
+def _say(lines: Sequence[str], width: int) -> None:
+    import textwrap
+
+    for line in lines:
+        print(textwrap.fill(line, width, break_on_hyphens=False), flush=True)
+
+
+def _claims(args: argparse.Namespace, save: Callable[..., None]) -> int:
+    from ..bench import claim_table, claims
+
+    width, known = _width(), claims.read()
+    if args.claims == ["list"]:
+        print(claim_table.listed(known, width))
+        return 0
+    wanted = claims.chosen(known, args.claims)
+    if args.runs < 1:
+        raise UsageError(f"--runs must be 1 or more, not {args.runs}")
+    return _run_claims(args, wanted, save, width)
+
+
+def _run_claims(
+    args: argparse.Namespace, wanted: Sequence["Claim"], save: Callable[..., None], width: int
+) -> int:
+    from ..bench import claim_run, claim_table, machine
+    from ..bench.claim_parts import Workshop
+
+    progress, code = Progress(), 0
+    record: dict[str, Any] = {"kind": "claims", "machine": machine.record(), "claims": []}
+    record["load_average"] = [machine.load_average()]
+    setting = claim_run.Setting(record["machine"], args.runs, bool(args.claims))
+    in_parts = args.in_parts if args.in_parts is not None else not setting.on_gpu
+    how = IN_PARTS if in_parts else WHOLE
+    timed = any(claim.timed for claim in wanted)
+    _say([*_heading(record["machine"]), *([how] if timed else [])], width)
+    shop = Workshop(in_parts)
+    try:
+        for index, claim in enumerate(wanted, 1):
+            label = f"{index} of {len(wanted)}, {claim.id}"
+            done = claim_run.run(claim, setting, shop, progress.under(label))
+            progress.clear()
+            record["claims"].append(done)
+            print(f"\n{claim_table.claim(done, width)}", flush=True)
+    except KeyboardInterrupt:
+        progress.clear()
+        code, record["interrupted"] = 130, True
+        print(f"stopped: {len(record['claims'])} of {len(wanted)} claims run", file=sys.stderr)
+    if record["claims"]:
+        print(f"\n{claim_table.summary(record['claims'], width)}")
+        record["load_average"].append(machine.load_average())
+        save(record)
+    return code
