@@ -4,6 +4,7 @@ Each package is run after it was saved, by the interpreter, and compared with th
 leaves float16 is repaired and verified again. A bundle that fails does not stay on disk.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ from . import lint, manifest
 from .encoders import Encoder, Preprocessing, encoder
 from .package import save_package
 from .parts import Check, Options, Part
+from .prompts import prompt_entry
 from .toolkit import tools
 from .vision import Case, Connector, Tower, VisionPart
 
@@ -68,11 +70,12 @@ def export(
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
-        copy_files(folder, partial)
+        _copy(folder, processor, partial)
         content = {
             "model": _model_entry(model, folder),
             "parts": entries,
             "tokens": _tokens(model, processor),
+            "prompt": prompt_entry(processor),
             "context": options.context if "decoder" in entries else None,
         }
         if pixels is not None:
@@ -180,6 +183,14 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
     if not findings:
         say(f"  lint: {path.name} is lint-clean")
     return lint.counts(findings)
+
+
+def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
+    """The tokenizer, as tokenizer.json in any case, and what its readers look up elsewhere."""
+    copied = copy_files(folder, partial)
+    shutil.copyfile(folder / "config.json", partial / "config.json")
+    if processor is not None and "tokenizer.json" not in copied:
+        processor.tokenizer.backend.save(str(partial / "tokenizer.json"))
 
 
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:
