@@ -2,6 +2,7 @@
 // elements are looked up by the array's strides.
 
 import CoreML
+import Foundation
 
 extension MLMultiArray {
     /// A float16 array of zeros, dense, then written by `fill`.

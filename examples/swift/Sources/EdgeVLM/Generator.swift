@@ -16,8 +16,8 @@ public struct AnswerOptions: Sendable {
     }
 }
 
-/// One bundle, ready to answer; one answer at a time.
-public final class Generator {
+/// One bundle, ready to answer; a second answer waits for the first to end.
+public actor Generator {
     private let vision: VisionEncoder
     private let decoder: LanguageDecoder
     private let tokenizer: any Tokenizer
@@ -41,13 +41,13 @@ public final class Generator {
     }
 
     /// The answer as it is made. Cancelling the task that reads it stops the model.
-    public func answer(
+    public nonisolated func answer(
         image: CGImage, question: String, options: AnswerOptions = AnswerOptions()
     ) -> AsyncThrowingStream<String, Error> {
         AsyncThrowingStream { continuation in
-            let task = Task.detached { [self] in
+            let task = Task {
                 do {
-                    try run(image, question, options) { piece in
+                    try await self.run(image, question, options) { piece in
                         continuation.yield(piece)
                     }
                     continuation.finish()
@@ -62,7 +62,7 @@ public final class Generator {
     }
 
     private func run(
-        _ image: CGImage, _ question: String, _ options: AnswerOptions, _ say: (String) -> Void
+        _ image: CGImage, _ question: String, _ options: AnswerOptions, _ say: @Sendable (String) -> Void
     ) throws {
         let text = try questionIds(question)
         try decoder.reset()

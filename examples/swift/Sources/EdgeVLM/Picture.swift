@@ -94,8 +94,9 @@ public enum Picture {
     private static func makeBuffer(_ width: Int, _ height: Int) throws -> CVPixelBuffer {
         var buffer: CVPixelBuffer?
         let attributes = [kCVPixelBufferIOSurfacePropertiesKey: [:] as CFDictionary] as CFDictionary
-        CVPixelBufferCreate(nil, width, height, kCVPixelFormatType_32BGRA, attributes, &buffer)
-        guard let buffer else {
+        let status = CVPixelBufferCreate(
+            nil, width, height, kCVPixelFormatType_32BGRA, attributes, &buffer)
+        guard status == kCVReturnSuccess, let buffer else {
             throw EdgeVLMError("no memory for a picture of \(width) x \(height)")
         }
         return buffer

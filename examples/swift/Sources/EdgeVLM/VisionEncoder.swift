@@ -36,7 +36,7 @@ public final class VisionEncoder {
         connector = try await bundle.load(behind.package, units: behind.computeUnits)
     }
 
-    private static func main(_ entry: Manifest.Encoder) throws -> Manifest.Function {
+    private static func main(_ entry: Manifest.EncoderPart) throws -> Manifest.Function {
         guard let main = entry.functions[FunctionName.main.rawValue] else {
             throw EdgeVLMError("manifest.json: \(entry.package) has no function main")
         }
