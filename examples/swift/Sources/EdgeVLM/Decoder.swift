@@ -1,6 +1,6 @@
 // Input embeddings -> logits of the last position, chunk after chunk of a prompt, then token after
-// token. Keys and values are in Core ML's state ("stateful"), or in arrays that go in with each call
-// and are written here afterwards ("readonly"). Masks, rotary turns and positions are made here.
+// token. Keys and values are in Core ML's state ("stateful"), or in arrays that go in with each
+// call and are written here afterwards ("readonly"). Masks, rotary turns, positions are made here.
 
 import CoreML
 import Foundation
@@ -141,8 +141,8 @@ public final class LanguageDecoder {
         }
         let outputs = try predict(function, MLDictionaryFeatureProvider(dictionary: named))
         for (name, cache) in caches {
-            try cache.write(
-                try Self.array(outputs, DecoderPrefix.new.rawValue + name), count: count, at: offset)
+            let new = try Self.array(outputs, DecoderPrefix.new.rawValue + name)
+            try cache.write(new, count: count, at: offset)
         }
         offset += count
         return try logitsNames.flatMap { try Self.array(outputs, $0).halves($0) }

@@ -1,5 +1,5 @@
-// A picture and a question -> the answer's text, piece by piece: prompt ids around the visual tokens,
-// their input embeddings, prefill, then greedy or sampled tokens until one that ends the answer.
+// A picture and a question -> the answer's text, piece by piece: prompt ids around the visual
+// tokens, input embeddings, prefill, then greedy or sampled tokens until one that ends the answer.
 
 import CoreGraphics
 import Foundation
@@ -34,7 +34,8 @@ public actor Generator {
         do {
             tokenizer = try await AutoTokenizer.from(modelFolder: bundle.folder)
         } catch {
-            throw EdgeVLMError("the bundle's tokenizer cannot be read: \(error.localizedDescription)")
+            throw EdgeVLMError(
+                "the bundle's tokenizer cannot be read: \(error.localizedDescription)")
         }
         vision = try await VisionEncoder(bundle: bundle)
         decoder = try await LanguageDecoder(bundle: bundle)
@@ -62,7 +63,8 @@ public actor Generator {
     }
 
     private func run(
-        _ image: CGImage, _ question: String, _ options: AnswerOptions, _ say: @Sendable (String) -> Void
+        _ image: CGImage, _ question: String, _ options: AnswerOptions,
+        _ say: @Sendable (String) -> Void
     ) throws {
         let text = try questionIds(question)
         try decoder.reset()

@@ -11,8 +11,8 @@ public struct ModelBundle: Sendable {
 
     /// Open a folder that `mlx-vlm-edge export` wrote.
     ///
-    /// checkFiles reads every file once to compare it with its sha256; an app whose bundle is signed
-    /// with it can leave that out.
+    /// checkFiles reads every file once to compare it with its sha256; an app with the bundle in
+    /// its own signed resources can leave that out.
     public init(folder: URL, checkFiles: Bool = true) throws {
         let url = folder.appending(path: "manifest.json")
         guard let data = try? Data(contentsOf: url) else {

@@ -1,8 +1,8 @@
 // A picture -> the pixels that the vision part takes: pad, center_crop or stretch, RGB 0..255.
 // Places and sizes are those of the Python preprocessing (mlx_vlm_edge/image.py) to within a pixel.
-// The values are not: Pillow's bicubic filter widens with the scale, CoreGraphics' is unspecified and
-// may change with the system; a padded picture is resized and placed at once here, and padded before
-// it is resized there. Colour profiles are ignored in both.
+// The values are not: Pillow's bicubic filter widens with the scale, CoreGraphics' is unspecified
+// and may change with the system; a padded picture is resized and placed at once here, and padded
+// before it is resized there. Colour profiles are ignored in both.
 
 import CoreGraphics
 import CoreVideo

@@ -17,7 +17,7 @@ public final class VisionEncoder {
             throw EdgeVLMError("the bundle has no vision part; export it with --part all")
         }
         guard entry.tiles != true else {
-            throw EdgeVLMError("this model takes pictures in tiles, which this example does not cut")
+            throw EdgeVLMError("this model takes pictures in tiles, which this code does not cut")
         }
         let main = try VisionEncoder.main(entry)
         guard let input = main.inputs.first(where: { $0.name == VisionName.image.rawValue }) else {
@@ -90,7 +90,8 @@ public final class VisionEncoder {
         do {
             return try model.prediction(from: MLDictionaryFeatureProvider(dictionary: inputs))
         } catch {
-            throw EdgeVLMError("Core ML could not encode the picture: \(error.localizedDescription)")
+            throw EdgeVLMError(
+                "Core ML could not encode the picture: \(error.localizedDescription)")
         }
     }
 
