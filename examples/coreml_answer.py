@@ -1,4 +1,4 @@
-"""Ask an exported bundle about a picture: its Core ML packages, its embeddings, its manifest, no MLX.
+"""Ask an exported bundle about a picture: packages, embeddings and manifest, no MLX.
 
 python examples/coreml_answer.py BUNDLE PICTURE QUESTION [--compute cpu-ne] [--max-tokens 64]
 

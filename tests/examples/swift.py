@@ -23,8 +23,11 @@ class Struct:
         """JSON key -> Swift type; what CodingKeys leaves out is not decoded."""
         if self.keys is None:
             return dict(self.properties)
-        assert self.keys.keys() == self.properties.keys(), f"{self.name}: CodingKeys are not whole"
-        return {key: self.properties[name] for name, key in self.keys.items()}
+        return {key: self.properties.get(name, "") for name, key in self.keys.items()}
+
+    def whole(self) -> bool:
+        """Whether CodingKeys, if there are any, name every property and nothing else."""
+        return self.keys is None or self.keys.keys() == self.properties.keys()
 
 
 def parse(source: bytes) -> tree_sitter.Node:

@@ -1,4 +1,4 @@
-"""examples/coreml_answer.py: a whole bundle gives MLX's own greedy tokens, through the interpreter."""
+"""examples/coreml_answer.py: a whole bundle gives MLX's greedy tokens, by the interpreter."""
 
 import importlib.util
 import subprocess

@@ -84,7 +84,9 @@ def decoded(value: Any, kind: str, structs: dict[str, swift.Struct], seen: set, 
 
 def check_manifest(library: Path, manifests: list[dict[str, Any]]) -> list[str]:
     """Where the Swift structs and the manifests differ."""
-    structs, seen, found = swift.structs(library / "Manifest.swift"), set(), []
+    structs, seen = swift.structs(library / "Manifest.swift"), set()
+    if found := [f"{name}: CodingKeys" for name, each in structs.items() if not each.whole()]:
+        return found
     for number, content in enumerate(manifests):
         found += decoded(content, "Manifest", structs, seen, f"manifest {number}")
     known = {(name, key) for name, struct in structs.items() for key in struct.by_key()}
@@ -181,7 +183,4 @@ def test_a_name_that_was_changed_is_found(manifests, tmp_path, file, old, new):
     source = (library / file).read_text()
     assert old in source
     (library / file).write_text(source.replace(old, new))
-    try:
-        assert check_manifest(library, manifests) + check_names(library, manifests)
-    except AssertionError as error:  # CodingKeys that are not whole are found as well
-        assert "CodingKeys" in str(error)
+    assert check_manifest(library, manifests) + check_names(library, manifests)
