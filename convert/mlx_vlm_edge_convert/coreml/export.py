@@ -4,6 +4,7 @@ Each package is run after it was saved, by the interpreter, and compared with th
 leaves float16 is repaired and verified again. A bundle that fails does not stay on disk.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from .encoders import Encoder, Preprocessing, encoder
 from .package import save_checked, save_package
 from .parts import Options, Part
 from .pictures import drawn_cases, given_cases
+from .prompts import prompt_entry
 from .toolkit import tools
 from .vision import Connector, Tower, VisionPart
 
@@ -70,11 +72,12 @@ def export(
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
-        copy_files(folder, partial)
+        _copy(folder, processor, partial)
         content = {
             "model": _model_entry(model, folder),
             "parts": entries,
             "tokens": _tokens(model, processor),
+            "prompt": prompt_entry(processor),
             "context": options.context if "decoder" in entries else None,
         }
         if pixels is not None:
@@ -135,6 +138,14 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
     if not findings:
         say(f"  lint: {path.name} is lint-clean")
     return lint.counts(findings)
+
+
+def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
+    """The tokenizer, as tokenizer.json in any case, and what its readers look up elsewhere."""
+    copied = copy_files(folder, partial)
+    shutil.copyfile(folder / "config.json", partial / "config.json")
+    if processor is not None and "tokenizer.json" not in copied:
+        processor.tokenizer.backend.save(str(partial / "tokenizer.json"))
 
 
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:
