@@ -23,6 +23,7 @@ from mlx_vlm_edge.tokenizer import Tokenizer
 
 from ..save import copy_files, new_folder
 from . import lint, manifest
+from .coreai import write_asset
 from .encoders import Encoder, Preprocessing, encoder
 from .package import save_checked, save_package
 from .parts import Options, Part
@@ -72,6 +73,9 @@ def export(
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
+            if options.coreai and isinstance(part, VisionPart) and part.name == "vision":
+                asset = path.with_suffix(".aimodel")
+                entries[part.name]["coreai"] = write_asset(part, asset, verify, say)
         _copy(folder, processor, partial)
         content = {
             "model": _model_entry(model, folder),
