@@ -1,7 +1,7 @@
 """How a family's picture becomes image features: its tower's emitter, its pixels, its grid."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +42,8 @@ class Encoder:
 
     emit(net, image) gives features [1, C, *grid], grid (h, w) or (1, N); connector is None where
     features are visual tokens. reference(pixels uint8 [H, W, 3]) is what MLX makes of a picture:
-    image features [1, N, C] and visual tokens [1, M, D].
+    image features [1, N, C] and visual tokens [1, M, D]. notes go into the manifest, arrays into a
+    file beside the package.
     """
 
     preprocessing: Preprocessing
@@ -52,6 +53,7 @@ class Encoder:
     connector: nn.Module | None
     reference: Callable[[np.ndarray], dict[str, mx.array]]
     notes: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None) -> Encoder:
@@ -180,7 +182,7 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
             _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, HALF, HALF
         ),
         emit, vision.hidden_size, (side, side), model.multi_modal_projector, reference,
-        {"tiles": True},
+        {"tiles": True}, {"image_newline": np.array(model.image_newline.astype(mx.float32))},
     )  # fmt: skip
 
 

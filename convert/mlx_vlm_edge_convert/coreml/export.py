@@ -116,7 +116,7 @@ def _parts(
         made = encoder(model, options.size, options.strategy)
         cases = _cases(made, image)
         if "vision" in wanted:
-            built.append(VisionPart(Tower(made, options), options, cases, made.notes))
+            built.append(VisionPart(Tower(made, options), options, cases, made.notes, made.arrays))
         if "connector" in wanted and not ("vision" in wanted and options.fused):
             built.append(VisionPart(Connector(made), options, cases))
     if "decoder" in wanted:
@@ -150,10 +150,11 @@ def _drawn(height: int, width: int) -> np.ndarray:
 
 def _save(part: Part, path: Path, verify: bool, say: Report) -> tuple[Part, Check | None]:
     """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
-    say(f"{part.name}: writing {path.name}")
     if not verify:
+        say(f"{part.name}: writing {path.name}")
         save_package(part, path)
         return part, None
+    say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
     part, check = part.verified(path)
     if told := _told(part):
         say(f"  {part.name}: activations leave float16: {told}")
@@ -196,11 +197,18 @@ def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:
     source = model.config.source
     return {
-        "name": folder.name,
+        "name": _name(folder),
         "model_type": source.get("model_type"),
         "exporter": f"mlx-vlm-edge {__version__}",
         "coremltools": tools().ct.__version__,
     }
+
+
+def _name(folder: Path) -> str:
+    """A folder's name, or the repository's where it is a snapshot in the Hub's cache."""
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/")
 
 
 def _tokens(model: VisionLanguageModel, processor: Processor | None) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from .interface import blocks, is_state
-from .saved import Saved, Type, type_of
+from .saved import FLOATS, Saved, Type, type_of
 
 NARROW = 32  # elements of the last axis that fill 64 bytes in float16
 LARGE = 1 << 16  # elements from which padding a narrow axis matters
 SIDE, CHANNELS, KERNEL = 16384, 65536, 13
 PROGRAM_BYTES = 2 << 30
+SMALLEST_NORMAL = 2.0**-14  # of float16
+SOME = 0.01  # of a constant's values
 OFF = frozenset({
     "gather", "gather_nd", "gather_along_axis", "scatter", "scatter_nd", "scatter_along_axis",
     "topk", "argsort", "non_zero", "one_hot", "cumsum", "shape", "range_1d", "while_loop", "cond",
@@ -59,8 +61,10 @@ Rule = Callable[[_Operation], str | None]
 def lint(package: Path) -> list[Finding]:
     """Every finding of every rule, in the order of the program. Raises UsageError if unreadable."""
     found: list[Finding] = []
-    for name, function, block in blocks(Saved(package)):
+    saved = Saved(package)
+    for name, function, block in blocks(saved):
         found += _inputs(name, function)
+        found += _constants(saved, name, block)
         for op in _operations(function, block):
             found += [
                 Finding(rule, name, f"{op.kind} {op.name}", reason)
@@ -103,6 +107,21 @@ def _inputs(name: str, function: Any) -> Iterator[Finding]:
             if shape and (shape[-1] or 0) % NARROW:
                 reason = f"last axis {shape[-1]} is no multiple of 32 (coremltools #2631)"
                 yield Finding("state-last-axis", name, where, reason)
+
+
+def _constants(saved: Saved, name: str, block: Any) -> Iterator[Finding]:
+    """Values of constants that are no numbers to it."""
+    for op in block.operations:
+        if op.type != "const" or type_of(op.attributes["val"].type).dtype not in FLOATS:
+            continue
+        values, where = saved.value(op.attributes["val"]), f"const {op.outputs[0].name}"
+        if not np.isfinite(values).all():
+            reason = "infinities become NaN; a mask takes -1e4"
+            yield Finding("infinite-constant", name, where, reason)
+        small = np.mean((values != 0) & (np.abs(values) < SMALLEST_NORMAL)) if values.size else 0
+        if values.dtype == np.float16 and small > SOME:
+            reason = f"{small:.0%} of its values are subnormal in float16: lost if it flushes them"
+            yield Finding("subnormal-constant", name, where, reason)
 
 
 def _operations(function: Any, block: Any) -> Iterator[_Operation]:

@@ -112,20 +112,21 @@ class Matrix:
         return Matrix(self.weight.rows(part), bias)
 
 
-def as_layer(matrix: Matrix) -> nn.Module:
-    """MLX's layer of the same values, in float32."""
+def as_layer(matrix: Matrix, factor: np.ndarray | None = None) -> nn.Module:
+    """MLX's layer of the same values, in float32; factor float32 [out] scales its outputs."""
+    factor = np.ones(matrix.outputs, np.float32) if factor is None else factor
     weight = matrix.weight
     if isinstance(weight, Groups):
         group = weight.data.shape[1] // weight.scale.shape[1]
         layer = nn.QuantizedLinear(group, 32, False, group_size=group, bits=weight.bits)
         layer.weight = mx.array(packed(weight.data, weight.bits))
-        layer.scales = mx.array(weight.scale)
-        layer.biases = mx.array(-(weight.offset * weight.scale))
+        scale = weight.scale * factor[:, None]
+        layer.scales, layer.biases = mx.array(scale), mx.array(-(weight.offset * scale))
     else:
         layer = nn.Linear(1, 1, False)
-        layer.weight = mx.array(weight.dense())
+        layer.weight = mx.array(weight.dense() * factor[:, None])
     if matrix.bias is not None:
-        layer.bias = mx.array(matrix.bias)
+        layer.bias = mx.array(matrix.bias * factor)
     return layer
 
 

@@ -39,13 +39,13 @@ def _save(function: Function, minimum: str, path: Path) -> None:
         ct.ImageType(name=name, shape=shape, color_layout=ct.colorlayout.RGB)
         for name, shape in function.images.items()
     ]
+    shutil.rmtree(path, ignore_errors=True)
     with quiet():
-        model = ct.convert(
+        ct.convert(
             function.program(), convert_to="mlprogram", minimum_deployment_target=target,
             compute_precision=_precision(function), inputs=images or None, skip_model_load=True,
+            package_dir=str(path),
         )  # fmt: skip
-        shutil.rmtree(path, ignore_errors=True)
-        model.save(str(path))
 
 
 def _precision(function: Function) -> Any:

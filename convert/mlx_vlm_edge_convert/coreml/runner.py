@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from mlx_vlm_edge.errors import UsageError
 
 from .interpreter import Mode, Package
+from .toolkit import tools
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 EMBEDDINGS_NAME = "embeddings"
@@ -28,6 +29,32 @@ class Functions(Protocol):
     def run(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> Mapping[str, np.ndarray]: ...
+
+
+class Compiled:
+    """A package run by Core ML itself, through coremltools on a Mac.
+
+    units: a name of coremltools' ComputeUnit. Raises UsageError without coremltools.
+    """
+
+    def __init__(self, path: Path, units: str = "ALL") -> None:
+        ct = tools().ct
+        self._models = {
+            name: ct.models.MLModel(
+                str(path), function_name=name, compute_units=ct.ComputeUnit[units]
+            )
+            for name in Package(path).functions
+        }
+
+    def new_state(self, function: str) -> Any:
+        return self._models[function].make_state()
+
+    def run(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> Mapping[str, np.ndarray]:
+        given = {} if state is None else {"state": state}
+        outputs: Mapping[str, np.ndarray] = self._models[function].predict(dict(inputs), **given)
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,21 @@ class Runner:
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids -> input embeddings [L, D]."""
         return self.embeddings[np.asarray(ids, np.int64)]
+
+    def embed_prompt(
+        self, ids: Sequence[int], visual: Sequence[int], tokens: np.ndarray
+    ) -> np.ndarray:
+        """Input embeddings [L, D] of a prompt: visual tokens [V, D] at the positions `visual`.
+
+        What `ids` has there is a placeholder, which may be no token.
+        """
+        rows, places = np.asarray(ids, np.int64).copy(), np.asarray(visual, np.int64)
+        if len(places) != len(tokens):
+            raise UsageError(f"{len(tokens)} visual tokens for {len(places)} positions")
+        rows[places] = 0
+        embeddings = self.embed(rows.tolist())
+        embeddings[places] = tokens
+        return embeddings
 
     def prefill(self, embeddings: np.ndarray) -> np.ndarray:
         """Run a prompt [L, D] after what is cached; logits float32 [V] of its last position.

@@ -155,7 +155,7 @@ class _Emission:
     def _norm(self, x: Any, weight: np.ndarray) -> Any:
         """RMSNorm. In float16 of x over its largest, whose square cannot overflow.
 
-        x / sqrt(mean(x^2) + eps) = r x / sqrt(mean((r x)^2) + r^2 eps), with r of about 1 / max |x|.
+        x / sqrt(mean(x^2) + eps) = r x / sqrt(mean((r x)^2) + r^2 eps), with r near 1 / max |x|.
         """
         mb, number, axes = self.mb, self.number, [self.axis]
         eps: Any = number(self.config.rms_norm_eps)
@@ -163,7 +163,9 @@ class _Emission:
             largest = mb.reduce_max(x=mb.abs(x=x), axes=axes, keep_dims=True)
             shrink = mb.inverse(x=largest, epsilon=number(SHRINK))
             x = mb.mul(x=x, y=shrink)
-            eps = mb.mul(x=mb.mul(x=shrink, y=eps), y=shrink)
+            # 1e-6 is beneath float16's normal numbers, its root is not.
+            root = mb.mul(x=shrink, y=number(self.config.rms_norm_eps**0.5))
+            eps = mb.mul(x=root, y=root)
         mean = mb.reduce_mean(x=mb.mul(x=x, y=x), axes=axes, keep_dims=True)
         normed = mb.mul(x=x, y=mb.rsqrt(x=mb.add(x=mean, y=eps), epsilon=number(0)))
         shape = (1, 1, -1) if self.stateful else (1, -1, 1, 1)
@@ -172,8 +174,9 @@ class _Emission:
     def _mlp(self, x: Any, layer: Layer) -> Any:
         mb, inner = self.mb, self.config.intermediate_size
         gate, up = self._linears(x, layer.gate_up, [inner, inner])
-        swish = mb.mul(x=gate, y=mb.sigmoid(x=gate))
-        return self._linear(mb.mul(x=swish, y=up), layer.down)
+        # In this order, since coremltools joins gate * sigmoid(gate) to one operation.
+        weighed = mb.mul(x=up, y=mb.sigmoid(x=gate))
+        return self._linear(mb.mul(x=weighed, y=gate), layer.down)
 
     def _attention(self, x: Any, layer: Layer, index: int) -> tuple[Any, list[Any]]:
         """What is added to the stream, and the new keys and values where the host keeps them."""

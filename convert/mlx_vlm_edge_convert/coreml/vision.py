@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -20,6 +21,7 @@ from .parts import Check, Function, Options, Parity
 from .rounded import check_rounded
 from .toolkit import tools
 
+ARRAYS = "_arrays.safetensors"
 IMAGE, FEATURES, TOKENS = "image", "image_features", "visual_tokens"
 # Relative errors that a sound package stays below: in float32, and rounded to float16.
 GRAPH, HALF = 1e-5, 2e-2
@@ -141,14 +143,15 @@ def _program(function: Callable[[Any], Any], shape: tuple[int, ...], half: bool)
 class VisionPart:
     """A part with one function of fixed shapes, whose ranges the audit can repair.
 
-    powers: by site, the power of two that values are held smaller by. islands: operations in
-    float32.
+    notes, arrays: for the host, in the manifest and beside the package. powers: by site, the power
+    of two that values are held smaller by. islands: operations in float32.
     """
 
     stretch: Stretch
     options: Options
     cases: Sequence[Case]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     powers: Mapping[str, int] = field(default_factory=dict)
     islands: frozenset[str] = frozenset()
     minimum: str = MINIMUM
@@ -174,24 +177,28 @@ class VisionPart:
         return (Function("main", program, self.stretch.images(), self.islands or None),)
 
     def write_files(self, folder: Path) -> None:
-        """Nothing beside the package."""
+        """What of the family's vision weights the host computes with, where there is any."""
+        if self.arrays:
+            save_file(dict(self.arrays), str(folder / f"{self.name}{ARRAYS}"))
 
     def describe(self) -> dict[str, Any]:
         """What was done about ranges, and what the family's host must do."""
         repairs = {"powers_of_two": dict(self.powers), "float32": sorted(self.islands)}
-        return {**self.notes, "range_repair": repairs}
+        files = {"arrays": f"{self.name}{ARRAYS}"} if self.arrays else {}
+        return {**self.notes, **files, "range_repair": repairs}
 
     def verified(self, path: Path) -> "tuple[VisionPart, Check]":
         """Save the package and compare it on every picture, its ranges repaired where they need it.
 
         A float16 package has a float32 twin, made for this: the twin must be what MLX computes, the
-        package the twin rounded, and then near MLX itself. The ranges are the twin's.
+        package the twin rounded, and then near MLX itself on the first picture. The ranges are the
+        twin's.
         Raises UsageError when the package is damaged or not its twin, or for what only float32 can
         hold, unless the precision is mixed.
         """
         if self.options.precision == "fp32":
             save_package(self, path)
-            return self, self._run(path, GRAPH, "")
+            return self, self._run(path, self.cases, GRAPH, "")
         with TemporaryDirectory(dir=path.parent) as folder:
             twin = Path(folder) / path.name
             part, whole = self, self._graph(twin)
@@ -199,18 +206,18 @@ class VisionPart:
                 part, whole = repaired, repaired._graph(twin)
             save_package(part, path)
             check_rounded(path, twin)
-        found = part._run(path, HALF, "")
+        found = part._run(path, self.cases[:1], HALF, "")
         return part, Check((*whole.parity, *found.parity), whole.ranges)
 
     def _graph(self, path: Path) -> Check:
         """The float32 twin, saved and run."""
         twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
         save_package(twin, path)
-        return twin._run(path, GRAPH, " (graph)")
+        return twin._run(path, self.cases, GRAPH, " (graph)")
 
-    def _run(self, path: Path, limit: float, note: str) -> Check:
+    def _run(self, path: Path, cases: Sequence[Case], limit: float, note: str) -> Check:
         package, parity = Package(path, track=True), []
-        for case in self.cases:
+        for case in cases:
             outputs = package.run("main", self.stretch.inputs(case, self._half))
             for name, output in outputs.items():
                 error = _distance(output, case.reference[name])
@@ -222,11 +229,11 @@ class VisionPart:
 
         Raises UsageError for what only float32 can hold, unless the precision is mixed.
         """
-        net = Network(False, self.powers)
-        self.stretch.emit(net)
-        repair = audit.repair(check.ranges, net.sites, self.powers)
-        if repair.powers == self.powers and repair.beyond <= self.islands:
+        if self.islands >= {*audit.leaving(check.ranges)}:
             return None
+        net = Network(False, self.powers)
+        self.stretch.emit(net)  # for its sites
+        repair = audit.repair(check.ranges, net.sites, self.powers)
         if repair.beyond and self.options.precision != "mixed":
             worst = max(repair.beyond, key=lambda name: check.ranges[name])
             raise UsageError(

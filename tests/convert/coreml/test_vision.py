@@ -90,10 +90,14 @@ def test_every_family_in_float32_and_float16(name, folders, tmp_path):
     fused = part_of(made, Options(precision="fp16"))
     _, check = verified(fused, tmp_path / "fused.mlpackage")  # its float32 twin is checked as well
     assert [parity.limit for parity in check.parity] == [vision.GRAPH, vision.HALF]
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v2", "smolvlm"])
+def test_head_by_head_from_a_tensor_and_the_connector_apart(name, folders, tmp_path):
+    made = encoder(model_of(folders(name)), None, None)
     apart = Options(precision="fp32", compute="cpu-ne", fused=False, image_input=False)
     verified(part_of(made, apart), tmp_path / "apart.mlpackage")
-    if made.connector is not None:
-        verified(part_of(made, apart, connector=True), tmp_path / "connector.mlpackage")
+    verified(part_of(made, apart, connector=True), tmp_path / "connector.mlpackage")
 
 
 def test_any_multiple_of_64(fastvlm, tmp_path):
@@ -134,15 +138,15 @@ def test_another_graph_is_no_rounding_of_the_twin(fastvlm, tmp_path):
         check_rounded(tmp_path / "a.mlpackage", tmp_path / "b.mlpackage")
 
 
-@pytest.mark.parametrize(("stage", "gain"), [(1, 2.0**13), (4, 2.0**12), (3, 2.0**9)])
+@pytest.mark.parametrize(("stage", "gain"), [(1, 2.0**13), (3, 2.0**9)])
 def test_streams_that_leave_float16_are_held_smaller(native_folder, tmp_path, stage, gain):
     """By a power of two in the weights around; stage 3 only by the squares in its norms."""
     model = model_of(native_folder)
     amplify(model.vision_tower, stage, gain)
-    made = encoder(model, (64, 128), None)
+    made = encoder(model, (64, 64), None)
     part, path = part_of(made, Options()), tmp_path / "high.mlpackage"
     save_package(part, path)
-    (parity,) = part._run(path, vision.HALF, "").parity
+    (parity,) = part._run(path, part.cases, vision.HALF, "").parity
     assert not parity.passed
     repaired, check = verified(part, path)
     assert {*repaired.powers} == {f"stage{stage}"}
@@ -163,7 +167,9 @@ def test_what_no_power_repairs_stays_in_float32_when_mixed(native_folder, tmp_pa
     repaired, check = verified(part_of(made, Options(precision="mixed")), path)
     assert repaired.islands == {"stage2_block0_fc1", "stage2_block0_gelu"}
     assert len(check.parity) == 2
-    declared = {op.outputs[0].name: op for _, _, block in blocks(Saved(path)) for op in block.operations}
+    declared = {
+        op.outputs[0].name: op for _, _, block in blocks(Saved(path)) for op in block.operations
+    }
     kinds = {name: type_of(op.outputs[0].type).dtype for name, op in declared.items()}
     assert kinds["stage2_block0_gelu"] == kinds["stage2_block0_fc2"] == "fp32"
     assert kinds["stage3_block0_cast_fp16"] == "fp16"

@@ -1,0 +1,468 @@
+"""The decoder: both forms against MLX, planted faults, the runner, and models answering whole."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from mlx_vlm_edge_convert.coreml import manifest, runner
+from mlx_vlm_edge_convert.coreml.decoder import CHUNK, DecoderPart, part
+from mlx_vlm_edge_convert.coreml.export import export
+from mlx_vlm_edge_convert.coreml.interpreter import Package
+from mlx_vlm_edge_convert.coreml.parts import Options
+from mlx_vlm_edge_convert.coreml.runner import Geometry, Runner
+
+from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
+
+from ...test_demo import EXAMPLES, SAMPLES
+
+QWEN2 = TextConfig(
+    hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=96, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e6,
+    max_position_embeddings=64, tie_word_embeddings=True, qkv_bias=True,
+)  # fmt: skip
+LLAMA = TextConfig(
+    hidden_size=160, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+    num_key_value_heads=1, vocab_size=70, head_dim=80, rms_norm_eps=1e-5, rope_theta=1e4,
+    max_position_embeddings=64, tie_word_embeddings=False, o_bias=True, mlp_bias=True,
+    rope_scaling={"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+)  # fmt: skip
+MODEL, WEIGHT = (
+    f"Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights/weight.bin")
+)
+FORMS = {"stateful": "cpu-gpu", "readonly": "cpu-ne"}
+
+
+def random_model(config, seed=0):
+    """Weights under which no layer's part dies out, so that a fault anywhere shows."""
+    mx.random.seed(seed)
+    model = LanguageModel(config)
+
+    def drawn(array):
+        scale = 1 / math.sqrt(array.shape[-1]) if array.ndim == 2 else 0.3
+        noise = mx.random.normal(array.shape) * scale * 1.4
+        return noise if array.ndim == 2 else noise + 0.9
+
+    model.update(tree_map(drawn, model.parameters()))
+    model.model.embed_tokens.weight = mx.random.normal(model.model.embed_tokens.weight.shape)
+    return model
+
+
+def make(model, form="stateful", precision="fp32", bits=None):
+    options = Options(compute=FORMS[form], precision=precision, bits=bits, context=32)
+    return DecoderPart(model, options, chunk=8)
+
+
+@pytest.fixture(scope="module")
+def qwen2():
+    return random_model(QWEN2)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = random_model(LLAMA)
+    model.fuse()
+    return model
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def saved(request, tools, qwen2, tmp_path_factory):
+    """A float32 package of each form, and the part that it is of."""
+    path = tmp_path_factory.mktemp(request.param) / "decoder.mlpackage"
+    made, found = make(qwen2, request.param).verified(path)
+    assert all(parity.passed for parity in found.parity)
+    return made, path
+
+
+def worst(made, path):
+    """What the graph's comparison finds, relative to what it may find."""
+    return max(parity.error / parity.limit for parity in made.check(path).parity)
+
+
+@pytest.mark.parametrize(("name", "form"), [("qwen2", "stateful"), ("llama", "readonly")])
+def test_float16_is_near_and_its_graph_exact(request, tools, tmp_path, name, form):
+    made = make(request.getfixturevalue(name), form, "fp16")
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert [parity.inputs for parity in found.parity][-2:] == [
+        "prefill + 8 steps (graph)", "prefill + 8 steps",
+    ]  # fmt: skip
+    assert all(parity.passed for parity in found.parity)
+    assert found.parity[-1].error > 1e-5  # it did round
+    assert found.ranges["layer_1"] < 1000
+
+
+def test_prefill_and_decode_share_their_weights(saved):
+    made, path = saved
+    assert {*Package(path).functions} == {"prefill", "decode"}
+    parameters = sum(matrix.weight.weight.size for matrix in _matrices(made.decoder))
+    assert (path / WEIGHT).stat().st_size < 1.2 * 4 * parameters
+
+
+def _matrices(decoder):
+    for layer in decoder.layers:
+        yield from (*layer.qkv, layer.out, *layer.gate_up, layer.down)
+    yield decoder.head
+
+
+@pytest.mark.parametrize("bits", [4, 8, "palette4"])
+def test_compressed_weights(tools, monkeypatch, qwen2, tmp_path, bits):
+    """And the head in parts, of which the Neural Engine's form has as many as it needs."""
+    monkeypatch.setattr("mlx_vlm_edge_convert.coreml.transformer.HEAD", 48)
+    path, form = tmp_path / "decoder.mlpackage", "stateful" if bits == 8 else "readonly"
+    made = make(qwen2, form, "fp16", bits)
+    _, found = made.verified(path)
+    assert all(parity.passed for parity in found.parity)
+    kind = "palettes of 16 for 16 rows" if bits == "palette4" else f"{bits} bits in groups of"
+    assert all(each.startswith(kind) for each in made.describe()["weights"])
+    logits = [name for name in _block(path, "decode").outputs if "logits" in name]
+    assert logits == (["logits"] if form == "stateful" else ["logits_0", "logits_1"])
+
+
+def test_a_quantised_checkpoint_is_exported_as_it_is(tools, tmp_path):
+    model = random_model(QWEN2)
+    nn.quantize(model, group_size=32, bits=4)
+    model.fuse()
+    made = make(model)
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity)
+    assert found.parity[1].error < 1e-6  # the weights, against MLX's
+    operations = {op.type for op in _block(tmp_path / "decoder.mlpackage", "decode").operations}
+    assert "constexpr_blockwise_shift_scale" in operations
+
+
+def _block(path, name, spec=None):
+    function = (spec or Package(path).spec).mlProgram.functions[name]
+    return function.block_specializations[function.opset]
+
+
+def test_every_value_has_at_most_rank_4_in_the_neural_engine_s_form(saved):
+    made, path = saved
+    if made.options.compute == "cpu-ne":
+        for name in ("prefill", "decode"):
+            ranks = [
+                len(output.type.tensorType.dimensions)
+                for op in _block(path, name).operations
+                for output in op.outputs
+            ]
+            assert max(ranks) == 4
+
+
+# Faults of the host: the runner writes, masks, turns or remembers wrongly.
+
+
+def cache_off_by_one(monkeypatch):
+    run = Package.run
+
+    def shifted(self, function, inputs, state=None):
+        if "position" in inputs and function == "decode":
+            inputs = {**inputs, "position": inputs["position"] - 1}
+        outputs = run(self, function, inputs, state)
+        moved = {n: np.roll(x, 1, -1) if n.startswith("new_") else x for n, x in outputs.items()}
+        return outputs if function == "decode" else moved
+
+    monkeypatch.setattr(Package, "run", shifted)
+
+
+def position_plus_one(monkeypatch):
+    turns = Runner._turns
+
+    def shifted(self, size):
+        self.offset += size == 1
+        found = turns(self, size)
+        self.offset -= size == 1
+        return found
+
+    monkeypatch.setattr(Runner, "_turns", shifted)
+
+
+def lost_cache(monkeypatch):
+    step = Runner.step
+
+    def forgetting(self, token):
+        offset = self.offset
+        self.start()
+        self.offset = offset
+        return step(self, token)
+
+    monkeypatch.setattr(Runner, "step", forgetting)
+
+
+def mask_off_by_one(monkeypatch):
+    mask = runner.mask
+    monkeypatch.setattr(runner, "mask", lambda offset, *rest: mask(max(offset - 1, 0), *rest))
+
+
+def mask_of_nothing(monkeypatch):
+    mask = runner.mask
+    monkeypatch.setattr(runner, "mask", lambda *arguments: mask(*arguments) * 0)
+
+
+@pytest.mark.parametrize(
+    "fault", [cache_off_by_one, position_plus_one, lost_cache, mask_off_by_one, mask_of_nothing]
+)
+def test_a_fault_of_the_host_is_found(saved, monkeypatch, fault):
+    made, path = saved
+    assert worst(made, path) <= 1
+    fault(monkeypatch)
+    assert worst(made, path) > 100
+
+
+# Faults of the package: one function, one operation, or the bytes of one constant.
+
+
+def another_activation(spec, name):
+    first = next(op for op in _block(None, name, spec).operations if op.type == "sigmoid")
+    first.type = "tanh"
+
+
+def turned_the_other_way(spec, name):
+    """The last rotation takes the cosines for sines."""
+    bindings = [
+        binding
+        for op in _block(None, name, spec).operations
+        for argument in op.inputs.values()
+        for binding in argument.arguments
+    ]
+    next(b for b in reversed(bindings) if b.name == "sin").name = "cos"
+
+
+def unmasked(spec, name):
+    """The last layer adds its scores to themselves instead of the mask."""
+    operations = _block(None, name, spec).operations
+    softmax = [op for op in operations if op.type == "softmax"][-1]
+    wanted = softmax.inputs["x"].arguments[0].name
+    (added,) = [op for op in operations if op.outputs and op.outputs[0].name == wanted]
+    added.inputs["y"].arguments[0].name = added.inputs["x"].arguments[0].name
+
+
+@pytest.mark.parametrize("fault", [another_activation, turned_the_other_way, unmasked])
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_a_fault_of_one_operation_is_found(saved, tmp_path, fault, function):
+    made, path = saved
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    spec = Package(copy).spec
+    fault(spec, function)
+    (copy / MODEL).write_bytes(spec.SerializeToString())
+    assert worst(made, copy) > 100
+
+
+def test_a_bias_of_zeros_is_found(saved, tmp_path):
+    made, path = saved
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    wanted = made.decoder.layers[1].qkv[2].bias.astype(np.float32).tobytes()
+    content = (copy / WEIGHT).read_bytes()
+    assert content.count(wanted) == 1  # shared by both functions
+    (copy / WEIGHT).write_bytes(content.replace(wanted, bytes(len(wanted))))
+    assert worst(made, copy) > 100
+
+
+def test_weights_that_are_not_mlx_s_are_found(saved):
+    made, _ = saved
+    other = replace(made, language_model=random_model(QWEN2, seed=1))
+    other.__dict__["decoder"] = made.decoder
+    assert other.weights_error() > 0.5
+
+
+def test_a_truncated_weight_file_is_found(saved, tmp_path):
+    made, path = saved
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    (copy / WEIGHT).write_bytes((path / WEIGHT).read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"weight.bin is cut off"):
+        made.check(copy)
+
+
+def test_activations_beyond_float16_are_one_clear_line(tools, tmp_path):
+    model = random_model(QWEN2)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight = layer.mlp.down_proj.weight * 3e4
+    with pytest.raises(UsageError, match=r"leave float16 \(the first is .*use --precision fp32"):
+        make(model, precision="fp16").verified(tmp_path / "decoder.mlpackage")
+
+
+def test_large_activations_are_normed_in_float16(tools, tmp_path):
+    """Values whose squares leave float16: as real decoders' residual streams have."""
+    model = random_model(QWEN2)
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * 2000
+    untied = LanguageModel(replace(QWEN2, tie_word_embeddings=False))
+    untied.model = model.model
+    untied.lm_head.weight = mx.random.normal(untied.lm_head.weight.shape) / 8
+    _, found = make(untied, "readonly", "fp16").verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity)
+    assert found.ranges["layer_0"] > 2000
+
+
+# The runner.
+
+
+def run_of(saved):
+    made, path = saved
+    return Runner(Package(path), made.geometry, made.table), made
+
+
+def test_chunks_and_single_steps_agree(saved):
+    whole, _ = run_of(saved)
+    single, _ = run_of(saved)
+    ids = np.random.default_rng(5).integers(0, 96, 21).tolist()
+    logits = whole.prefill(whole.embed(ids))
+    for token in ids:
+        last = single.step(token)
+    assert np.abs(last - logits).max() < 2e-3 * np.abs(logits).max()  # states are float16
+    assert whole.offset == single.offset == 21
+
+
+def test_the_context_s_end(saved):
+    run, _ = run_of(saved)
+    with pytest.raises(UsageError, match="the prompt takes 33 positions, the package's context"):
+        run.prefill(run.embed([1] * 33))
+    run.prefill(run.embed([1] * 27))  # 3 chunks and 3 positions
+    run.prefill(run.embed([2] * 4))  # a chunk would reach beyond the end
+    assert run.offset == 31
+    run.step(3)
+    with pytest.raises(UsageError, match="context of 32 is full"):
+        run.step(3)
+    run.start()
+    assert len(list(run.generate(run.embed([1] * 30), 9))) == 3
+
+
+def test_core_ml_itself_is_driven_the_same_way(saved, tools, monkeypatch):
+    """Its MLModel, which runs on a Mac only, played by the interpreter."""
+
+    class Model:
+        def __init__(self, path, function_name, compute_units):
+            self._package, self._function = Package(Path(path)), function_name
+            self.predict = lambda inputs, state=None: self._package.run(
+                self._function, inputs, state
+            )
+            self.make_state = lambda: self._package.new_state(self._function)
+
+    monkeypatch.setattr(tools.ct.models, "MLModel", Model)
+    run, made = run_of(saved)
+    mac = Runner(runner.Compiled(saved[1], "CPU_AND_GPU"), made.geometry, made.table)
+    prompt = run.embed([5, 6, 7] * 5)
+    assert list(mac.generate(prompt, 6)) == list(run.generate(prompt, 6))
+
+
+def test_visual_tokens_take_the_places_of_their_placeholders(saved):
+    run, made = run_of(saved)
+    tokens = np.full((2, 64), 7, np.float32)
+    embedded = run.embed_prompt([3, -200, -200, 4], [1, 2], tokens)
+    assert (embedded[1:3] == 7).all()
+    np.testing.assert_array_equal(embedded[[0, 3]], made.table[[3, 4]])
+    with pytest.raises(UsageError, match="2 visual tokens for 1 positions"):
+        run.embed_prompt([3, -200], [1], tokens)
+
+
+def test_a_stop_token_ends_an_answer(saved):
+    run, _ = run_of(saved)
+    tokens = list(run.generate(run.embed([5, 6, 7]), 6))
+    run.start()
+    assert len(tokens) == 6
+    assert list(run.generate(run.embed([5, 6, 7]), 6, stops=tokens[:1])) == tokens[:1]
+
+
+def test_masks_are_the_worked_examples():
+    seen = [(runner.mask(1, 2, 3, stateful)[0, 0] == 0).astype(int) for stateful in (True, False)]
+    assert seen[0].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert seen[1].tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+
+
+def test_a_manifest_without_geometry_is_one_clear_line(saved):
+    made, _ = saved
+    entry = json.loads(json.dumps(made.describe()))
+    assert Geometry.from_manifest(entry) == made.geometry
+    del entry["geometry"]["chunk"]
+    with pytest.raises(UsageError, match=r"manifest.json: the decoder's geometry is wrong"):
+        Geometry.from_manifest(entry)
+
+
+@pytest.mark.parametrize(
+    ("context", "says"),
+    [
+        (48, f"--context 48 is no multiple of {CHUNK}, .*: use {CHUNK}"),
+        (100, f"--context 100 is no multiple of {CHUNK}, .*: use {CHUNK}"),
+        (512, "--context 512: this model's is 1 to 128"),
+        (0, "--context 0: this model's is 1 to 128"),
+    ],
+)
+def test_contexts_that_cannot_be(context, says):
+    model = LanguageModel(replace(QWEN2, max_position_embeddings=128))
+    with pytest.raises(UsageError, match=says):
+        DecoderPart(model, Options(context=context))
+
+
+def test_other_language_models_are_refused():
+    class Holder:
+        language_model = nn.Linear(2, 2)
+
+    with pytest.raises(UsageError, match="covers Llama and Qwen2"):
+        part(Holder(), None, Options())
+
+
+# Whole models, against MLX's own greedy ids.
+
+
+def answer(run, inputs, visual_tokens, eos, count):
+    embeddings = run.embed_prompt(inputs.input_ids[0].tolist(), inputs.visual, visual_tokens)
+    run.start()
+    return list(run.generate(embeddings, count, eos))
+
+
+@pytest.mark.parametrize(
+    ("folder", "form"), [("mobilevlm_v2", "stateful"), ("fastvlm_tiny", "readonly")]
+)
+def test_the_tiny_models_decoders_give_mlx_s_tokens(
+    tools, golden, native_folder, tmp_path, folder, form
+):
+    name = native_folder if folder == "fastvlm_tiny" else golden.parent / folder
+    model, processor = load(str(name))
+    picture = golden.parent / "mobilevlm_v1" / "landscape.png"
+    inputs = processor("What is this?", images=[str(picture)])
+    whole = model.embed(inputs)
+    context = -(-(whole.shape[1] + 16) // 32) * 32
+    options = Options(compute=FORMS[form], precision="fp32", context=context)
+    made = DecoderPart(model.language_model, options, chunk=32)
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity)
+    run = Runner(Package(tmp_path / "decoder.mlpackage", "fp32"), made.geometry, made.table)
+    tokens = np.array(whole[0, mx.array(inputs.visual)])
+    found = answer(run, inputs, tokens, (), 12)
+    cache, expected = model.make_cache(), []
+    for _ in range(12):
+        logits = model.language_model(whole, cache, last_only=True)
+        expected.append(int(logits[0, -1].argmax()))
+        whole = model.language_model.embed(mx.array([expected[-1:]]))
+    assert found == expected
+
+
+def greedy(model, processor, question, picture, count):
+    pieces = stream_generate(model, processor, question, images=[picture], max_tokens=count)
+    return [piece.token for piece in pieces if piece.token is not None]
+
+
+@pytest.fixture(scope="module")
+def bundle(tools, tmp_path_factory) -> Path:
+    """The demo model, exported whole in float16 with the connector fused."""
+    return export("demo", tmp_path_factory.mktemp("bundle") / "demo")
+
+
+def test_the_demo_s_bundle_answers_its_questions_with_mlx_s_tokens(bundle):
+    model, processor = load("demo")
+    content = manifest.read(bundle)
+    vision = Package(bundle / content["parts"]["vision"]["package"])
+    run = Runner.open(bundle, content["parts"]["decoder"])
+    for name, question, right in SAMPLES[::3]:
+        picture = str(EXAMPLES / "images" / name)
+        inputs = processor(question, images=[picture])
+        image = inputs.pixels[0].data.transpose(2, 0, 1)[None].astype(np.float32)
+        (tokens,) = vision.run("main", {"image": image}).values()
+        found = answer(run, inputs, tokens[0], processor.eos_ids, 32)
+        assert found == greedy(model, processor, question, picture, 32)
+        assert processor.tokenizer.decode(found).strip() == right
