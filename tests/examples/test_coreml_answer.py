@@ -54,6 +54,20 @@ def test_the_greedy_tokens_are_those_of_mlx(bundle, demo, picture, question):
     assert list(bundle.answer(PICTURES / picture, question, 2)) == expected[:2]
 
 
+def test_another_family_as_well(export, example, tmp_path):
+    """MobileVLM V2: LDPv2, a sentencepiece tokenizer, tokenizer.json made from its model."""
+    from mlx_vlm_edge_convert.coreml.parts import Options
+
+    source = str(ROOT / "tests" / "golden" / "mobilevlm_v2")
+    options = Options(precision="fp32", compute="cpu-ne", context=256)  # caches in float32 too
+    folder = export(source, tmp_path / "out", options=options, verify=False)
+    assert (folder / "tokenizer.json").is_file()
+    bundle = example.Bundle(folder, lambda name: Package(folder / name))
+    expected = answer(load(source, dtype="float32"), *ASKED[0])[:12]
+    assert len(expected) > 3
+    assert list(bundle.answer(PICTURES / ASKED[0][0], ASKED[0][1], 12)) == expected
+
+
 def test_the_prompt_is_that_of_mlx(bundle, demo):
     model, processor = demo
     question = " What\n\nis 'it', \u00e9?\n"
