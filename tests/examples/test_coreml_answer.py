@@ -27,7 +27,7 @@ def example():
     return module
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo():
     return load("demo", dtype="float32")
 

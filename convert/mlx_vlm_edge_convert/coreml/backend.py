@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ def attach(model: VisionLanguageModel, weights: str, setting: str, say: Say) -> 
     """
     precision, compute = parse(setting)
     size = encoder(model, None, None).preprocessing.size
-    features = CoreMLFeatures(model, weights, precision, compute, say)
+    own: Any = weakref.proxy(model)  # which owns its features: no ring keeps gigabytes alive
+    features = CoreMLFeatures(own, weights, precision, compute, say)
     model.features = features  # type: ignore[method-assign]  # in the place of its own
     features.prepare(size)
     return features
@@ -155,12 +157,12 @@ def attach(model: VisionLanguageModel, weights: str, setting: str, say: Say) -> 
 def parse(setting: str) -> tuple[Precision, Compute]:
     """ "coreml:fp32:cpu-gpu" -> ("fp32", "cpu-gpu"); fp16 on the Neural Engine without them."""
     name, *choices = setting.split(":")
-    precision: Any = _one_of(choices, ("fp16", "fp32", "mixed"))
+    precision: Any = _one_of(choices, ("fp16", "fp32"))
     compute: Any = _one_of(choices, tuple(UNITS))
     if name != "coreml" or choices:
         raise UsageError(
-            f"vision back end {setting!r} is not known: mlx, or coreml with :fp16, :fp32 or :mixed "
-            "and :cpu-ne or :cpu-gpu behind it"
+            f"vision back end {setting!r} is not known: mlx, or coreml with :fp16 or :fp32 and "
+            ":cpu-ne or :cpu-gpu behind it"
         )
     return precision or "fp16", compute or "cpu-ne"
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_a_package_is_exported_once(tools, native_folder, own_cache, capsys, mon
     assert capsys.readouterr().err == ""
 
 
+def test_a_model_is_freed_when_it_is_let_go(tools, native_folder):
+    model, processor = load(str(native_folder), vision_backend="coreml:fp32")
+    seen = weakref.ref(model)
+    del model, processor
+    assert seen() is None
+
+
 def test_a_package_belongs_to_weights_size_and_precision(native_folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(native_folder, copy)
@@ -95,7 +103,9 @@ def test_an_export_that_fails_leaves_nothing(tools, native_folder, own_cache, mo
     assert not own_cache.exists() or not [*own_cache.iterdir()]
 
 
-@pytest.mark.parametrize("setting", ["metal", "coreml:int8", "coreml:fp16:fp32", "coreml:"])
+@pytest.mark.parametrize(
+    "setting", ["metal", "coreml:int8", "coreml:mixed", "coreml:fp16:fp32", "coreml:"]
+)
 def test_unknown_settings_are_one_line(setting, native_folder, capsys):
     command = ["generate", "--model", str(native_folder), "--prompt", "Hi"]
     assert main([*command, "--vision-backend", setting]) == 2
