@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import gpu
+from .dense import Layer, by_output
 from .gpu import Activation, Mask
 
 CACHEFUL = 1 << 18  # elements: 1 MB, half of an ordinary second-level cache and more
@@ -184,9 +184,9 @@ def _channels_last(x: mx.array, shape: tuple[int, ...]) -> mx.array:
     return mx.moveaxis(x.reshape(shape[0], -1, *shape[1:]), 1, -1)
 
 
-def _matmul(layer: nn.Linear, x: mx.array) -> mx.array:
+def _matmul(layer: Layer, x: mx.array) -> mx.array:
     """A linear layer over the channels of [B, C, n]. The reference BLAS likes this order better."""
-    y = layer.weight @ x
+    y = by_output(layer) @ x
     return y + layer.bias[:, None] if "bias" in layer else y
 
 
@@ -196,7 +196,7 @@ def _per_position(function: Activation, x: mx.array, widest: int) -> mx.array:
     return _channels_last(_by_parts(function, _channels_first(x), size, -1), x.shape[:-1])
 
 
-def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
+def pointwise(x: mx.array, layer: Layer, activation: Activation | None) -> mx.array:
     if x.dtype != mx.float32:
         return gpu.pointwise(x, layer, activation)
 
@@ -204,17 +204,17 @@ def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> m
         y = _matmul(layer, part)
         return y if activation is None else activation(y)
 
-    return _per_position(some, x, layer.weight.shape[0])
+    return _per_position(some, x, by_output(layer).shape[0])
 
 
-def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
+def mlp(x: mx.array, fc1: Layer, fc2: Layer, activation: Activation) -> mx.array:
     if x.dtype != mx.float32:
         return gpu.mlp(x, fc1, fc2, activation)
 
     def some(part: mx.array) -> mx.array:
         return _matmul(fc2, activation(_matmul(fc1, part)))
 
-    return _per_position(some, x, fc1.weight.shape[0])
+    return _per_position(some, x, by_output(fc1).shape[0])
 
 
 def add(x: mx.array, y: mx.array) -> mx.array:

@@ -75,13 +75,12 @@ def amplify(tower: FastViTHD, index: int, gain: float) -> None:
             block.mixer.bias = block.mixer.bias * gain
         else:
             entering.append(block.mixer)
-        block.ffn.depthwise.bias = block.ffn.depthwise.bias * gain
         block.ffn.fc1.weight = block.ffn.fc1.weight / gain
         _grow(block.ffn.fc2, gain)
     _grow(entering[0], gain)
     last = index + 1 == len(tower.stages)
     leaving = tower.conv_exp if last else tower.stages[index + 1].entry[0]
-    leaving.depthwise.weight = leaving.depthwise.weight / gain
+    leaving.depthwise.weights = [weight / gain for weight in leaving.depthwise.weights]
     mx.eval(tower.parameters())
 
 
