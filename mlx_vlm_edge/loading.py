@@ -4,6 +4,7 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,19 @@ Quantization = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What `load` takes besides the name."""
+    """What `load` takes besides the name.
+
+    dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
+    checkpoint's on a GPU (the vision tower never in float16), and float32 on the CPU back end,
+    whose half-precision matmuls are slow. revision: branch, tag or commit of a Hub model. quantize:
+    4 or 8 bits for the language model, on the fly. offline: never touch the network.
+    image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
+    checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
+    image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
+    size, which is faster and not pixel-exact; results say so. vision_backend: "coreml" lets a Core
+    ML package compute image features, in float16 on the Neural Engine and CPU; ":fp32" and
+    ":cpu-gpu" behind it choose otherwise. It is exported and kept at the first use.
+    """
 
     dtype: str | None = None
     revision: str | None = None
@@ -45,6 +58,7 @@ class Options:
     resolution: int | None = None
     max_tiles: int | None = None
     jpeg_draft: bool = False
+    vision_backend: str = "mlx"
 
     def check(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -55,33 +69,12 @@ class Options:
             )
 
 
-def load(
-    name: str = "demo",
-    *,
-    dtype: str | None = None,
-    revision: str | None = None,
-    quantize: int | None = None,
-    offline: bool = False,
-    image_strategy: str | None = None,
-    resolution: int | None = None,
-    max_tiles: int | None = None,
-    jpeg_draft: bool = False,
-) -> tuple[VisionLanguageModel, Processor]:
-    """Load a model by alias ("fastvlm-0.5b"), Hub id or folder.
+def load(name: str = "demo", **options: Any) -> tuple[VisionLanguageModel, Processor]:
+    """Load a model by alias ("fastvlm-0.5b"), Hub id or folder. options: the fields of Options.
 
-    dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
-    checkpoint's on a GPU (the vision tower never in float16), and float32 on the CPU back end,
-    whose half-precision matmuls are slow. quantize: 4 or 8 bits for the language model, on the fly.
-    image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
-    checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
-    image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
-    size, which is faster and not pixel-exact; results say so.
     Raises UsageError for anything that is missing, damaged or unknown.
     """
-    options = Options(
-        dtype, revision, quantize, offline, image_strategy, resolution, max_tiles, jpeg_draft
-    )
-    model, processor = load_ahead(name, options)
+    model, processor = load_ahead(name, Options(**options))
     model.arrive()
     return model, processor
 
@@ -105,6 +98,8 @@ def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Proces
         parsing = Steps(Tokenizer.from_folder(item) for item in (folder,))
         *_, (module, model) = _read(folder, options)
         tokenizer = parsing.wait(0)
+    if options.vision_backend != "mlx":
+        use_backend(model, folder, options.vision_backend)
     processor: Processor = module.Processor(model.config, tokenizer)
     if options.jpeg_draft:
         processor.draft_side()  # or a clear line
@@ -132,6 +127,17 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLa
     yield module, model
     arrange(model)
     yield module, model
+
+
+def use_backend(model: VisionLanguageModel, weights: Path | str, setting: str) -> None:
+    """Have image features computed by another back end; notes of a first export go to stderr.
+
+    weights: the checkpoint's folder, or a name for weights that have none.
+    """
+    from mlx_vlm_edge_convert.coreml.backend import attach, identity
+
+    name = identity(weights) if isinstance(weights, Path) else weights
+    attach(model, name, setting, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def arrange(model: VisionLanguageModel) -> None:

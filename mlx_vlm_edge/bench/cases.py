@@ -39,12 +39,13 @@ class Options:
     image_name: str
     cold: bool
     energy: bool
+    vision_backend: str = "mlx"
 
     @property
     def choices(self) -> list[Choice]:
         """One for every model that has to be loaded."""
         return [
-            Choice(model, self.random, self.dtype, bits)
+            Choice(model, self.random, self.dtype, bits, self.vision_backend)
             for model in self.models
             for bits in self.bits
         ]
@@ -180,6 +181,7 @@ def _described(choice: Choice, resolution: int | None, dtype: str) -> dict[str, 
         "resolution": resolution,
         "bits": choice.bits,
         "dtype": dtype,
+        "vision_backend": choice.vision_backend,
     }
 
 

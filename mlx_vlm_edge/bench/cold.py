@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,8 @@ def answer(spec: dict[str, Any]) -> None:
     from .opened import Choice, Opened
 
     imported = time.perf_counter()
-    choice = {key: spec[key] for key in ("model", "random", "dtype", "bits")}
-    model, processor = Opened(Choice(**choice), ahead=True).at(spec["resolution"])
+    choice = Choice(**{field.name: spec[field.name] for field in fields(Choice)})
+    model, processor = Opened(choice, ahead=True).at(spec["resolution"])
     processor.eos_ids = frozenset()
     loaded = time.perf_counter()
     pieces = stream_generate(

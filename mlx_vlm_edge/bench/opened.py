@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..loading import Options, load_ahead
+from ..loading import Options, load_ahead, use_backend
 from ..models.base import VisionLanguageModel
 from ..prompt import Processor
 
@@ -15,6 +15,7 @@ class Choice:
     random: bool = False
     dtype: str | None = None
     bits: int | None = None
+    vision_backend: str = "mlx"
 
     @property
     def weights(self) -> str:
@@ -33,8 +34,12 @@ class Opened:
 
             plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
             self.model, self._processor = build(plan)
+            if choice.vision_backend != "mlx":
+                use_backend(self.model, f"random {choice.model}", choice.vision_backend)
         else:
-            options = Options(dtype=choice.dtype, quantize=choice.bits)
+            options = Options(
+                dtype=choice.dtype, quantize=choice.bits, vision_backend=choice.vision_backend
+            )
             self.model, self._processor = load_ahead(choice.model, options)
             if not ahead:
                 self.model.arrive()

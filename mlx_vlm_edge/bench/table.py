@@ -59,7 +59,9 @@ def case(record: Record, width: int = 80) -> str:
 def title(record: Record) -> str:
     side = f"{record['resolution']} px" if record["resolution"] else "its own resolution"
     bits = f"{record['bits']} bits, " if record["bits"] else ""
-    return f"{record['model']}, {side}, {bits}{record['dtype']}, {record['weights']}"
+    backend = record.get("vision_backend", "mlx")
+    tower = "" if backend == "mlx" else f", vision by {backend}"
+    return f"{record['model']}, {side}, {bits}{record['dtype']}, {record['weights']}{tower}"
 
 
 def counts(record: Record) -> str:

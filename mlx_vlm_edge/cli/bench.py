@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .generate import DEFAULT_MODEL, default_model
+from .generate import BACKENDS, DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
     from ..bench.cases import Options
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: the checkpoint's, or bfloat16 for random ones, "
         "on a GPU; float32 on a CPU)",
     )  # fmt: skip
+    what.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
     what.add_argument(
         "--image", metavar="FILE", help="picture to ask about (default: a drawn one, 1024 x 1024)"
     )
@@ -185,6 +186,7 @@ def _options(args: argparse.Namespace) -> "Options":
         image_name=args.image or NAME,
         cold=not args.no_cold,
         energy=args.energy,
+        vision_backend=args.vision_backend,
     )
 
 

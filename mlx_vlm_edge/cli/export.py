@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the vision part takes: a picture, or a tensor of its values 0..255",
     )  # fmt: skip
     form.add_argument(
+        "--format", choices=("mlpackage", "coreai"), default="mlpackage",
+        help="coreai: the vision part as a Core AI asset as well (experimental, macOS and iOS 27)",
+    )  # fmt: skip
+    form.add_argument(
         "--image-strategy", metavar="S", help="pad, center_crop, ... (default: the model's)"
     )
     form.add_argument(
@@ -80,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"context {args.context}: give a number of positions above zero")
     if args.bits and args.part in ("vision", "connector"):
         raise UsageError(f"--bits compresses the decoder, which --part {args.part} leaves out")
+    if args.format == "coreai" and args.part in ("connector", "decoder"):
+        raise UsageError(
+            f"--part {args.part} leaves out the vision part, which --format coreai is for"
+        )
     wanted = size(args.resolution)
     from mlx_vlm_edge_convert.coreml.export import export
     from mlx_vlm_edge_convert.coreml.parts import Options
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision, compute=args.compute, size=wanted,
         strategy=args.image_strategy, bits=bits,
         context=args.context, fused=not args.separate_connector,
-        image_input=args.input == "image",
+        image_input=args.input == "image", coreai=args.format == "coreai",
     )  # fmt: skip
     target = export(
         locate(args.model, offline=args.offline), args.out, parts=parts, options=options,

@@ -18,6 +18,10 @@ DEMO_NOTE = (
     "note: using the bundled demo model, which knows drawn shapes and printed text, "
     f"not photographs; `mlx-vlm-edge models pull {DEFAULT_MODEL}` gets a real one"
 )
+BACKENDS = (
+    "mlx, or coreml: a package that is exported once, float16, for the Neural Engine and CPU; "
+    "coreml:fp32, coreml:cpu-gpu and both together choose otherwise"
+)
 # Flags that are passed on to `stream_generate` as they are.
 SAMPLING = {
     "max_tokens": (int, 256, "tokens to generate at most"),
@@ -112,6 +116,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
+    group.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
 
 
 def default_model() -> str:
@@ -152,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     loading = Options(
         dtype=args.dtype, revision=args.revision, quantize=args.bits, offline=args.offline,
         image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
-        jpeg_draft=args.jpeg_draft,
+        jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,
     )  # fmt: skip
     model, processor = load_ahead(args.model or default_model(), loading)
     if args.verbose or args.json:

@@ -78,9 +78,11 @@ def refuse_max_tiles(max_tiles: int | None) -> None:
 
 
 class VisionLanguageModel(nn.Module):
-    """Base of the families' models; they supply `encode_image` and the parts."""
+    """Base of the families' models; they supply the parts and `features`, or `encode_image` where
+    visual tokens are made otherwise."""
 
     language_model: LanguageModel
+    mm_projector: Any  # features [B, N, C] -> visual tokens [B, N', D]
     arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
 
     def arrive(self) -> None:
@@ -91,6 +93,15 @@ class VisionLanguageModel(nn.Module):
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
+        stages = stages or Stages()
+        features = self.features(pixels.data[None])
+        stages.mark("vision", features)
+        tokens: mx.array = self.mm_projector(features)[0]
+        stages.mark("connector", tokens)
+        return tokens
+
+    def features(self, pictures: np.ndarray) -> mx.array:
+        """uint8 [B, H, W, 3] -> image features [B, N, C]: what another back end may compute."""
         raise NotImplementedError
 
     def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:

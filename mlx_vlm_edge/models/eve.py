@@ -20,7 +20,6 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, fit
 from ..language.llama import LanguageModel, TextConfig
-from ..timings import Stages
 from ..vision.eve import PatchConfig, PatchEmbedding
 from ..weights import Weights
 from . import llava
@@ -136,15 +135,6 @@ class Model(VisionLanguageModel):
         self.vision_tower = PatchEmbedding(config.vision)
         self.mm_projector = MLP(config.vision.width, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
-
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
-        """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
-        stages = stages or Stages()
-        features = self.features(pixels.data[None])[0]
-        stages.mark("vision", features)
-        tokens = self.mm_projector(features)
-        stages.mark("connector", tokens)
-        return tokens
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [1, H, W, 3] -> image features [1, 1 + h * (w + 1), C]."""

@@ -19,7 +19,6 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, Strategy, fit
 from ..language.llama import LanguageModel, TextConfig
-from ..timings import Stages
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..weights import Weights
@@ -126,15 +125,6 @@ class Model(VisionLanguageModel):
         self.vision_tower = FastViTHD(config.vision)
         self.mm_projector = MLP(config.vision.out_dim, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
-
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
-        """Pixels of one image -> visual tokens [side / 64 squared, D]."""
-        stages = stages or Stages()
-        features = self.features(pixels.data[None])
-        stages.mark("vision", features)
-        tokens = self.mm_projector(features)[0]
-        stages.mark("connector", tokens)
-        return tokens
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, H / 64 * W / 64, C]."""

@@ -22,7 +22,6 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..image import Pixels, Strategy, fit
 from ..language.llama import LanguageModel, TextConfig
-from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from ..weights import Weights
@@ -145,15 +144,6 @@ class Model(VisionLanguageModel):
 
     def make_connector(self, config: Config) -> nn.Module:
         return MLP(config.vision.hidden_size, config.text.hidden_size)
-
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
-        """Pixels of one image -> visual tokens [N, D]."""
-        stages = stages or Stages()
-        features = self.features(pixels.data[None])
-        stages.mark("vision", features)
-        tokens = self.mm_projector(features)[0]
-        stages.mark("connector", tokens)
-        return tokens
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C]."""

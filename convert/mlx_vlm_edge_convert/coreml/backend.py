@@ -19,20 +19,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_edge import __version__
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.weights import find_shards
 
 from ..save import new_folder
 from .encoders import encoder
-from .export import drawn_cases, save_checked
 from .interpreter import Package
+from .package import save_checked
 from .parts import Compute, Options, Precision, Say
+from .pictures import drawn_cases
 from .toolkit import tools
 from .vision import FEATURES, IMAGE, TOKENS, Tower, VisionPart
 
 CACHE = "MLX_VLM_EDGE_CACHE"  # folder of exported packages; ~/.cache/mlx-vlm-edge without it
+EXPORTER = 1  # raised when the exporter emits something else: cached packages are made again
 UNITS = {"cpu-ne": "CPU_AND_NE", "cpu-gpu": "CPU_AND_GPU"}
 PACKAGE, COMPILED = "vision.mlpackage", "vision.mlmodelc"
 
@@ -48,7 +49,7 @@ def cache_folder() -> Path:
 
 
 def identity(folder: Path) -> str:
-    """Of a checkpoint's weights: changes when a file of it is replaced.
+    """Of a checkpoint's weights: another one when a file of it is replaced.
 
     Names, sizes and times of the files, since reading gigabytes would take longer than answering.
     """
@@ -100,7 +101,7 @@ class CoreMLFeatures:
         self._runs[size] = _runner(folder, self.compute, self.say)
 
     def _key(self, size: tuple[int, int]) -> str:
-        told = [__version__, self.weights, *size, self.precision, self.compute]
+        told = [EXPORTER, self.weights, *size, self.precision, self.compute]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
     def _export(self, size: tuple[int, int], folder: Path) -> None:
@@ -117,14 +118,15 @@ class CoreMLFeatures:
         try:
             yield
         finally:
-            self.model.features = self
+            self.model.features = self  # type: ignore[method-assign]
 
 
 def _runner(folder: Path, compute: Compute, say: Say) -> Run:
     """What predicts with a cached package on this machine."""
     package = folder / PACKAGE
     if sys.platform != "darwin":
-        return lambda inputs, package=Package(package): package.run("main", inputs)
+        interpreted = Package(package)
+        return lambda inputs: interpreted.run("main", inputs)
     ct, compiled = tools().ct, folder / COMPILED
     if not compiled.exists():
         say("compiling it for this Mac (once)")
@@ -135,17 +137,17 @@ def _runner(folder: Path, compute: Compute, say: Say) -> Run:
     return predict
 
 
-def attach(
-    model: VisionLanguageModel, folder: Path, setting: str, say: Say = print
-) -> CoreMLFeatures:
+def attach(model: VisionLanguageModel, weights: str, setting: str, say: Say) -> CoreMLFeatures:
     """Let Core ML compute a model's image features, by "coreml" with ":fp32" or ":cpu-gpu" behind.
 
+    weights: `identity` of the checkpoint, or another name that no other weights have. The package
+    for the model's own picture size is there when this returns.
     Raises UsageError for another setting and for a family that has no tower to export.
     """
     precision, compute = parse(setting)
     size = encoder(model, None, None).preprocessing.size
-    features = CoreMLFeatures(model, identity(folder), precision, compute, say)
-    model.features = features  # in the place of the family's method
+    features = CoreMLFeatures(model, weights, precision, compute, say)
+    model.features = features  # type: ignore[method-assign]  # in the place of its own
     features.prepare(size)
     return features
 

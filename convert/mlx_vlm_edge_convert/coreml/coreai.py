@@ -6,7 +6,10 @@ Anything without a translation raises. Source of the operations: coreai-core 1.0
 """
 
 import asyncio
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,19 +17,22 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
+from .network import Network
+from .parts import Say
+from .vision import GRAPH, HALF, Tower, VisionPart, distance
+
 Operation = Any  # of coremltools' MIL
 Tensor = Any  # a Value of coreai.authoring
 
 
 def _authoring() -> Any:
     try:
-        import coreai.authoring as authoring
+        return import_module("coreai.authoring")
     except ImportError:
         raise UsageError(
             "Core AI export needs coreai-core: pip install 'mlx-vlm-edge[coreai]' "
             "(macOS, or Linux with glibc 2.34 or newer)"
         ) from None
-    return authoring
 
 
 def _indices(values: Any) -> np.ndarray:
@@ -48,6 +54,10 @@ class _Translation:
             return self.values[variable.name]
         value = np.asarray(variable.val)
         return value.astype(self.dtype) if value.dtype.kind == "f" else value
+
+    def counts(self, operation: Operation, name: str) -> np.ndarray:
+        """A parameter that holds sizes."""
+        return np.asarray(operation.inputs[name].val, np.uint32)
 
     def run(self, operation: Operation) -> None:
         translate = _TRANSLATIONS.get(operation.op_type)
@@ -71,9 +81,7 @@ def _conv(t: _Translation, operation: Operation) -> Tensor:
         raise UsageError(f"Core AI export: padding {inputs['pad_type'].val!r} is not translated")
     if any(pads):
         x = t.ca.pad(x, np.array([0, 0, 0, 0, *pads], np.uint32), t.dtype(0))
-    strides, dilations = (
-        np.asarray(inputs[key].val, np.uint32) for key in ("strides", "dilations")
-    )
+    strides, dilations = t.counts(operation, "strides"), t.counts(operation, "dilations")
     weight, groups = t.get(operation, "weight"), np.uint32(inputs["groups"].val)
     y = t.ca.conv2d(x, weight, strides, dilations, groups)
     if inputs.get("bias") is None:
@@ -83,9 +91,7 @@ def _conv(t: _Translation, operation: Operation) -> Tensor:
 
 def _avg_pool(t: _Translation, operation: Operation) -> Tensor:
     inputs = operation.inputs
-    kernel, strides = (
-        np.asarray(inputs[key].val, np.uint32) for key in ("kernel_sizes", "strides")
-    )
+    kernel, strides = t.counts(operation, "kernel_sizes"), t.counts(operation, "strides")
     if inputs["pad_type"].val != "valid":
         raise UsageError("Core AI export: a padded average pool is not translated")
     x = t.get(operation, "x")
@@ -223,8 +229,6 @@ def save_asset(program: Any, path: Path, dtype: type[np.floating[Any]] = np.floa
 
 def _signed(body: Callable[..., Any], inputs: Mapping[str, Any], outputs: list[Any]) -> Any:
     """`body` under the name `main`, with the parameters and annotations that Core AI reads."""
-    import inspect
-
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=a) for name, a in inputs.items()]
     result = outputs[0] if len(outputs) == 1 else tuple[tuple(outputs)]  # type: ignore[misc]
@@ -239,15 +243,58 @@ def _signed(body: Callable[..., Any], inputs: Mapping[str, Any], outputs: list[A
 
 def predict(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run an asset's `main` with Core AI's own runtime (on Linux: its CPU interpreter)."""
-    _authoring()
-    from coreai.authoring import AIModelAsset
-    from coreai.runtime import NDArray
+    ca = _authoring()
+    runtime = import_module("coreai.runtime")
 
     async def run() -> dict[str, np.ndarray]:
-        async with AIModelAsset.load(path).executable() as model:
+        async with ca.AIModelAsset.load(path).executable() as model:
+            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
             results = await model.load_function("main")(
-                {name: NDArray(np.ascontiguousarray(array)) for name, array in inputs.items()}
+                {name: runtime.NDArray(array) for name, array in arrays.items()}
             )
             return {name: result.numpy() for name, result in results.items()}
 
     return asyncio.run(run())
+
+
+def write_asset(part: VisionPart, path: Path, verify: bool, say: Say) -> dict[str, Any]:
+    """The program of a vision part as an asset that takes a tensor; what the manifest says of it.
+
+    verify: run it on the part's first picture and compare with the MLX model.
+    Raises UsageError for islands of float32, and when the asset is not what MLX computes.
+    """
+    if not isinstance(part.stretch, Tower):
+        raise TypeError("only a vision tower's program is translated")
+    if part.islands:
+        raise UsageError("Core AI export takes one precision: use --precision fp32")
+    half = part.options.precision != "fp32"
+    tensor_input = replace(part.options, image_input=False)
+    tower = Tower(part.stretch.encoder, tensor_input)
+    split_heads = part.options.compute == "cpu-ne"
+    program = tower.emit(Network(half, part.powers, split_heads))
+    say(f"{part.name}: translating {path.name} (Core AI, experimental)")
+    save_asset(program, path, np.float16 if half else np.float32)
+    entry: dict[str, Any] = {
+        "package": path.name,
+        "minimum_os": {"ios": "27.0", "macos": "27.0"},
+        "parity": None,
+    }
+    if verify:
+        say("  running it with Core AI's runtime, which takes minutes for large pictures on Linux")
+        entry["parity"] = [_compared(part, tower, path, half, say)]
+    return entry
+
+
+def _compared(part: VisionPart, tower: Tower, path: Path, half: bool, say: Say) -> dict[str, Any]:
+    case, limit = part.cases[0], HALF if half else GRAPH
+    dtype = np.float16 if half else np.float32
+    inputs = {name: array.astype(dtype) for name, array in tower.inputs(case, half).items()}
+    outputs = predict(path, inputs)
+    worst = max(distance(outputs[name], case.reference[name]) for name in outputs)
+    say(f"  {part.name}, {case.name} (Core AI): relative error {worst:.2e}")
+    if not worst <= limit:
+        raise UsageError(
+            f"the Core AI asset is wrong: off by {worst:.2e} (relative) on {case.name}, more than "
+            f"{limit:.0e}; nothing was kept"
+        )
+    return {"inputs": case.name, "error": worst, "limit": limit}

@@ -4,6 +4,7 @@ Each package is run after it was saved, by the interpreter, and compared with th
 leaves float16 is repaired and verified again. A bundle that fails does not stay on disk.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_vlm_edge import __version__
-from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import expanded, locate
-from mlx_vlm_edge.image import fit, open_image
 from mlx_vlm_edge.loading import build, read_checkpoint
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
@@ -25,11 +23,14 @@ from mlx_vlm_edge.tokenizer import Tokenizer
 
 from ..save import copy_files, new_folder
 from . import lint, manifest
+from .coreai import write_asset
 from .encoders import Encoder, Preprocessing, encoder
-from .package import save_package
-from .parts import Check, Options, Part
+from .package import save_checked, save_package
+from .parts import Options, Part
+from .pictures import drawn_cases, given_cases
+from .prompts import prompt_entry
 from .toolkit import tools
-from .vision import Case, Connector, Tower, VisionPart
+from .vision import Connector, Tower, VisionPart
 
 PARTS = ("vision", "connector", "decoder")
 TOKENIZER = ("tokenizer.json", "tokenizer.model")
@@ -72,11 +73,15 @@ def export(
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
-        copy_files(folder, partial)
+            if options.coreai and isinstance(part, VisionPart) and part.name == "vision":
+                asset = path.with_suffix(".aimodel")
+                entries[part.name]["coreai"] = write_asset(part, asset, verify, say)
+        _copy(folder, processor, partial)
         content = {
             "model": _model_entry(model, folder),
             "parts": entries,
             "tokens": _tokens(model, processor),
+            "prompt": prompt_entry(processor),
             "context": options.context if "decoder" in entries else None,
         }
         if pixels is not None:
@@ -115,7 +120,7 @@ def _parts(
     made: Encoder | None = None
     if {"vision", "connector"} & {*wanted}:
         made = encoder(model, options.size, options.strategy)
-        cases = drawn_cases(made) if image is None else _cases(made, image)
+        cases = drawn_cases(made) if image is None else given_cases(made, image)
         if "vision" in wanted:
             built.append(VisionPart(Tower(made, options), options, cases, made.notes, made.arrays))
         if "connector" in wanted and not ("vision" in wanted and options.fused):
@@ -125,62 +130,9 @@ def _parts(
     return built, None if made is None else made.preprocessing
 
 
-def drawn_cases(made: Encoder) -> list[Case]:
-    """A drawn picture, and random pixels, which drive activations further than pictures do."""
-    picture = _drawn(*made.preprocessing.size)
-    return [Case("a drawn picture", picture, made), _noise(made)]
-
-
-def _cases(made: Encoder, image: str | Path) -> list[Case]:
-    pixels = made.preprocessing
-    height, width = pixels.size
-    fitted = fit(open_image(image), (width, height), pixels.strategy, pixels.fill)
-    return [Case("the given picture", np.asarray(fitted), made), _noise(made)]
-
-
-def _noise(made: Encoder) -> Case:
-    shape = (*made.preprocessing.size, 3)
-    return Case("random pixels", np.random.default_rng(0).integers(0, 256, shape, np.uint8), made)
-
-
-def _drawn(height: int, width: int) -> np.ndarray:
-    """Slopes of colour with rings, a dark disc and a bright bar: uint8 [H, W, 3]."""
-    y, x = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
-    rings = 128 + 100 * np.sin(40 * (x**2 + y**2))
-    picture = np.stack([255 * x, 255 * y, rings], axis=-1)
-    picture[(x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.03] = (20, 10, 30)
-    picture[(abs(x - 0.75) < 0.05) & (y > 0.1)] = (250, 240, 60)
-    return picture.astype(np.uint8)
-
-
 def _save(part: Part, path: Path, say: Report) -> None:
     say(f"{part.name}: writing {path.name}")
     save_package(part, path)
-
-
-def save_checked(part: Part, path: Path, say: Report) -> tuple[Part, Check]:
-    """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
-    say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
-    part, check = part.verified(path)
-    if told := _told(part):
-        say(f"  {part.name}: activations leave float16: {told}")
-    for parity in check.parity:
-        say(f"  {part.name}, {parity.inputs}: relative error {parity.error:.2e}")
-    for parity in check.parity:
-        if not parity.passed:
-            raise UsageError(
-                f"the exported {part.name} is wrong: off by {parity.error:.2e} (relative) on "
-                f"{parity.inputs}, more than {parity.limit:.0e}; nothing was kept"
-            )
-    return part, check
-
-
-def _told(part: Part) -> str:
-    repair = part.describe().get("range_repair", {})
-    powers = ", ".join(f"{site} by 2^{k}" for site, k in repair.get("powers_of_two", {}).items())
-    islands = len(repair.get("float32", ()))
-    held = [f"held smaller, {powers}"] if powers else []
-    return "; ".join([*held, *([f"{islands} operations in float32"] if islands else [])])
 
 
 def _lint(path: Path, say: Report) -> dict[str, int]:
@@ -190,6 +142,14 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
     if not findings:
         say(f"  lint: {path.name} is lint-clean")
     return lint.counts(findings)
+
+
+def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
+    """The tokenizer, as tokenizer.json in any case, and what its readers look up elsewhere."""
+    copied = copy_files(folder, partial)
+    shutil.copyfile(folder / "config.json", partial / "config.json")
+    if processor is not None and "tokenizer.json" not in copied:
+        processor.tokenizer.backend.save(str(partial / "tokenizer.json"))
 
 
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:

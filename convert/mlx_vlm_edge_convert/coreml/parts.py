@@ -23,7 +23,8 @@ class Options:
     size: (height, width) of the picture, and strategy, how one becomes that: None for the model's
     own. bits and context are the
     decoder's. fused: the connector is in the vision package. image_input: the package takes a
-    picture, not a tensor [1, 3, H, W] of the same values, 0..255.
+    picture, not a tensor [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core
+    AI asset as well.
     """
 
     precision: Precision = "fp16"
@@ -34,6 +35,7 @@ class Options:
     context: int = 2048
     fused: bool = True
     image_input: bool = True
+    coreai: bool = False
 
 
 @dataclass(frozen=True)

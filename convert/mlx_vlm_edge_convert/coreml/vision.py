@@ -220,7 +220,7 @@ class VisionPart:
         for case in cases:
             outputs = package.run("main", self.stretch.inputs(case, self._half))
             for name, output in outputs.items():
-                error = _distance(output, case.reference[name])
+                error = distance(output, case.reference[name])
                 parity.append(Parity(self.name, case.name + note, error, limit))
         return Check(tuple(parity), dict(package.ranges))
 
@@ -243,6 +243,6 @@ class VisionPart:
         return replace(self, powers=repair.powers, islands=self.islands | repair.beyond)
 
 
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
     wide = expected.astype(np.float64)
     return float(np.linalg.norm(found.astype(np.float64) - wide) / np.linalg.norm(wide))

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_vlm_edge_convert.coreml.interface import blocks
 from mlx_vlm_edge_convert.coreml.saved import Saved
 
-from mlx_vlm_edge.vision.fastvit import AttentionBlock, FastViTHD
+from mlx_vlm_edge.vision.fastvit import AttentionBlock, DepthwiseConv, FastViTHD
 
 DATA = Path("Data/com.apple.CoreML")
 WEIGHTS = DATA / "weights" / "weight.bin"
@@ -85,5 +85,8 @@ def amplify(tower: FastViTHD, index: int, gain: float) -> None:
 
 
 def _grow(layer, gain: float) -> None:
-    layer.weight = layer.weight * gain
+    if isinstance(layer, DepthwiseConv):
+        layer.weights = [weight * gain for weight in layer.weights]
+    else:
+        layer.weight = layer.weight * gain
     layer.bias = layer.bias * gain

@@ -1,0 +1,107 @@
+"""Ask an exported bundle about a picture: packages, embeddings and manifest, no MLX.
+
+python examples/coreml_answer.py BUNDLE PICTURE QUESTION [--compute cpu-ne] [--max-tokens 64]
+
+On a Mac Core ML runs the packages; elsewhere the interpreter that verifies exports does, slowly.
+It is what an app does, and examples/swift does the same in Swift.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_vlm_edge_convert.coreml import manifest
+from mlx_vlm_edge_convert.coreml.device import UNITS, Device, compiled
+from mlx_vlm_edge_convert.coreml.interpreter import Package
+from mlx_vlm_edge_convert.coreml.runner import Functions, Geometry, Runner
+from safetensors.numpy import load_file
+
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.image import fit, open_image
+from mlx_vlm_edge.tokenizer import Detokenizer, Tokenizer
+
+Open = Callable[[str], Functions]  # a package's file name -> what runs it
+
+
+class Bundle:
+    """A bundle's folder, ready to answer."""
+
+    def __init__(self, folder: Path, open_package: Open) -> None:
+        self.manifest = content = manifest.read(folder)
+        parts = content["parts"]
+        if {"vision", "decoder"} - parts.keys():
+            raise UsageError(f"{folder}: has no vision and decoder; export it with --part all")
+        if content.get("prompt") is None or parts["vision"].get("tiles"):
+            raise UsageError(f"{folder}: this family's pictures and prompts need its own code")
+        self.packages = {name: open_package(part["package"]) for name, part in parts.items()}
+        self.tokenizer = Tokenizer.from_folder(folder)
+        described = parts["decoder"]["embeddings"]
+        table = load_file(folder / described["file"])[described["name"]]
+        geometry = Geometry.from_manifest(parts["decoder"])
+        self.runner = Runner(self.packages["decoder"], geometry, table)
+
+    def visual_tokens(self, picture: str | Path) -> np.ndarray:
+        """A picture -> its visual tokens [N, D]."""
+        wanted = self.manifest["preprocessing"]
+        size, fill = (wanted["width"], wanted["height"]), tuple(wanted["fill"])
+        pixels = np.asarray(fit(open_image(picture), size, wanted["strategy"], fill))
+        found: Any = {"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}
+        for name in ("vision", "connector"):
+            if name in self.packages:
+                found = self.packages[name].run("main", found, None)
+        return np.asarray(found["visual_tokens"])[0]
+
+    def prompt(self, picture: str | Path, question: str) -> np.ndarray:
+        """Input embeddings [L, D] of a picture and a question."""
+        told, embed = self.manifest["prompt"], self.runner.embed
+        words = question.strip()
+        if odd := [token for token in told["special_tokens"] if token in words]:
+            raise UsageError(f"the question has the chat's own {odd[0]} in it; take it out")
+        text = told["before_question"] + words + told["after_question"]
+        after = [*told["after_image"], *self.tokenizer.encode(text, special=True)]
+        tokens = self.visual_tokens(picture).astype(self.runner.embeddings.dtype)
+        return np.concatenate([embed(told["before_image"]), tokens, embed(after)])
+
+    def answer(self, picture: str | Path, question: str, max_tokens: int) -> Iterator[int]:
+        """Greedy token ids, without the one that ends the answer."""
+        prompt, ends = self.prompt(picture, question), self.manifest["tokens"]["eos"]
+        self.runner.start()
+        for token in self.runner.generate(prompt, max_tokens, ends):
+            if token not in ends:
+                yield token
+
+
+def opener(folder: Path, units: str, cache: Path) -> Open:
+    """What runs this machine's packages."""
+    if sys.platform == "darwin":
+        return lambda name: Device(folder / name, compiled(folder / name, cache), units)
+    print("no Core ML on this machine: its packages run in the interpreter", file=sys.stderr)
+    return lambda name: Package(folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("bundle", type=Path, help="folder that `mlx-vlm-edge export` wrote")
+    parser.add_argument("picture")
+    parser.add_argument("question")
+    parser.add_argument("--compute", choices=UNITS, default="cpu-ne", help="on a Mac")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        bundle = Bundle(args.bundle, opener(args.bundle, args.compute, Path(cache)))
+        detokenizer = Detokenizer(bundle.tokenizer)
+        for token in bundle.answer(args.picture, args.question, args.max_tokens):
+            print(detokenizer.add(token), end="", flush=True)
+        print(detokenizer.finish())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"coreml_answer: error: {error}", file=sys.stderr)
+        sys.exit(2)

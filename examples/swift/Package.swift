@@ -1,0 +1,25 @@
+// swift-tools-version: 6.0
+// The library EdgeVLM, which an app takes over, and edge-ask, a command line around it.
+// A bundle comes from `mlx-vlm-edge export MODEL -o DIR`.
+
+import PackageDescription
+
+let package = Package(
+    name: "EdgeVLM",
+    platforms: [.macOS(.v15), .iOS(.v18)],
+    products: [
+        .library(name: "EdgeVLM", targets: ["EdgeVLM"]),
+        .executable(name: "edge-ask", targets: ["edge-ask"]),
+    ],
+    dependencies: [
+        .package(url: "https://github.com/huggingface/swift-transformers", from: "1.3.0")
+    ],
+    targets: [
+        .target(
+            name: "EdgeVLM",
+            dependencies: [.product(name: "Tokenizers", package: "swift-transformers")]
+        ),
+        .executableTarget(name: "edge-ask", dependencies: ["EdgeVLM"]),
+    ],
+    swiftLanguageModes: [.v5]
+)

@@ -1,0 +1,93 @@
+// Core ML's arrays <-> Swift's. What Core ML gives back may have gaps between its rows, so that
+// elements are looked up by the array's strides.
+
+import CoreML
+import Foundation
+
+extension MLMultiArray {
+    /// A float16 array of zeros, dense, then written by `fill`.
+    static func half(
+        _ shape: [Int], _ fill: (UnsafeMutableBufferPointer<Float16>) -> Void = { _ in }
+    ) throws -> MLMultiArray {
+        let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float16)
+        array.withUnsafeMutableBytes { bytes, _ in
+            let values = bytes.bindMemory(to: Float16.self)
+            values.update(repeating: 0)
+            fill(values)
+        }
+        return array
+    }
+
+    static func single(_ value: Int) throws -> MLMultiArray {
+        let array = try MLMultiArray(shape: [1], dataType: .int32)
+        array[0] = NSNumber(value: value)
+        return array
+    }
+
+    /// All values in the order of their indices.
+    func halves(_ name: String) throws -> [Float16] {
+        let sizes = shape.map(\.intValue)
+        let steps = strides.map(\.intValue)
+        var result = [Float16]()
+        result.reserveCapacity(count)
+        switch dataType {
+        case .float16:
+            withUnsafeBytes { bytes in
+                let values = bytes.bindMemory(to: Float16.self)
+                for number in 0..<count {
+                    result.append(values[MLMultiArray.place(number, sizes, steps)])
+                }
+            }
+        case .float32:
+            withUnsafeBytes { bytes in
+                let values = bytes.bindMemory(to: Float.self)
+                for number in 0..<count {
+                    result.append(Float16(values[MLMultiArray.place(number, sizes, steps)]))
+                }
+            }
+        default:
+            throw EdgeVLMError("\(name): neither float16 nor float32")
+        }
+        return result
+    }
+
+    /// Where an element lies, counted with the last axis running fastest.
+    ///
+    /// place(5, [2, 3], [8, 1]) is 1 * 8 + 2 * 1 = 10.
+    private static func place(_ number: Int, _ sizes: [Int], _ steps: [Int]) -> Int {
+        var rest = number
+        var place = 0
+        for axis in sizes.indices.reversed() where sizes[axis] > 1 {
+            place += rest % sizes[axis] * steps[axis]
+            rest /= sizes[axis]
+        }
+        return place
+    }
+
+    /// Write the first `count` positions of `new` [1, heads, dim, n] at `offset` of this cache
+    /// [1, heads, dim, context].
+    func write(_ new: MLMultiArray, count: Int, at offset: Int) throws {
+        let sizes = shape.map(\.intValue)
+        let from = new.strides.map(\.intValue)
+        guard dataType == .float16, new.dataType == .float16, sizes.count == 4, from.count == 4,
+            new.shape[3].intValue >= count, offset + count <= sizes[3]
+        else {
+            throw EdgeVLMError("the decoder's new keys and values do not fit its cache")
+        }
+        withUnsafeMutableBytes { own, to in
+            new.withUnsafeBytes { other in
+                let target = own.bindMemory(to: Float16.self)
+                let source = other.bindMemory(to: Float16.self)
+                for head in 0..<sizes[1] {
+                    for row in 0..<sizes[2] {
+                        let there = head * to[1] + row * to[2] + offset * to[3]
+                        let here = head * from[1] + row * from[2]
+                        for index in 0..<count {
+                            target[there + index * to[3]] = source[here + index * from[3]]
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+// manifest.json of an exported bundle -> values with its names.
+// Every key that the exporter writes is here, and a test of the exporter compares the two.
+
+import Foundation
+
+public struct Manifest: Codable, Sendable {
+    public let format: Int
+    public let model: Model
+    public let parts: Parts
+    public let preprocessing: Preprocessing?
+    public let tokens: Tokens
+    public let prompt: Prompt?
+    public let context: Int?
+    /// Path in the bundle -> sha256.
+    public let files: [String: String]
+
+    /// What `format` must be.
+    public static let known = 1
+}
+
+extension Manifest {
+    public struct Model: Codable, Sendable {
+        public let name: String
+        public let modelType: String?
+        public let exporter: String
+        public let coremltools: String
+
+        enum CodingKeys: String, CodingKey {
+            case name, exporter, coremltools
+            case modelType = "model_type"
+        }
+    }
+
+    /// `connector` stands by itself only where it was not fused behind the vision tower.
+    public struct Parts: Codable, Sendable {
+        public let vision: EncoderPart?
+        public let connector: EncoderPart?
+        public let decoder: DecoderPart?
+    }
+
+    /// The vision tower or the connector.
+    public struct EncoderPart: Codable, Sendable {
+        public let package: String
+        public let minimumOS: MinimumOS
+        public let functions: [String: Function]
+        public let precision: String
+        public let computeUnits: String
+        public let parity: [Parity]?
+        public let largestActivation: Double?
+        public let lint: [String: Int]?
+        public let rangeRepair: RangeRepair
+        /// The picture must be cut into tiles first, which this example does not do.
+        public let tiles: Bool?
+
+        enum CodingKeys: String, CodingKey {
+            case package, functions, precision, parity, lint, tiles
+            case minimumOS = "minimum_os"
+            case computeUnits = "compute_units"
+            case largestActivation = "largest_activation"
+            case rangeRepair = "range_repair"
+        }
+    }
+
+    public struct DecoderPart: Codable, Sendable {
+        public let package: String
+        public let minimumOS: MinimumOS
+        public let functions: [String: Function]
+        public let precision: String
+        public let computeUnits: String
+        public let parity: [Parity]?
+        public let largestActivation: Double?
+        public let lint: [String: Int]?
+        public let geometry: Geometry
+        public let embeddings: EmbeddingsFile
+        public let weights: [String]
+        public let matricesWithFloatOffsets: Int
+
+        enum CodingKeys: String, CodingKey {
+            case package, functions, precision, parity, lint, geometry, embeddings, weights
+            case minimumOS = "minimum_os"
+            case computeUnits = "compute_units"
+            case largestActivation = "largest_activation"
+            case matricesWithFloatOffsets = "matrices_with_float_offsets"
+        }
+    }
+
+    public struct MinimumOS: Codable, Sendable {
+        public let ios: String
+        public let macos: String
+    }
+
+    /// What goes in and out of one function of a package.
+    public struct Function: Codable, Sendable {
+        public let inputs: [Port]
+        public let outputs: [Port]
+        public let states: [Port]
+    }
+
+    /// kind: "image", "tensor" or "state". dtype: "fp16", "fp32" or "int32".
+    public struct Port: Codable, Sendable {
+        public let name: String
+        public let kind: String
+        public let dtype: String
+        public let shape: [Int]
+    }
+
+    /// How far the package was from the MLX model when it was exported.
+    public struct Parity: Codable, Sendable {
+        public let inputs: String
+        public let error: Double
+        public let limit: Double
+    }
+
+    public struct RangeRepair: Codable, Sendable {
+        public let powersOfTwo: [String: Int]
+        public let float32: [String]
+
+        enum CodingKeys: String, CodingKey {
+            case powersOfTwo = "powers_of_two"
+            case float32
+        }
+    }
+
+    /// form: "stateful" or "readonly". Position / period is the angle of a rotary pair.
+    public struct Geometry: Codable, Sendable {
+        public let form: String
+        public let layers: Int
+        public let kvHeads: Int
+        public let headDim: Int
+        public let context: Int
+        public let chunk: Int
+        public let periods: [Double]
+        public let dtype: String
+
+        enum CodingKeys: String, CodingKey {
+            case form, layers, context, chunk, periods, dtype
+            case kvHeads = "kv_heads"
+            case headDim = "head_dim"
+        }
+    }
+
+    public struct EmbeddingsFile: Codable, Sendable {
+        public let file: String
+        public let name: String
+        public let dtype: String
+        public let shape: [Int]
+    }
+
+    /// strategy: "pad", "center_crop" or "stretch". Scale, mean and std are in the package already.
+    public struct Preprocessing: Codable, Sendable {
+        public let strategy: String
+        public let width: Int
+        public let height: Int
+        public let fill: [Int]
+        public let resample: String
+        public let color: String
+        public let range: [Int]
+        public let folded: Folded
+    }
+
+    public struct Folded: Codable, Sendable {
+        public let scale: Double
+        public let mean: [Double]
+        public let std: [Double]
+    }
+
+    public struct Tokens: Codable, Sendable {
+        public let image: Int?
+        public let bos: Int?
+        public let eos: [Int]
+    }
+
+    /// beforeImage, visual tokens, afterImage, then beforeQuestion + question + afterQuestion as
+    /// one text, tokenised with its special tokens.
+    public struct Prompt: Codable, Sendable {
+        public let beforeImage: [Int]
+        public let afterImage: [Int]
+        public let beforeQuestion: String
+        public let afterQuestion: String
+        public let specialTokens: [String]
+
+        enum CodingKeys: String, CodingKey {
+            case beforeImage = "before_image"
+            case afterImage = "after_image"
+            case beforeQuestion = "before_question"
+            case afterQuestion = "after_question"
+            case specialTokens = "special_tokens"
+        }
+    }
+}
+
+/// Functions of the packages.
+enum FunctionName: String {
+    case main, prefill, decode
+}
+
+/// Inputs and outputs of the vision part and the connector.
+enum VisionName: String {
+    case image
+    case imageFeatures = "image_features"
+    case visualTokens = "visual_tokens"
+}
+
+/// Inputs of the decoder.
+enum DecoderName: String {
+    case embeddings, mask, cos, sin, position, pick
+}
+
+/// What names of the decoder begin with: a layer's cache, its new values, parts of the logits.
+enum DecoderPrefix: String {
+    case keys = "keys_"
+    case values = "values_"
+    case new = "new_"
+    case logits
+}

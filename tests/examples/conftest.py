@@ -1,0 +1,44 @@
+"""Bundles that the examples are held against, each exported once."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def export():
+    pytest.importorskip("coremltools", reason="Core ML export is an extra")
+    from mlx_vlm_edge_convert.coreml.export import export
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def bundles(export, native_folder, tmp_path_factory) -> dict[str, Path]:
+    """The tiny FastVLM: whole and verified for the GPU, in parts for the Neural Engine."""
+    from mlx_vlm_edge_convert.coreml.parts import Options
+
+    folder = tmp_path_factory.mktemp("bundles")
+    size = (64, 64)
+    gpu = Options(size=size, context=64)
+    parts = Options(compute="cpu-ne", size=size, context=64, fused=False, image_input=False)
+    return {
+        "stateful": export(native_folder, folder / "gpu", options=gpu, show_lint=True),
+        "readonly": export(native_folder, folder / "ne", options=parts, verify=False),
+    }
+
+
+@pytest.fixture(scope="session")
+def demo_bundles(export, tmp_path_factory) -> dict[str, Path]:
+    """The demo model with both caches, in float16 and, for the GPU, in float32."""
+    from mlx_vlm_edge_convert.coreml.parts import Options
+
+    folder, forms = tmp_path_factory.mktemp("demo"), {
+        "stateful": Options(context=128),
+        "readonly": Options(compute="cpu-ne", context=128, fused=False, image_input=False),
+        "float32": Options(precision="fp32", context=128),
+    }  # fmt: skip
+    return {
+        name: export("demo", folder / name, options=options, verify=False)
+        for name, options in forms.items()
+    }

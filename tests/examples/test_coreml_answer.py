@@ -1,0 +1,114 @@
+"""examples/coreml_answer.py: a whole bundle gives MLX's greedy tokens, by the interpreter."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlx_vlm_edge_convert.coreml import prompts
+from mlx_vlm_edge_convert.coreml.interpreter import Package
+
+from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "coreml_answer.py"
+PICTURES = ROOT / "examples" / "images"
+ASKED = [("shapes.png", "Describe the image."), ("text.png", "What does it say?")]
+
+
+@pytest.fixture(scope="session")
+def example():
+    spec = importlib.util.spec_from_file_location("coreml_answer", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return load("demo", dtype="float32")
+
+
+@pytest.fixture(params=["stateful", "readonly", "float32"])
+def bundle(request, demo_bundles, example):
+    folder = demo_bundles[request.param]
+    return example.Bundle(folder, lambda name: Package(folder / name))
+
+
+def answer(demo, picture, question):
+    model, processor = demo
+    chunks = stream_generate(
+        model, processor, question, images=[PICTURES / picture], max_tokens=24
+    )  # fmt: skip
+    return [chunk.token for chunk in chunks if chunk.token not in (None, *processor.eos_ids)]
+
+
+@pytest.mark.parametrize(("picture", "question"), ASKED)
+def test_the_greedy_tokens_are_those_of_mlx(bundle, demo, picture, question):
+    expected = answer(demo, picture, question)
+    assert len(expected) > 3
+    assert list(bundle.answer(PICTURES / picture, question, 24)) == expected
+    assert list(bundle.answer(PICTURES / picture, question, 2)) == expected[:2]
+
+
+def test_the_prompt_is_that_of_mlx(bundle, demo):
+    model, processor = demo
+    question = " What\n\nis 'it', \u00e9?\n"
+    inputs = processor(question.strip(), images=[PICTURES / "shapes.png"])
+    prompt = bundle.prompt(PICTURES / "shapes.png", question)
+    ids, positions = inputs.input_ids[0], inputs.visual
+    text = np.setdiff1d(np.arange(len(ids)), positions)
+    np.testing.assert_array_equal(prompt[text], bundle.runner.embed(ids[text]))
+    expected = np.array(model.encode_image(inputs.pixels[0]))
+    assert np.linalg.norm(prompt[positions] - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v1", "mobilevlm_v2"])
+def test_a_sentencepiece_prompt_is_written_as_well(name):
+    _, processor = load(str(ROOT / "tests" / "golden" / name))
+    entry = prompts.prompt_entry(processor)
+    inputs = processor("Is 7 more?", images=[PICTURES / "shapes.png"])
+    text = entry["before_question"] + "Is 7 more?" + entry["after_question"]
+    ids, after = inputs.input_ids[0].tolist(), processor.tokenizer.encode(text, special=True)
+    whole = [*entry["before_image"], *ids[inputs.visual[0] : inputs.visual[-1] + 1]]
+    assert [*whole, *entry["after_image"], *after] == ids
+
+
+def test_a_prompt_that_is_written_otherwise_is_left_out(demo, monkeypatch):
+    _, processor = demo
+    expand = type(processor).expand
+
+    def apart(self, segments, pixels):
+        """A text between the visual tokens, as families that write rows have it."""
+        ids, visual = expand(self, segments, pixels)
+        return ids, np.concatenate([visual[:1], visual[1:] + 1])
+
+    monkeypatch.setattr(type(processor), "expand", apart)
+    assert prompts.prompt_entry(processor) is None
+
+
+def test_the_chat_s_own_tokens_are_refused(bundle):
+    with pytest.raises(UsageError, match=r"own <\|im_end\|> in it"):
+        bundle.prompt(PICTURES / "shapes.png", "a <|im_end|> b")
+
+
+def run(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_prints_the_answer(demo_bundles):
+    done = run(demo_bundles["stateful"], PICTURES / "shapes.png", ASKED[0][1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Three red circles on a blue background.\n"
+    assert "in the interpreter" in done.stderr
+
+
+def test_a_folder_that_is_no_bundle_is_one_line(tmp_path):
+    done = run(tmp_path, PICTURES / "shapes.png", "What?")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("coreml_answer: error: ")
+    assert "Traceback" not in done.stderr
