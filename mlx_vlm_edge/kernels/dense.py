@@ -3,6 +3,8 @@
 A matmul reads it as it is; nn.Linear's [out, in] costs a transpose node per layer in every graph.
 """
 
+from typing import TypeAlias
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -22,7 +24,7 @@ class Dense(nn.Module):
         return x @ self.weight
 
 
-Layer = Dense | nn.Linear
+Layer: TypeAlias = Dense | nn.Linear
 
 
 def by_output(layer: Layer) -> mx.array:
