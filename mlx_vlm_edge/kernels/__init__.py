@@ -13,6 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu, gpu
+from .dense import Dense as Dense
+from .dense import Layer as Layer
+from .dense import by_output as by_output
 from .gpu import Activation as Activation
 from .gpu import Mask as Mask
 
@@ -25,6 +28,15 @@ def on_cpu() -> bool:
 def forms() -> ModuleType:
     """The module of this device's forms."""
     return cpu if on_cpu() else gpu
+
+
+def compiled(function: Activation, state: nn.Module) -> Activation:
+    """`function` as one graph for each shape, where MLX compiles; `state` has what it reads.
+
+    On the CPU it runs as it is.
+    """
+    whole: Activation = mx.compile(function, inputs=state)
+    return lambda x: (function if on_cpu() else whole)(x)
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -66,12 +78,12 @@ def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
     return forms().tall_matmul(x, weight)
 
 
-def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None = None) -> mx.array:
+def pointwise(x: mx.array, layer: Layer, activation: Activation | None = None) -> mx.array:
     """A 1x1 convolution of a feature map: activation(layer(x)), [B, H, W, C] -> [B, H, W, D]."""
     return forms().pointwise(x, layer, activation)
 
 
-def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
+def mlp(x: mx.array, fc1: Layer, fc2: Layer, activation: Activation) -> mx.array:
     """fc2(activation(fc1(x))), [B, ..., C] -> [B, ..., D]."""
     return forms().mlp(x, fc1, fc2, activation)
 

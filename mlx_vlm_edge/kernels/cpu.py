@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import gpu
+from .dense import Layer, by_output
 from .gpu import Activation, Mask
 
 CACHEFUL = 1 << 18  # elements: 1 MB, half of an ordinary second-level cache and more
@@ -184,9 +184,9 @@ def _channels_last(x: mx.array, shape: tuple[int, ...]) -> mx.array:
     return mx.moveaxis(x.reshape(shape[0], -1, *shape[1:]), 1, -1)
 
 
-def _matmul(layer: nn.Linear, x: mx.array) -> mx.array:
+def _matmul(layer: Layer, x: mx.array) -> mx.array:
     """A linear layer over the channels of [B, C, n]. The reference BLAS likes this order better."""
-    y = layer.weight @ x
+    y = by_output(layer) @ x
     return y + layer.bias[:, None] if "bias" in layer else y
 
 
@@ -196,7 +196,7 @@ def _per_position(function: Activation, x: mx.array, widest: int) -> mx.array:
     return _channels_last(_by_parts(function, _channels_first(x), size, -1), x.shape[:-1])
 
 
-def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
+def pointwise(x: mx.array, layer: Layer, activation: Activation | None) -> mx.array:
     if x.dtype != mx.float32:
         return gpu.pointwise(x, layer, activation)
 
@@ -204,17 +204,17 @@ def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> m
         y = _matmul(layer, part)
         return y if activation is None else activation(y)
 
-    return _per_position(some, x, layer.weight.shape[0])
+    return _per_position(some, x, by_output(layer).shape[0])
 
 
-def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
+def mlp(x: mx.array, fc1: Layer, fc2: Layer, activation: Activation) -> mx.array:
     if x.dtype != mx.float32:
         return gpu.mlp(x, fc1, fc2, activation)
 
     def some(part: mx.array) -> mx.array:
         return _matmul(fc2, activation(_matmul(fc1, part)))
 
-    return _per_position(some, x, fc1.weight.shape[0])
+    return _per_position(some, x, by_output(fc1).shape[0])
 
 
 def add(x: mx.array, y: mx.array) -> mx.array:
@@ -270,42 +270,56 @@ def depthwise_conv2d(
 def _depthwise(x: mx.array, weight: mx.array, s: int) -> mx.array:
     """x [B, C, H, W], weight [m, C, k, k] -> [B, m, C, rows, columns], stride s.
 
-    A row of TILE results needs `width` pixels, a window, of k rows. Every row of the kernel is one
-    banded matrix [width, TILE], so that windows @ matrix sums over the row's k pixels:
-    k = 3, TILE = 2: [[a, 0], [b, a], [c, b], [0, c]].
+    A row of TILE results needs `width` pixels of k rows: a block of a window, whose rows lie one
+    after another in memory, so that it is one row of a matrix. The kernel is a banded matrix
+    [k * width, TILE]; for k = 3, TILE = 2 a third of it is [[a, 0], [b, a], [c, b], [0, c]].
+    Blocks of one matrix may not overlap: every `phases`-th row of results has a matrix of its own.
     """
     B, C, H, W = x.shape
     m, k = weight.shape[0], weight.shape[-1]
     rows, columns, pad = -(-H // s), -(-W // s), k // 2
+    phases = -(-k // s)
+    deep = s * phases  # rows of a block, k and what makes it a multiple of the stride
     tiles, width = -(-columns // TILE), s * (TILE - 1) + k
-    high, wide = rows + (k - 1) // s, s * (TILE * tiles - 1) + k
-    below, right = max(0, high * s - H - pad), max(0, wide - W - pad)
+    blocks = -(-rows // phases) + 1  # of a window; the last one is read past by other phases
+    high, wide = blocks * deep, s * (TILE * tiles - 1) + k
+    below, right = max(0, high - H - pad), max(0, wide - W - pad)
     x = mx.pad(x, [(0, 0), (0, 0), (pad, below), (pad, right)])
     tall, long = x.shape[2:]
-    # Rows of one phase of the stride lie together, so that those a kernel row needs are a slice.
     windows = mx.contiguous(
         mx.as_strided(
             mx.contiguous(x),
-            (s, B, C, tiles, high, width),
-            (long, C * tall * long, tall * long, s * TILE, s * long, 1),
+            (B, C, tiles, high, width),
+            (C * tall * long, tall * long, s * TILE, long, 1),
         )
     )
-    bands = _banded(weight.transpose(2, 1, 0, 3), s, width)
-    y = windows[0][..., :rows, :] @ bands[0][:, None]
-    for row in range(1, k):
-        window = windows[row % s][..., row // s : row // s + rows, :]
-        y = mx.addmm(y, window, bands[row][:, None])
-    y = y.reshape(B, C, tiles, rows, m, TILE).transpose(0, 4, 1, 3, 2, 5)
-    return y.reshape(B, m, C, rows, tiles * TILE)[..., :columns]
+    one = tiles * high * width
+    matrices = mx.as_strided(
+        windows,
+        (B, C, phases, tiles * blocks - 1, deep * width),
+        (C * one, one, s * width, deep * width, 1),
+    )
+    bands = mx.pad(
+        _banded(weight.swapaxes(0, 1), s, width), [(0, 0), (0, deep - k), (0, 0), (0, 0)]
+    )
+    y = matrices @ bands.reshape(C, 1, deep * width, m * TILE)
+    last = m * TILE
+    phase = y.shape[-2] * last
+    y = mx.as_strided(
+        y,
+        (B, m, C, blocks - 1, phases, tiles, TILE),
+        (C * phases * phase, TILE, phases * phase, last, phase, blocks * last, 1),
+    )
+    return y.reshape(B, m, C, -1, tiles * TILE)[..., :rows, :columns]
 
 
 def _banded(weight: mx.array, step: int, width: int) -> mx.array:
-    """[k, C, m, n] -> [k, C, width, m * TILE]: column t of each m holds n values from step * t on.
+    """[C, m, k, n] -> [C, k, width, m * TILE]: column t of each m holds n values from step * t on.
 
     Rows of width + step values, read in rows of width, are shifted by step more each time.
     """
-    k, C, m, _ = weight.shape
-    padded = mx.pad(weight, [(0, 0)] * 3 + [(0, width + step - weight.shape[-1])])
-    copies = mx.broadcast_to(padded[..., None, :], (k, C, m, TILE, width + step))
-    shifted = copies.reshape(k, C, m, -1)[..., : TILE * width]
-    return mx.contiguous(shifted.reshape(k, C, m * TILE, width).swapaxes(2, 3))
+    C, m, k, n = weight.shape
+    padded = mx.pad(weight, [(0, 0)] * 3 + [(0, width + step - n)])
+    copies = mx.broadcast_to(padded[..., None, :], (C, m, k, TILE, width + step))
+    shifted = copies.reshape(C, m, k, -1)[..., : TILE * width].reshape(C, m, k, TILE, width)
+    return shifted.transpose(0, 2, 4, 1, 3).reshape(C, k, width, m * TILE)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from .dense import Layer
 
 Activation = Callable[[mx.array], mx.array]
 Mask = mx.array | str | None
@@ -68,13 +69,13 @@ def tall_matmul(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 
 
-def pointwise(x: mx.array, layer: nn.Linear, activation: Activation | None) -> mx.array:
+def pointwise(x: mx.array, layer: Layer, activation: Activation | None) -> mx.array:
     y = layer(x.flatten(0, -2))
     y = y if activation is None else activation(y)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def mlp(x: mx.array, fc1: nn.Linear, fc2: nn.Linear, activation: Activation) -> mx.array:
+def mlp(x: mx.array, fc1: Layer, fc2: Layer, activation: Activation) -> mx.array:
     return fc2(activation(fc1(x.flatten(0, -2)))).reshape(*x.shape[:-1], -1)
 
 

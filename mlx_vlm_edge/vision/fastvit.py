@@ -3,7 +3,7 @@
 A stem of stride 4, then five stages, each but the first behind a stride-2 downsampling: RepMixer
 blocks (convolutions only) in the first three, global attention in the last two. Folded means one
 biased depthwise convolution per RepMixer, BatchNorm in the ConvFFN's first convolution, layer scale
-in the rows of the last matmul of a branch. `fold` makes these weights from the native layout.
+in the last matmul of a branch. `fold` makes these weights from the native layout.
 Source: apple/ml-fastvlm, llava/model/multimodal_encoder/mobileclip/mci.py; arXiv 2412.13303.
 """
 
@@ -15,7 +15,18 @@ import mlx.nn as nn
 
 from ..config import check
 from ..errors import UsageError
-from ..kernels import Activation, add, attention, conv2d, depthwise_conv2d, gelu, mlp, pointwise
+from ..kernels import (
+    Activation,
+    Dense,
+    add,
+    attention,
+    compiled,
+    conv2d,
+    depthwise_conv2d,
+    gelu,
+    mlp,
+    pointwise,
+)
 
 STRIDE = 64  # pixels per visual token along each side
 HEAD_DIM = 32
@@ -68,14 +79,17 @@ class DepthwiseConv(nn.Module):
     `fold` permutes the next layer to match.
     """
 
-    def __init__(self, channels: int, size: int, stride: int = 1, multiplier: int = 1) -> None:
+    def __init__(
+        self, channels: int, size: int, stride: int = 1, multiplier: int = 1, bias: bool = True
+    ) -> None:
         super().__init__()
         self.stride = stride
         self.weights = [mx.zeros((channels, size, size, 1)) for _ in range(multiplier)]
-        self.bias = mx.zeros((multiplier * channels,))
+        if bias:
+            self.bias = mx.zeros((multiplier * channels,))
 
     def __call__(self, x: mx.array, activation: Activation | None = None) -> mx.array:
-        return depthwise_conv2d(x, self.weights, self.bias, self.stride, activation)
+        return depthwise_conv2d(x, self.weights, self.get("bias"), self.stride, activation)
 
 
 class Stem(nn.Module):
@@ -85,7 +99,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3)
         self.depthwise = DepthwiseConv(width, 3, stride=2)
-        self.pointwise = nn.Linear(width, width)
+        self.pointwise = Dense(width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = conv2d(x, self.conv.weight, self.conv.bias, 2, gelu)
@@ -98,20 +112,20 @@ class Downsample(nn.Module):
     def __init__(self, width: int, out: int, size: int) -> None:
         super().__init__()
         self.depthwise = DepthwiseConv(width, size, stride=2, multiplier=out // width)
-        self.pointwise = nn.Linear(out, out)
+        self.pointwise = Dense(out, out)
 
     def __call__(self, x: mx.array) -> mx.array:
         return pointwise(self.depthwise(x, gelu), self.pointwise, gelu)
 
 
 class ConvFFN(nn.Module):
-    """A depthwise 7x7 in front of a two-layer MLP, all [B, H, W, C]."""
+    """A depthwise 7x7, its bias in that of fc1, and a two-layer MLP, all [B, H, W, C]."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.depthwise = DepthwiseConv(width, 7)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.depthwise = DepthwiseConv(width, 7, bias=False)
+        self.fc1 = Dense(width, hidden)
+        self.fc2 = Dense(hidden, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         return mlp(self.depthwise(x), self.fc1, self.fc2, gelu)
@@ -135,13 +149,13 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Dense(width, 3 * width, bias=False)
+        self.proj = Dense(width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [B, heads, H * W, 32]
+        qkv = self.qkv(x).reshape(B, H * W, 3 * C // HEAD_DIM, HEAD_DIM)
+        q, k, v = mx.split(qkv.swapaxes(1, 2), 3, axis=1)  # each [B, heads, H * W, 32]
         x = attention(q, k, v, HEAD_DIM**-0.5)
         return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
 
@@ -191,8 +205,8 @@ class Expansion(nn.Module):
         super().__init__()
         self.inputs = width
         self.depthwise = DepthwiseConv(width, 3, multiplier=out // width)
-        self.reduce = nn.Linear(out, out // 16)
-        self.expand = nn.Linear(out // 16, out)
+        self.reduce = Dense(out, out // 16)
+        self.expand = Dense(out // 16, out)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.depthwise(x)
@@ -211,6 +225,7 @@ class FastViTHD(nn.Module):
         self.stem = Stem(config.embed_dims[0])
         self.stages = [Stage(config, index) for index in range(len(config.embed_dims))]
         self.conv_exp = Expansion(config.embed_dims[-1], config.out_dim)
+        self._features = compiled(self.features, self)
 
     def stage_outputs(self, x: mx.array) -> Iterator[tuple[str, mx.array]]:
         """Every stage's name and output [B, h, w, c]: stem, stage 0..4, conv_exp."""
@@ -224,6 +239,10 @@ class FastViTHD(nn.Module):
             yield f"stage {index}", x
         yield "conv_exp", self.conv_exp(x)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def features(self, x: mx.array) -> mx.array:
+        """[B, H, W, 3] -> [B, H / 64 * W / 64, C], operation by operation on every device."""
         *_, (_, features) = self.stage_outputs(x)
         return features.flatten(1, 2)  # rows first: token = row * width + column
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._features(x)

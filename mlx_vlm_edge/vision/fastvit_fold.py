@@ -1,7 +1,7 @@
 """FastViTHD's native weights -> the folded ones of `fastvit.py`, in float32.
 
-BatchNorm goes into the convolution before it, layer scale into the rows of the last matmul of its
-branch, a downsampling's two outputs per group into two depthwise convolutions.
+BatchNorm goes into the convolution before it and the biases after it, layer scale into the last
+matmul of its branch, a downsampling's two outputs per group into two depthwise convolutions.
 """
 
 import mlx.core as mx
@@ -88,7 +88,8 @@ def _by_output(array: mx.array, multiplier: int) -> mx.array:
 
 
 def _linear(target: str, weight: mx.array, bias: mx.array) -> Arrays:
-    return {f"{target}.weight": weight, f"{target}.bias": bias}
+    """A Dense layer of a weight [out, in]."""
+    return {f"{target}.weight": weight.T, f"{target}.bias": bias}
 
 
 def _stem(folder: _Folder, config: VisionConfig) -> Arrays:
@@ -119,11 +120,11 @@ def _ffn(folder: _Folder, source: str, target: str, scale: mx.array, hidden: int
     gain, shift = (folder.take(f"{conv}.bn.{name}", width) for name in ("weight", "bias"))
     mean, var = (folder.take(f"{conv}.bn.running_{name}", width) for name in ("mean", "var"))
     gain = gain * mx.rsqrt(var + BN_EPS)
+    fc1, fc1_bias = folder.pointwise(f"{source}.convffn.fc1", width, hidden)
     fc2, fc2_bias = _scaled(*folder.pointwise(f"{source}.convffn.fc2", hidden, width), scale)
     return {
         f"{target}.ffn.depthwise.weights.0": weight * gain[:, None, None, None],
-        f"{target}.ffn.depthwise.bias": shift - mean * gain,
-        **_linear(f"{target}.ffn.fc1", *folder.pointwise(f"{source}.convffn.fc1", width, hidden)),
+        **_linear(f"{target}.ffn.fc1", fc1, fc1_bias + fc1 @ (shift - mean * gain)),
         **_linear(f"{target}.ffn.fc2", fc2, fc2_bias),
     }
 
@@ -142,7 +143,7 @@ def _attention_block(folder: _Folder, source: str, target: str, width: int, hidd
     return {
         f"{target}.norm.weight": folder.take(f"{source}.norm.weight", width),
         f"{target}.norm.bias": folder.take(f"{source}.norm.bias", width),
-        f"{attention}.qkv.weight": folder.take(f"{mixer}.qkv.weight", 3 * width, width),
+        f"{attention}.qkv.weight": folder.take(f"{mixer}.qkv.weight", 3 * width, width).T,
         **_linear(f"{attention}.proj", proj, proj_bias),
         **_ffn(folder, source, target, scale_2, hidden),
     }

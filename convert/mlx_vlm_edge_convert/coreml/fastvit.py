@@ -7,6 +7,7 @@ next downsampling, or by conv_exp.
 
 import numpy as np
 
+from mlx_vlm_edge.kernels import by_output
 from mlx_vlm_edge.vision.fastvit import (
     HEAD_DIM,
     LN_EPS,
@@ -40,7 +41,7 @@ def _depthwise(
     """A group's outputs side by side: channel c * multiplier + j is output j of channel c."""
     weight = np.stack([numpy(output)[..., 0] for output in layer.weights], axis=1)
     C, m, k, _ = weight.shape
-    bias = numpy(layer.bias).reshape(m, C).T.reshape(-1)
+    bias = numpy(layer.bias).reshape(m, C).T.reshape(-1) if "bias" in layer else None
     return net.conv(
         x, weight.reshape(C * m, 1, k, k), bias, name, site,
         stride=layer.stride, groups=C, pad=k // 2,
@@ -54,7 +55,7 @@ def _stem(net: Network, stem: Stem, image: Value) -> Value:
     x = net.activation(x, "gelu", "stem_conv_gelu")
     x = net.activation(_depthwise(net, stem.depthwise, x, "stem_depthwise"), "gelu", "stem_gelu")
     x = net.linear(
-        x, numpy(stem.pointwise.weight), numpy(stem.pointwise.bias), "stem_pointwise"
+        x, numpy(by_output(stem.pointwise)), numpy(stem.pointwise.bias), "stem_pointwise"
     )  # fmt: skip
     return net.activation(x, "gelu", "stem")
 
@@ -73,9 +74,9 @@ def _stage(net: Network, stage: Stage, x: Value, site: str) -> Value:
             x = _attention(net, block, x, name, site)
         y = _depthwise(net, block.ffn.depthwise, x, f"{name}_depthwise", site)
         fc1, fc2 = block.ffn.fc1, block.ffn.fc2
-        y = net.linear(y, numpy(fc1.weight), numpy(fc1.bias), f"{name}_fc1")
+        y = net.linear(y, numpy(by_output(fc1)), numpy(fc1.bias), f"{name}_fc1")
         y = net.activation(y, "gelu", f"{name}_gelu")
-        y = net.linear(y, numpy(fc2.weight), numpy(fc2.bias), f"{name}_fc2", site)
+        y = net.linear(y, numpy(by_output(fc2)), numpy(fc2.bias), f"{name}_fc2", site)
         x = net.add(x, y, name)
     return x
 
@@ -83,7 +84,7 @@ def _stage(net: Network, stage: Stage, x: Value, site: str) -> Value:
 def _downsample(net: Network, layer: Downsample, x: Value, name: str) -> Value:
     m = len(layer.depthwise.weights)
     x = net.activation(_depthwise(net, layer.depthwise, x, f"{name}_depthwise"), "gelu", name)
-    weight = numpy(layer.pointwise.weight)  # its columns come output after output
+    weight = numpy(by_output(layer.pointwise))  # its columns come output after output
     out = weight.shape[0]
     weight = weight.reshape(out, m, -1).transpose(0, 2, 1).reshape(out, -1)
     x = net.linear(
@@ -93,7 +94,7 @@ def _downsample(net: Network, layer: Downsample, x: Value, name: str) -> Value:
 
 
 def _attention(net: Network, block: AttentionBlock, x: Value, name: str, site: str) -> Value:
-    weight = numpy(block.attention.qkv.weight)
+    weight = numpy(by_output(block.attention.qkv))
     C = weight.shape[1]
     weight, bias = affine_folded(weight, None, numpy(block.norm.weight), numpy(block.norm.bias))
     weight[:C] *= HEAD_DIM**-0.5
@@ -102,7 +103,7 @@ def _attention(net: Network, block: AttentionBlock, x: Value, name: str, site: s
     qkv = net.linear(net.norm(x, LN_EPS, f"{name}_norm"), weight, bias, f"{name}_qkv")
     y = attention(net, qkv, C // HEAD_DIM, f"{name}_attention")
     proj = block.attention.proj
-    y = net.linear(y, numpy(proj.weight), numpy(proj.bias), f"{name}_proj", site)
+    y = net.linear(y, numpy(by_output(proj)), numpy(proj.bias), f"{name}_proj", site)
     return net.add(x, y, f"{name}_attended")
 
 
@@ -117,8 +118,8 @@ def _at(net: Network, x: Value, name: str, site: str) -> Value:
 def _expansion(net: Network, layer: Expansion, x: Value) -> Value:
     x = _depthwise(net, layer.depthwise, x, "expansion_depthwise")
     y = net.average(x, x.shape[2:], "expansion_mean")  # type: ignore[arg-type]
-    y = net.linear(y, numpy(layer.reduce.weight), numpy(layer.reduce.bias), "expansion_reduce")
+    y = net.linear(y, numpy(by_output(layer.reduce)), numpy(layer.reduce.bias), "expansion_reduce")
     y = net.relu(y, "expansion_relu")
-    y = net.linear(y, numpy(layer.expand.weight), numpy(layer.expand.bias), "expansion_expand")
+    y = net.linear(y, numpy(by_output(layer.expand)), numpy(layer.expand.bias), "expansion_expand")
     gate = net.sigmoid(y, "expansion_gate")
     return net.activation(net.mul(x, gate, "expansion_gated"), "gelu", "expansion")

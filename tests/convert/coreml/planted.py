@@ -75,7 +75,6 @@ def amplify(tower: FastViTHD, index: int, gain: float) -> None:
             block.mixer.bias = block.mixer.bias * gain
         else:
             entering.append(block.mixer)
-        block.ffn.depthwise.bias = block.ffn.depthwise.bias * gain
         block.ffn.fc1.weight = block.ffn.fc1.weight / gain
         _grow(block.ffn.fc2, gain)
     _grow(entering[0], gain)
