@@ -135,11 +135,21 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLa
 
 
 def arrange(model: VisionLanguageModel) -> None:
-    """Merge projections and lay quantised weights out for the device; all is computed after it."""
-    model.language_model.fuse()
+    """Merge projections and lay quantised weights out for the device; all is computed after it.
+
+    Plain projections stay apart on a CPU: merged ones are no faster there, and the copy would
+    hold up the first token. Quantised layers are read, merged and turned one after the other.
+    """
+    language = model.language_model
+    if not on_cpu():
+        language.fuse()
+    elif any(isinstance(layer, nn.QuantizedLinear) for layer in language.modules()):
+        quantized.for_cpu(model, but="layers")  # the large embedding, before more is in memory
+        language.fuse(quantized.for_cpu)
     if on_cpu():
-        quantized.for_cpu(model)
+        quantized.for_cpu(model)  # a connector, say
     mx.eval(model.state)
+    mx.clear_cache()
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
