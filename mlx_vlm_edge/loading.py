@@ -4,6 +4,8 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +151,16 @@ def arrange(model: VisionLanguageModel) -> None:
     if on_cpu():
         quantized.for_cpu(model)  # a connector, say
     mx.eval(model.state)
+    _give_back()
+
+
+def _give_back() -> None:
+    """Hand the memory that reading took and freed to the system; MLX and glibc would keep it."""
     mx.clear_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

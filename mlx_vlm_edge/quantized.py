@@ -111,18 +111,18 @@ class Weight(nn.Module):
         x = x.reshape(-1, groups, size).swapaxes(0, 1)
         shared = next(count for count in GROUPS if N % count == 0)
         one = mx.ones((groups, size, N // shared), x.dtype)
-        sums = mx.quantized_matmul(
-            x, self.codes, one, mx.zeros_like(one), False, shared, self.bits
-        )
+        sums = mx.quantized_matmul(x, self.codes, one, mx.zeros_like(one), False, shared, self.bits)
         y = (sums * self.scales[:, None]).sum(axis=0) + x.sum(axis=-1).T @ self.biases
         return self._ordered(y)
 
     def _unpacked(self, x: mx.array) -> mx.array:
         """A matmul for each place in a word: what is unpacked at once is an n-th of the matrix."""
         scales, biases = (self._places(y) for y in (self.scales, self.biases))
-        parts = []
+        parts: list[mx.array] = []
         for place in range(32 // self.bits):
-            weight = self._values(place).astype(x.dtype) * scales[place] + biases[place]
+            # No sooner than the part before is multiplied, or all would be unpacked at once.
+            codes = mx.depends(self.codes, parts[-1]) if parts else self.codes
+            weight = self._values(codes, place).astype(x.dtype) * scales[place] + biases[place]
             parts.append(x @ weight.reshape(x.shape[-1], -1))
         return mx.concatenate(parts, axis=-1)
 
@@ -130,10 +130,9 @@ class Weight(nn.Module):
         """[G, N] -> for each place in a word [n, G, 1, N / n]."""
         return mx.contiguous(x.reshape(x.shape[0], 1, self._words, -1).transpose(3, 0, 1, 2))
 
-    def _values(self, place: int) -> mx.array:
+    def _values(self, codes: mx.array, place: int) -> mx.array:
         """int32 [G, K / G, N / n]: what all words hold in one place."""
-        codes = mx.view(self.codes, mx.int32)
-        return (codes >> (place * self.bits)) & (2**self.bits - 1)
+        return (codes.view(mx.int32) >> (place * self.bits)) & (2**self.bits - 1)
 
     def rows(self, ids: mx.array) -> mx.array:
         """Row n of W for every n in ids [...] -> [..., K]."""
