@@ -118,7 +118,7 @@ def runners(bench: Bench, row: Row, workers: tuple[Worker, Worker] | None) -> tu
                   bench.scratch / f"{row.model}-{row.kind}")  # fmt: skip
     order = {"folder": str(folder), "prompt": chat(QUESTION), "image": str(bench.small)}
     if row.kind == FIXED:
-        return tuple(lambda s=side: s.once({"do": "ready", **order}) for side in both)
+        return tuple(lambda s=side: s.once({"do": "ready", **order, **row.order}) for side in both)
 
     def memory(side: Side) -> tuple[float, dict[str, Any]]:
         reply = side.once({"do": "memory", "tokens": TOKENS, **order})[1]

@@ -23,11 +23,14 @@ GREEDY = {"temperature": 0.0}
 class Ours:
     """mlx-vlm-edge."""
 
-    def __init__(self, folder: str) -> None:
-        from mlx_vlm_edge import load
+    def __init__(self, folder: str, whole: bool = True) -> None:
+        """whole: wait for all weights, as `load` does; the command line sets out without."""
+        from mlx_vlm_edge.loading import Options, load_ahead
 
         self.folder = folder
-        self.model, self.processor = load(folder, dtype="float32")
+        self.model, self.processor = load_ahead(folder, Options(dtype="float32"))
+        if whole:
+            self.model.arrive()
         self.native = self.model.config.image_size
 
     def at(self, side: int | None) -> None:
@@ -117,7 +120,8 @@ class Ours:
 class Peer:
     """mlx-vlm."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, whole: bool = True) -> None:
+        """It reads all weights in any case."""
         from mlx_vlm import load
 
         self.model, self.processor = load(folder)
@@ -217,9 +221,9 @@ class Worker:
         self.visual: dict[tuple[str, int], Any] = {}
         self.asked: list[int] = []
 
-    def load(self, folder: str) -> Reply:
+    def load(self, folder: str, whole: bool = True) -> Reply:
         began = time.perf_counter()
-        self.side = self.kind(folder)
+        self.side = self.kind(folder, whole)
         return {"seconds": time.perf_counter() - began}
 
     def versions(self) -> Reply:
@@ -342,9 +346,12 @@ class Worker:
 
     # Fresh processes: one order, then the end.
 
-    def ready(self, folder: str, prompt: str, image: str) -> Reply:
-        """Everything before the first forward pass: imports, weights, tokenizer, the inputs."""
-        self.load(folder)
+    def ready(self, folder: str, prompt: str, image: str, whole: bool = False) -> Reply:
+        """Everything before the first forward pass: imports, weights, tokenizer, the inputs.
+
+        Ours begins with the image while the language model's weights are read, but if `whole`.
+        """
+        self.load(folder, whole)
         self.side.inputs(prompt, image)
         return {"inside": time.perf_counter() - STARTED}
 

@@ -16,7 +16,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 Strategy = Literal["pad", "center_crop", "stretch"]
 Color = tuple[int, int, int]
@@ -27,6 +27,7 @@ MAX_PIXELS = 178_956_970
 STRIP = 256  # rows resized at a time when padding
 SHOWN = 80  # characters of a source's name in an error
 ORIENTATION = 0x0112  # EXIF tag
+DRAFTED = "decoded at a part of its size"  # key of a picture's info
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # What Pillow's decoders raise on damaged data (OSError includes UnidentifiedImageError).
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
@@ -150,9 +151,13 @@ def _decode(source: Path | bytes, name: str, draft_side: int | None = None) -> "
         opened = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(opened) as image:
             _check_size(image.size, name)
+            whole = image.size
             if draft_side:
                 image.draft(None, (draft_side, draft_side))
-            return _upright_rgb(image)
+            rgb = _upright_rgb(image)
+            if image.size != whole:
+                rgb.info[DRAFTED] = True
+            return rgb
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -257,16 +262,23 @@ def fit(
 ) -> "Image":
     """Bring an RGB image to `size` (width, height) with Pillow's bicubic filter, as the references.
 
+    A picture read by JPEG draft, which is not theirs anyway, is resized by a cheaper filter.
+
     pad: centred on a canvas of the target's shape filled with `fill`, then resized (LLaVA's
     expand2square). center_crop: resized to cover the target, then cropped (CLIPImageProcessor).
     stretch: resized without keeping the shape.
     Raises UsageError for an image so elongated that it can't be brought to the size in memory.
     """
+    if strategy == "stretch":
+        return image.resize(size, _filter(image))
+    return _pad(image, size, fill) if strategy == "pad" else _center_crop(image, size)
+
+
+def _filter(image: "Image") -> "Resampling":
+    """Bicubic, or Hamming's window: nearly as sharp when it shrinks, by half as many pixels."""
     from PIL.Image import Resampling
 
-    if strategy == "stretch":
-        return image.resize(size, Resampling.BICUBIC)
-    return _pad(image, size, fill) if strategy == "pad" else _center_crop(image, size)
+    return Resampling.HAMMING if DRAFTED in image.info else Resampling.BICUBIC
 
 
 def _pad(image: "Image", size: tuple[int, int], fill: Color) -> "Image":
@@ -277,31 +289,30 @@ def _pad(image: "Image", size: tuple[int, int], fill: Color) -> "Image":
     """
     from PIL import Image
 
-    bicubic = Image.Resampling.BICUBIC
+    kind = _filter(image)
     (width, height), (w, h) = image.size, size
     canvas_width, canvas_height = max(width, -(-height * w // h)), max(height, -(-width * h // w))
     left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
     _check_elongation(image, w * canvas_height)
     narrow = Image.new("RGB", (w, canvas_height), fill)
+    if canvas_width == width:
+        narrow.paste(image.resize((w, height), kind), (0, top))
+        return narrow.resize(size, kind)
     for start in range(0, height, STRIP):
         rows = image.crop((0, start, width, min(start + STRIP, height)))
-        if canvas_width > width:
-            padded = Image.new("RGB", (canvas_width, rows.height), fill)
-            padded.paste(rows, (left, 0))
-            rows = padded
-        narrow.paste(rows.resize((w, rows.height), bicubic), (0, top + start))
-    return narrow.resize(size, bicubic)
+        padded = Image.new("RGB", (canvas_width, rows.height), fill)
+        padded.paste(rows, (left, 0))
+        narrow.paste(padded.resize((w, rows.height), kind), (0, top + start))
+    return narrow.resize(size, kind)
 
 
 def _center_crop(image: "Image", size: tuple[int, int]) -> "Image":
-    from PIL.Image import Resampling
-
     (width, height), (w, h) = image.size, size
     wide = width * h > height * w
     cover = (int(h * width / height), h) if wide else (w, int(w * height / width))
     _check_elongation(image, cover[0] * cover[1])
     left, top = (cover[0] - w) // 2, (cover[1] - h) // 2
-    return image.resize(cover, Resampling.BICUBIC).crop((left, top, left + w, top + h))
+    return image.resize(cover, _filter(image)).crop((left, top, left + w, top + h))
 
 
 def _check_elongation(image: "Image", pixels: int) -> None:

@@ -4,6 +4,7 @@ Folders in the native layout are read as they stand; any other published layout 
 converter, in memory. Folding and fusing happen here, once, before the first token.
 """
 
+import ctypes
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -141,11 +142,30 @@ def use_backend(model: VisionLanguageModel, weights: Path | str, setting: str) -
 
 
 def arrange(model: VisionLanguageModel) -> None:
-    """Merge projections and lay quantised weights out for the device; all is computed after it."""
-    model.language_model.fuse()
+    """Merge projections and lay quantised weights out for the device; all is computed after it.
+
+    Plain projections stay apart on a CPU: merged ones are no faster there, and the copy would
+    hold up the first token. Quantised layers are read, merged and turned one after the other.
+    """
+    language = model.language_model
+    if not on_cpu():
+        language.fuse()
+    elif any(isinstance(layer, nn.QuantizedLinear) for layer in language.modules()):
+        quantized.for_cpu(model, but="layers")  # the large embedding, before more is in memory
+        language.fuse(quantized.for_cpu)
     if on_cpu():
-        quantized.for_cpu(model)
+        quantized.for_cpu(model)  # a connector, say
     mx.eval(model.state)
+    _give_back()
+
+
+def _give_back() -> None:
+    """Hand the memory that reading took and freed to the system; MLX and glibc would keep it."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,12 +13,16 @@ from mlx.utils import tree_unflatten
 BITS = (2, 4, 8)  # the others' values lie across the words' borders
 ROWS = 6  # from more rows than this on, unpacking costs less than multiplying packed weights
 PART = 1 << 20  # words that are turned at once
-CONSTANT_GROUP = 32  # outputs that share the kernel's scale, which is always 1 here
+GROUPS = (128, 64, 32)  # outputs that share the kernel's scale, which is always 1: few are read
 
 
-def for_cpu(model: nn.Module) -> None:
-    """Replace the quantised layers of `model`, one after the other, where their kind allows it."""
+def for_cpu(model: nn.Module, but: str = "none") -> None:
+    """Replace the quantised layers of `model`, one after the other, where their kind allows it.
+
+    but: a part of the names of those that stay.
+    """
     found = [(name, layer) for name, layer in model.named_modules() if _fits(layer)]
+    found = [(name, layer) for name, layer in found if but not in name.split(".")]
     while found:  # popped, so that no layer but one is held twice
         name, layer = found.pop()
         new = Linear(layer) if isinstance(layer, nn.QuantizedLinear) else Embedding(layer)
@@ -30,7 +34,7 @@ def _fits(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return False
     rows = layer.weight.shape[0]
-    return bool(layer.mode == "affine" and layer.bits in BITS and rows % CONSTANT_GROUP == 0)
+    return bool(layer.mode == "affine" and layer.bits in BITS and rows % GROUPS[-1] == 0)
 
 
 def turned(words: mx.array, bits: int) -> mx.array:
@@ -105,19 +109,20 @@ class Weight(nn.Module):
         groups, size, _ = self.codes.shape
         N = self.scales.shape[1]
         x = x.reshape(-1, groups, size).swapaxes(0, 1)
-        one = mx.broadcast_to(mx.array(1, x.dtype), (groups, size, N // CONSTANT_GROUP))
-        sums = mx.quantized_matmul(
-            x, self.codes, one, mx.zeros_like(one), False, CONSTANT_GROUP, self.bits
-        )
+        shared = next(count for count in GROUPS if N % count == 0)
+        one = mx.ones((groups, size, N // shared), x.dtype)
+        sums = mx.quantized_matmul(x, self.codes, one, mx.zeros_like(one), False, shared, self.bits)
         y = (sums * self.scales[:, None]).sum(axis=0) + x.sum(axis=-1).T @ self.biases
         return self._ordered(y)
 
     def _unpacked(self, x: mx.array) -> mx.array:
         """A matmul for each place in a word: what is unpacked at once is an n-th of the matrix."""
         scales, biases = (self._places(y) for y in (self.scales, self.biases))
-        parts = []
+        parts: list[mx.array] = []
         for place in range(32 // self.bits):
-            weight = self._values(place).astype(x.dtype) * scales[place] + biases[place]
+            # No sooner than the part before is multiplied, or all would be unpacked at once.
+            codes = mx.depends(self.codes, parts[-1]) if parts else self.codes
+            weight = self._values(codes, place).astype(x.dtype) * scales[place] + biases[place]
             parts.append(x @ weight.reshape(x.shape[-1], -1))
         return mx.concatenate(parts, axis=-1)
 
@@ -125,10 +130,9 @@ class Weight(nn.Module):
         """[G, N] -> for each place in a word [n, G, 1, N / n]."""
         return mx.contiguous(x.reshape(x.shape[0], 1, self._words, -1).transpose(3, 0, 1, 2))
 
-    def _values(self, place: int) -> mx.array:
+    def _values(self, codes: mx.array, place: int) -> mx.array:
         """int32 [G, K / G, N / n]: what all words hold in one place."""
-        codes = mx.view(self.codes, mx.int32)
-        return (codes >> (place * self.bits)) & (2**self.bits - 1)
+        return (codes.view(mx.int32) >> (place * self.bits)) & (2**self.bits - 1)
 
     def rows(self, ids: mx.array) -> mx.array:
         """Row n of W for every n in ids [...] -> [..., K]."""

@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.Image import Resampling
 
 from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.image import fit, open_image
 from mlx_vlm_edge.prompt import Processor
 
 from .conftest import GOLDEN
@@ -48,3 +50,12 @@ def test_pixels_are_near_those_of_the_whole_picture_and_results_say_so(folder):
 def test_a_family_that_does_not_say_how_much_it_needs_refuses():
     with pytest.raises(UsageError, match="leave the JPEG draft out"):
         Processor.draft_side(None)
+
+
+def test_a_drafted_picture_is_resized_by_half_as_many_pixels():
+    """Others keep the filter of the references, draft asked for or not."""
+    drafted, small = open_image(photo(), 512), open_image(photo(800, 600), 512)
+    assert drafted.size == small.size == (800, 600)
+    for image, kind in ((drafted, Resampling.HAMMING), (small, Resampling.BICUBIC)):
+        fitted = fit(image, (512, 512), "stretch")
+        assert np.array_equal(fitted, image.resize((512, 512), kind))

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.kernels import on_cpu
 
 from .parity import FLOAT32, distance
 
@@ -252,12 +253,14 @@ def test_a_model_folder_opens_with_no_network(native_folder, monkeypatch):
 
 
 def test_no_weight_is_held_twice(native_folder):
-    """The unfused projections go as the fused ones come, a layer at a time."""
+    """The unfused projections go as the fused ones come, a layer at a time; none on a CPU."""
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     model, _ = load(str(native_folder))
     nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert mx.get_peak_memory() - before < 1.25 * nbytes
+    copied = 0.02 if on_cpu() else 0.25
+    assert mx.get_peak_memory() - before < (1 + copied) * nbytes
+    assert ("q_proj" in model.language_model.model.layers[0].self_attn) == on_cpu()
 
 
 def test_a_tokenizer_is_read_once_and_its_damage_told(native_folder, copy, monkeypatch):

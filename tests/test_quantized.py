@@ -118,3 +118,25 @@ def test_turning_by_parts_holds_one_part_more(monkeypatch):
     assert mx.get_peak_memory() - before < 1.5 * size
     x = mx.random.normal((1, 1 << 11))
     assert distance(new.times(x), np.array(x).astype(np.float64) @ original(layer).T) < TOLERANCE
+
+
+def test_a_prompt_unpacks_a_part_of_the_matrix_at_a_time():
+    """Bytes: of the parts, an eighth of the floats each, few are alive at once."""
+    model = Parts(4, 64, outputs=4096)
+    quantized.for_cpu(model)
+    x = mx.random.normal((quantized.ROWS + 1, INPUTS))
+    mx.eval(model.parameters(), x)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model.stack[0](x))
+    whole = 4 * INPUTS * 4096
+    assert (
+        mx.get_peak_memory() - before < 0.95 * whole
+    )  # 1.10 when nothing waits for the part before
+
+
+def test_layers_that_are_named_stay():
+    model = Parts(4, 64)
+    quantized.for_cpu(model, but="stack")
+    assert isinstance(model.stack[0], nn.QuantizedLinear)
+    assert isinstance(model.embedding, quantized.Embedding)

@@ -256,7 +256,7 @@ def depthwise_conv2d(
     weight = mx.stack([array.squeeze(-1) for array in weights])
     biases = None if bias is None else bias.reshape(len(weights), C, 1, 1)
     maps = mx.moveaxis(x, -1, 1)
-    size = max(1, 2 * CACHEFUL // (B * rows * columns))
+    size = max(1, 2 * CACHEFUL // (B * H * W))
     done: list[mx.array] = []
     for first in range(0, C, size):
         some = slice(first, first + size)

@@ -5,7 +5,7 @@ projections. With `last_only` all positions enter the cache, and one comes out: 
 the others alone is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -53,10 +53,15 @@ class LanguageModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def fuse(self) -> None:
-        """Merge projections layer by layer, so that no more than one layer is held twice."""
+    def fuse(self, then: Callable[[nn.Module], None] | None = None) -> None:
+        """Merge projections layer by layer, so that no more than one layer is held twice.
+
+        then: what else is done to a layer before the next one is read.
+        """
         for layer in self.model.layers:
             layer.fuse()
+            if then is not None:
+                then(layer)
             mx.eval(layer.parameters())
 
     def blocks(self, index: int) -> list[nn.Module]:
