@@ -13,7 +13,10 @@ from typing import Any
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-DROPPED = ("PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "MLX_VLM_EDGE_MODEL", "VIRTUAL_ENV")
+DROPPED = (
+    "PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "MLX_VLM_EDGE_MODEL", "VIRTUAL_ENV",
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",  # OpenBLAS is to choose its kernels as it does for users
+)  # fmt: skip
 STOCK = "stock"
 
 

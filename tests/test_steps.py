@@ -7,7 +7,6 @@ import pytest
 
 from mlx_vlm_edge import load, loading, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.language.decoder import LanguageModel
 from mlx_vlm_edge.loading import Options, load_ahead
 from mlx_vlm_edge.models.fastvlm import Model
 from mlx_vlm_edge.steps import Steps
@@ -44,11 +43,11 @@ def test_an_error_is_raised_where_its_step_is_waited_for():
 def test_images_are_encoded_while_the_language_model_is_read(native_folder, monkeypatch):
     """Its weights wait here until an image has been encoded; the answer is the usual one."""
     encoded = Event()
-    fuse, encode = LanguageModel.fuse, Model.encode_image
+    arrange, encode = loading.arrange, Model.encode_image
 
     def late(this):
         assert encoded.wait(10)
-        fuse(this)
+        arrange(this)
 
     def first(this, *arguments):
         encoded.set()
@@ -57,7 +56,7 @@ def test_images_are_encoded_while_the_language_model_is_read(native_folder, monk
     model, processor = load(str(native_folder))
     ask = {"prompt": "What is it?", "images": [picture(1)], "max_tokens": 6}
     want = [piece.token for piece in stream_generate(model, processor, **ask)]
-    monkeypatch.setattr(LanguageModel, "fuse", late)
+    monkeypatch.setattr(loading, "arrange", late)
     monkeypatch.setattr(Model, "encode_image", first)
     model, processor = load_ahead(str(native_folder), Options())
     assert model.arriving is not None
@@ -80,7 +79,7 @@ def test_what_goes_wrong_while_reading_is_told(native_folder, monkeypatch):
     def broken(this):
         raise UsageError("the disk is gone")
 
-    monkeypatch.setattr(LanguageModel, "fuse", broken)
+    monkeypatch.setattr(loading, "arrange", broken)
     with pytest.raises(UsageError, match="gone"):
         load(str(native_folder))
     model, processor = load_ahead(str(native_folder), Options())

@@ -17,7 +17,10 @@ from .. import __version__, blas
 
 Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when that cannot be had
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "numpy", "pillow", "tokenizers")
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREADS = (
+    "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
+)  # fmt: skip
 PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
 BUSY = 0.5  # of the cores' time, from which figures are not to be trusted
 CHECKOUT = Path(__file__).parents[2]
