@@ -15,7 +15,7 @@ REPOSITORY = HERE.parent
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 DROPPED = (
     "PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "MLX_VLM_EDGE_MODEL", "VIRTUAL_ENV",
-    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",  # OpenBLAS is to choose its kernels as it does for users
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",  # it chooses as it does for users
 )  # fmt: skip
 STOCK = "stock"
 

@@ -1,23 +1,45 @@
-"""Work in several steps, done in a thread; each step's result may be waited for.
+"""Work in several steps, done by a thread; each step's result may be waited for.
 
-MLX ties an array that is not evaluated yet to its thread, so a step hands over evaluated ones.
+MLX ties an array that is not evaluated yet to its thread, so a step hands over evaluated ones. And
+it may abort a process whose thread is ending at the exit, so there is one thread, which never ends.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+Jobs = SimpleQueue[Callable[[], None]]
+
+
+@cache
+def _jobs() -> Jobs:
+    """What the thread is to do; it is started when this is first asked for."""
+    jobs: Jobs = SimpleQueue()
+    Thread(target=_work, args=(jobs,), daemon=True).start()
+    return jobs
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_jobs.cache_clear)  # a child has no threads
+
+
+def _work(jobs: Jobs) -> None:
+    while True:
+        jobs.get()()
 
 
 class Steps(Generic[Result]):
-    """Runs an iterator in a thread; `wait(n)` gives what it yielded n-th, or raises its error."""
+    """Runs an iterator in the thread; `wait(n)` gives what it yielded n-th, or raises its error."""
 
     def __init__(self, work: Iterator[Result]) -> None:
         self._results: list[Result] = []
         self._error: BaseException | None = None
         self._changed = Condition()
-        Thread(target=self._run, args=(work,), daemon=True).start()
+        _jobs().put(lambda: self._run(work))
 
     def _run(self, work: Iterator[Result]) -> None:
         try:

@@ -1,5 +1,6 @@
 """Work in a thread: results in their order, errors where they are wanted."""
 
+import threading
 from threading import Event
 
 import numpy as np
@@ -97,3 +98,12 @@ def test_a_gpu_s_model_is_all_there_and_answers_the_same(native_folder, monkeypa
         pieces = stream_generate(model, processor, "Hi", [picture(1)], max_tokens=4)
         answers.append([piece.token for piece in pieces])
     assert answers[0] == answers[1]
+
+
+def test_one_thread_does_all_and_never_ends():
+    """A thread that used MLX and is ending when the process exits may abort it."""
+    done = [Steps(iter([index])) for index in range(5)]
+    assert [steps.wait(0) for steps in done] == [*range(5)]
+    workers = [t for t in threading.enumerate() if "_work" in t.name]
+    assert len(workers) == 1
+    assert workers[0].daemon
