@@ -1,5 +1,7 @@
 """Work in a thread: results in their order, errors where they are wanted."""
 
+import subprocess
+import sys
 import threading
 from threading import Event
 
@@ -107,3 +109,21 @@ def test_one_thread_does_all_and_never_ends():
     workers = [t for t in threading.enumerate() if "_work" in t.name]
     assert len(workers) == 1
     assert workers[0].daemon
+
+
+def test_a_process_that_ends_while_work_is_under_way_says_its_own_exit_code():
+    """As with a misspelt image while weights are read; the thread's next step is not begun."""
+    program = """if True:
+        import sys, mlx.core as mx
+        from mlx_vlm_edge.steps import Steps
+        def work():
+            yield 0
+            for _ in range(100):
+                mx.eval(mx.ones((200, 200)) @ mx.ones((200, 200)))
+            yield 1
+            print("too far")
+        Steps(work()).wait(0)
+        sys.exit(2)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")

@@ -28,6 +28,8 @@ def writable(name: str | None) -> Iterator[Save]:
     path = Path(name)
     if path.is_dir():
         raise UsageError(f"--json {name}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+        raise UsageError(f"--json {name}: is no regular file; name another one")
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:

@@ -231,3 +231,13 @@ def test_ctrl_c_in_claims_ends_with_one_line(capsys, tmp_path, clean, monkeypatc
     assert main(["bench", "--claims", *names, "--json", str(path)]) == 130
     assert capsys.readouterr().err.strip().endswith("stopped: 1 of 2 claims run")
     assert json.loads(path.read_text())["interrupted"]
+
+
+def test_a_device_or_pipe_is_not_replaced_by_the_record(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["bench", "--model", "demo", "--json", str(pipe), "--image", "/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "no regular file" in error
+    assert error.count("\n") == 1
+    assert pipe.is_fifo()

@@ -20,10 +20,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_edge.config import read_config
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.weights import find_shards
 
+from ..checkpoint import find_torch_files
 from ..save import new_folder
 from .encoders import encoder
 from .interpreter import Package
@@ -50,13 +52,14 @@ def cache_folder() -> Path:
 
 
 def identity(folder: Path) -> str:
-    """Of a checkpoint's weights: another one when a file of it is replaced.
+    """Of a checkpoint: another one when its config changes or a file of weights is replaced.
 
     Names, sizes and times of the files, since reading gigabytes would take longer than answering.
     """
-    files = [path.resolve() for path in find_shards(folder)]
-    told = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    files = [path.resolve() for path in find_shards(folder) or find_torch_files(folder)]
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    told = json.dumps([read_config(folder), weights], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass

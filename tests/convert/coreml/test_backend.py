@@ -1,5 +1,6 @@
 """Image features by a Core ML package at run time: the same answers as by MLX's tower."""
 
+import json
 import shutil
 import sys
 import weakref
@@ -76,6 +77,21 @@ def test_a_package_belongs_to_weights_size_and_precision(native_folder, tmp_path
         for size in ((64, 64), (64, 128), (128, 64))
     }
     assert len(keys) == 24
+
+
+def test_pytorch_weights_and_configs_are_told_apart(native_folder, tmp_path):
+    """A package of other weights would answer, wrongly."""
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        shutil.copy(native_folder / "config.json", tmp_path / name)
+        (tmp_path / name / "pytorch_model.bin").write_bytes(b"weights of " + name.encode())
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
+    shutil.copystat(tmp_path / "one" / "pytorch_model.bin", tmp_path / "four" / "pytorch_model.bin")
+    config = json.loads((native_folder / "config.json").read_text())
+    told = json.dumps({**config, "image_mean": [0.1, 0.2, 0.3]})
+    (tmp_path / "four" / "config.json").write_text(told)
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    assert len({backend.identity(folder) for folder in folders}) == 4
 
 
 def test_tiles_run_one_after_the_other_and_masks_are_refused(tools, native_folder):
