@@ -30,7 +30,8 @@ def gelu_to_relu(package):
 def bias_zeroed(package):
     """The bias of the last convolution that has one in the weight file."""
     saved = Saved(package)
-    biases = {op.inputs["bias"].arguments[0].name for op in _operations(saved) if op.type == "conv"}
+    convolutions = [op for op in _operations(saved) if op.type == "conv"]
+    biases = {value.name for op in convolutions for value in op.inputs["bias"].arguments}
     stored = [
         op.attributes["val"].blobFileValue.offset
         for op in _operations(saved)

@@ -131,10 +131,11 @@ def test_unknown_settings_are_one_line(setting, native_folder, capsys):
 
 
 def test_a_family_without_a_tower_is_one_line():
-    from ...reference import fuyu
+    """Fuyu's shapes, nothing allocated."""
+    from mlx_vlm_edge.bench.random_weights import blueprint
 
-    model = fuyu.__name__  # a class of another module than any maker's
-    with pytest.raises(UsageError, match="no vision tower"):
+    model = blueprint("fuyu-8b").model
+    with pytest.raises(UsageError, match="fuyu has no vision tower"):
         backend.attach(model, "weights", "coreml", print)
 
 
