@@ -284,7 +284,9 @@ def claim(found: Mapping[str, Any]) -> tuple[str, ...]:
     return escape(found["title"]), quoted, ours, verdict
 
 
-def amount(value: float, unit: str) -> str:
+def amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return "no figure"
     if unit == "ms":
         return milliseconds(value)
     return f"{value:.4g}{unit}" if unit == "x" else f"{value:,.4g} {unit}"

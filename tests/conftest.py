@@ -1,6 +1,7 @@
 """Versions in the test header, and the references that several files share."""
 
 import copy
+import gc
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,12 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32 on NVIDIA
 
 GOLDEN = Path(__file__).parent / "golden" / "fastvlm_tiny"
 SHOWN = ("mlx", "numpy", "pillow", "tokenizers", "mlx-lm", "torch", "transformers", "timm")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_over():
+    """Models that earlier tests left in rings of references do not count as this one's memory."""
+    gc.collect()
 
 
 def pytest_report_header() -> str:

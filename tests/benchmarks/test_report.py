@@ -202,3 +202,8 @@ def test_milliseconds_are_written_with_three_digits(value, shown):
 def test_ticks_are_round_numbers_in_the_range():
     assert plots.ticks(90, 700) == [100, 200, 500]
     assert plots.nice(13) == 20
+
+
+def test_a_claim_without_a_figure_is_shown_as_one():
+    assert page.amount(None, "x") == "no figure"
+    assert page.amount(1.5, "x") == "1.5x"
