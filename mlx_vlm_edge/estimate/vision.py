@@ -59,6 +59,7 @@ def _fastvit_block(vision: Mapping[str, Any], stage: int, positions: int) -> Wor
     hidden = int(channels * vision["mlp_ratios"][stage])
     ffn = (
         depthwise(positions, channels, 7)
+        + Work(vectors=-channels)  # its bias is folded into the next layer
         + linear(positions, channels, hidden)
         + linear(positions, hidden, channels)
     )
