@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import random_checkpoint
 import rows as table
+from mlx_vlm_edge_bench.bench import machine
+from mlx_vlm_edge_bench.bench.saved import writable
 from pairs import Pairs, verdict
 from rows import COLD, FIXED, MEMORY, QUESTION, SHOWN, Row, chat, draw, view
 from sides import STOCK, FailedError, Side, Worker, pair
 
-from mlx_vlm_edge.bench import machine
-from mlx_vlm_edge.bench.saved import writable
 from mlx_vlm_edge.errors import UsageError
 
 Save = Callable[[Mapping[str, Any]], None]

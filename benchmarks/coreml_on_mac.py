@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlx_vlm_edge_bench.bench import machine
+from mlx_vlm_edge_bench.bench.figures import Figure
+from mlx_vlm_edge_bench.bench.saved import Save, writable
 from mlx_vlm_edge_convert.coreml import manifest
-from mlx_vlm_edge_convert.coreml.device import UNITS, Device, compiled, require_mac
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.toolkit import tools
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.emit.toolkit import tools
+from mlx_vlm_edge_convert.coreml.run.mac import UNITS, Device, compiled, require_mac
 
-from mlx_vlm_edge.bench import machine
-from mlx_vlm_edge.bench.figures import Figure
-from mlx_vlm_edge.bench.saved import Save, writable
 from mlx_vlm_edge.errors import UsageError
 
 DEVICES = {

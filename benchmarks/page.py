@@ -9,7 +9,7 @@ from typing import Any
 from plots import Bar, Point, milliseconds, scatter, stacked
 from rows import SHOWN
 
-PAPER = Path(__file__).parent / "paper" / "table6.json"
+PAPER = Path(__file__).parent / "mlx_vlm_edge_bench" / "claims" / "table6.json"
 STAGE = "stage: "
 # A model of ours on the accuracy plot: the row of the paper's table it was published as.
 PUBLISHED = {

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_edge_bench.bench.machine import summary
 from page import milliseconds, name_of, page
 from rows import SHOWN
 
-from mlx_vlm_edge.bench.machine import summary
 from mlx_vlm_edge.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results"

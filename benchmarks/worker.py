@@ -25,7 +25,7 @@ class Ours:
 
     def __init__(self, folder: str, whole: bool = True) -> None:
         """whole: wait for all weights, as `load` does; the command line sets out without."""
-        from mlx_vlm_edge.loading import Options, load_ahead
+        from mlx_vlm_edge.loading.load import Options, load_ahead
 
         self.folder = folder
         self.model, self.processor = load_ahead(folder, Options(dtype="float32"))
@@ -66,7 +66,7 @@ class Ours:
 
     @staticmethod
     def _opened(image: str) -> Any:
-        from mlx_vlm_edge.image import open_image
+        from mlx_vlm_edge.picture.image import open_image
 
         return open_image(image)
 
@@ -109,7 +109,7 @@ class Ours:
     def new_cache(self) -> Any:
         """For a second question: KV of the prompt's start and the image's features."""
         try:
-            from mlx_vlm_edge.prefix import PrefixCache
+            from mlx_vlm_edge.generation.prefix import PrefixCache
         except ImportError:
             raise MissingError("the prefix cache is not in this version of mlx-vlm-edge") from None
         return PrefixCache()

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from mlx_vlm_edge_convert.coreml import manifest
-from mlx_vlm_edge_convert.coreml.device import UNITS, Device, compiled
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.runner import Functions, Geometry, Runner
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.run.host import Functions, Geometry, Runner
+from mlx_vlm_edge_convert.coreml.run.mac import UNITS, Device, compiled
 from safetensors.numpy import load_file
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import fit, open_image
-from mlx_vlm_edge.tokenizer import Detokenizer, Tokenizer
+from mlx_vlm_edge.picture.image import fit, open_image
+from mlx_vlm_edge.text.tokenizer import Detokenizer, Tokenizer
 
 Open = Callable[[str], Functions]  # a package's file name -> what runs it
 

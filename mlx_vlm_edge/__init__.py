@@ -11,20 +11,33 @@ from typing import TYPE_CHECKING, Any
 from . import blas
 
 __version__ = "0.1.0"
-__all__ = ["UsageError", "__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "GenerationResult",
+    "Options",
+    "PrefixCache",
+    "UsageError",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 if TYPE_CHECKING:
     from .errors import UsageError
-    from .generation import generate, stream_generate
-    from .loading import load
+    from .generation.loop import GenerationResult, Options, generate, stream_generate
+    from .generation.prefix import PrefixCache
+    from .loading.load import load
 
 blas.prepare()  # before anything imports mlx
 
 _HOME = {
-    "load": "loading",
-    "generate": "generation",
-    "stream_generate": "generation",
+    "GenerationResult": "generation.loop",
+    "Options": "generation.loop",
+    "PrefixCache": "generation.prefix",
     "UsageError": "errors",
+    "generate": "generation.loop",
+    "load": "loading.load",
+    "stream_generate": "generation.loop",
 }
 
 
@@ -33,3 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

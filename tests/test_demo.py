@@ -7,7 +7,7 @@ import pytest
 
 from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.cli import main
-from mlx_vlm_edge.hub import locate
+from mlx_vlm_edge.hub.models import locate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMO = locate("demo")

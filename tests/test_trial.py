@@ -10,9 +10,9 @@ import pytest
 from mlx_vlm_edge_convert import convert
 
 from mlx_vlm_edge import UsageError, load
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.cli import main
-from mlx_vlm_edge.generation import Options
-from mlx_vlm_edge.loading import read_config
+from mlx_vlm_edge.generation.loop import Options
 
 
 def refused(arguments, capsys):

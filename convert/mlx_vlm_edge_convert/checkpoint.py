@@ -4,8 +4,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_vlm_edge.checkpoint.weights import find_shards, read_index, read_safetensors
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.weights import find_shards, read_index, read_safetensors
 
 from .torch_zip import read_torch
 

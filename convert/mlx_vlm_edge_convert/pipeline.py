@@ -8,11 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.config import read_json
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, read_json
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import expanded, locate
-from mlx_vlm_edge.loading import PREPROCESSOR, build, read_config
+from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import FAMILIES, family
+from mlx_vlm_edge.models.build import build, read_native
 
 from . import verify as verification
 from .checkpoint import read_checkpoint
@@ -41,6 +41,13 @@ def source_family(config: Mapping[str, Any]) -> ModuleType:
     if name is None:
         raise UsageError(f"config.json: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
     return import_module(f".families.{name}", __package__)
+
+
+def native_checkpoint(folder: Path) -> tuple[dict[str, Any], Arrays]:
+    """Config and native weights of a folder in any layout; see `to_native`."""
+    config = read_config(folder)
+    arrays = read_native(folder, config)
+    return to_native(folder, config) if arrays is None else (config, arrays)
 
 
 def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_edge.checkpoint.weights import DTYPES
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.loading import DTYPES
 
 from .rules import Arrays
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.config import read_json
+from mlx_vlm_edge.checkpoint.config import read_json
 from mlx_vlm_edge.errors import UsageError
 
 from .rules import Arrays

@@ -14,14 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.config import read_config
+from mlx_vlm_edge.checkpoint.weights import find_shards, read_safetensors
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.language.decoder import LanguageModel
-from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.timings import Stages
-from mlx_vlm_edge.weights import find_shards, read_safetensors
 
 from . import branches
 

@@ -12,8 +12,8 @@ from ..errors import UsageError
 from .generate import BACKENDS, DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
-    from ..bench.cases import Options
-    from ..bench.claims import Claim
+    from mlx_vlm_edge_bench.bench.cases import Options
+    from mlx_vlm_edge_bench.claims.read import Claim
 
 HELP = (
     "Measure time to first token, stage by stage, with the spread of the runs. ttft: vision "
@@ -123,7 +123,7 @@ class Progress:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench.saved import writable
+    from mlx_vlm_edge_bench.bench.saved import writable
 
     _refuse_mixtures(args)
     with writable(args.json) as save:
@@ -143,7 +143,7 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
 
 
 def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
-    from ..bench import cases, energy, machine, table
+    from mlx_vlm_edge_bench.bench import cases, energy, machine, table
 
     options, width, progress = _options(args), _width(), Progress()
     cases.check(options)
@@ -170,8 +170,8 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
 
 
 def _options(args: argparse.Namespace) -> "Options":
-    from ..bench.cases import Options
-    from ..bench.picture import NAME, default_picture
+    from mlx_vlm_edge_bench.bench.cases import Options
+    from mlx_vlm_edge_bench.bench.picture import NAME, default_picture
 
     return Options(
         models=tuple(args.model) or (DEFAULT_MODEL if args.random_weights else default_model(),),
@@ -202,7 +202,7 @@ def _width() -> int:
 
 
 def _heading(record: dict[str, Any]) -> list[str]:
-    from ..bench import machine
+    from mlx_vlm_edge_bench.bench import machine
 
     warning = machine.busy(machine.load_average(), record["cores"])
     return [machine.summary(record), *([warning] if warning else [])]
@@ -216,7 +216,8 @@ def _say(lines: Sequence[str], width: int) -> None:
 
 
 def _claims(args: argparse.Namespace, save: Callable[..., None]) -> int:
-    from ..bench import claim_table, claims
+    from mlx_vlm_edge_bench.claims import read as claims
+    from mlx_vlm_edge_bench.claims import table as claim_table
 
     width, known = _width(), claims.read()
     if args.claims == ["list"]:
@@ -231,8 +232,10 @@ def _claims(args: argparse.Namespace, save: Callable[..., None]) -> int:
 def _run_claims(
     args: argparse.Namespace, wanted: Sequence["Claim"], save: Callable[..., None], width: int
 ) -> int:
-    from ..bench import claim_run, claim_table, machine
-    from ..bench.claim_parts import Workshop
+    from mlx_vlm_edge_bench.bench import machine
+    from mlx_vlm_edge_bench.claims import run as claim_run
+    from mlx_vlm_edge_bench.claims import table as claim_table
+    from mlx_vlm_edge_bench.claims.timed import Workshop
 
     progress, code = Progress(), 0
     record: dict[str, Any] = {"kind": "claims", "machine": machine.record(), "claims": []}

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("name the folder to write: -o DIR")
     from mlx_vlm_edge_convert import convert
 
-    from ..hub import locate
+    from ..hub.models import locate
 
     folder = locate(source, revision=args.revision, offline=args.offline)
     target = convert(

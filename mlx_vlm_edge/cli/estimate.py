@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..estimate.calibration import Row
-    from ..estimate.chips import Chip
-    from ..estimate.outlook import Outlook
+    from mlx_vlm_edge_bench.estimate.calibration import Row
+    from mlx_vlm_edge_bench.estimate.chips import Chip
+    from mlx_vlm_edge_bench.estimate.outlook import Outlook
 
 HELP = "Estimate operations, memory, time to first token and decode rate of a model on a chip."
 DEFAULT_MODEL = "fastvlm-0.5b"
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> None:
-    from ..estimate.chips import find, own
-    from ..estimate.outlook import LABEL, outlook
+    from mlx_vlm_edge_bench.estimate.chips import find, own
+    from mlx_vlm_edge_bench.estimate.outlook import LABEL, outlook
 
     for flag, value, least in (
         ("--prompt-tokens", args.prompt_tokens, 0),
@@ -105,9 +105,10 @@ def read_model(name: str) -> dict[str, Any]:
 
     Raises UsageError for a name that is none of these.
     """
-    from .. import configs
-    from ..config import read_config
-    from ..hub import ALIASES, DEMO, expanded, local_snapshot, locate, repo_id
+    from ..checkpoint import configs
+    from ..checkpoint.config import read_config
+    from ..hub.cache import local_snapshot
+    from ..hub.models import ALIASES, DEMO, expanded, locate, repo_id
 
     path = expanded(name)
     if name.lower() in ALIASES:
@@ -233,7 +234,7 @@ def _compare(found: Sequence["Outlook"]) -> str:
 
 
 def _print_chips(*, as_json: bool) -> None:
-    from ..estimate import chips
+    from mlx_vlm_edge_bench.estimate import chips
 
     known = chips.known()
     if as_json:
@@ -273,8 +274,8 @@ def _sourced(entry: Any) -> str:
 
 
 def _print_calibration(*, as_json: bool) -> None:
-    from ..estimate import calibration
-    from ..estimate.outlook import LABEL
+    from mlx_vlm_edge_bench.estimate import calibration
+    from mlx_vlm_edge_bench.estimate.outlook import LABEL
 
     rows = calibration.rows()
     if as_json:

@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
         )
     wanted = size(args.resolution)
     from mlx_vlm_edge_convert.coreml.export import export
-    from mlx_vlm_edge_convert.coreml.parts import Options
+    from mlx_vlm_edge_convert.coreml.parts.part import Options
 
-    from ..hub import locate
+    from ..hub.models import locate
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
     bits = {"4": 4, "8": 8}.get(args.bits, args.bits)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..generation import GenerationResult
+    from ..generation.loop import GenerationResult
 
 HELP = "Answer a question about images; the answer streams to standard output."
 DEFAULT_MODEL = "fastvlm-0.5b"
@@ -121,7 +121,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 def default_model() -> str:
     """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model."""
-    from ..hub import ALIASES, local_snapshot
+    from ..hub.cache import local_snapshot
+    from ..hub.models import ALIASES
 
     if name := os.environ.get("MLX_VLM_EDGE_MODEL"):
         return name
@@ -149,9 +150,9 @@ def run(args: argparse.Namespace) -> int:
     text, images = _read(args)
     if args.fps is not None and not args.video:
         raise UsageError("--fps is for videos: give one with --video")
-    from ..generation import stream_generate
-    from ..loading import Options, load_ahead
-    from ..video import Video
+    from ..generation.loop import stream_generate
+    from ..loading.load import Options, load_ahead
+    from ..picture.video import Video
 
     images += [Video(path, args.fps) for path in args.video]
     loading = Options(

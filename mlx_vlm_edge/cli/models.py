@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub import ALIASES, cache_folder, cached_models, expanded, local_snapshot, pull, repo_id
+from ..hub.cache import cache_folder, cached_models, local_snapshot
+from ..hub.models import ALIASES, expanded, pull, repo_id
 
 HELP = "List, pull, show and remove models."
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..download import gigabytes
+    from ..hub.download import gigabytes
 
     names = {repo: alias for alias, repo in ALIASES.items()}
     rows = [
@@ -69,7 +70,7 @@ def _show(args: argparse.Namespace) -> int:
     if folder is None:
         folder = local_snapshot(repo_id(args.name), args.revision)
     elif args.name == "demo" and not path.is_dir():
-        from ..hub import locate
+        from ..hub.models import locate
 
         folder = locate("demo")
     facts = _remote_facts(args) if folder is None else _local_facts(folder)
@@ -86,7 +87,7 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
     repo = repo_id(args.name)
     if args.offline:
         raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
-    from ..download import describe, gigabytes
+    from ..hub.download import describe, gigabytes
 
     remote = describe(repo, args.revision)
     return {
@@ -99,8 +100,8 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def _local_facts(folder: Path) -> dict[str, Any]:
     """What a model folder's config and files say."""
-    from ..download import gigabytes
-    from ..loading import read_config
+    from ..checkpoint.config import read_config
+    from ..hub.download import gigabytes
 
     config = read_config(folder)
     text = {**(config.get("text_config") or {}), **config}
@@ -168,7 +169,7 @@ def licence(folder: Path) -> str:
 def _remove(args: argparse.Namespace) -> int:
     import shutil
 
-    from ..download import gigabytes
+    from ..hub.download import gigabytes
 
     repo = repo_id(args.name)
     found = [model for model in cached_models() if model.repo == repo]

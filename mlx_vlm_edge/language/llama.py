@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import check
+from ..checkpoint.config import check
 from ..errors import UsageError
 from ..kernels import swiglu
 from . import decoder

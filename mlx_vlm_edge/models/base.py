@@ -7,13 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..image import Pixels, Strategy
 from ..language.cache import Cache
 from ..language.decoder import LanguageModel
-from ..prompt import Inputs
+from ..picture.image import Pixels, Strategy
+from ..text.prompt import Inputs
 from ..timings import Stages
-from ..weights import Weights
 
 # LLaVA's names for what is done to a picture that is not square -> ours. "square" is its image
 # processor's own resize and crop.

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
-from ..image import Pixels, fit
 from ..language.llama import LanguageModel, TextConfig
+from ..picture.image import Pixels, fit
 from ..vision.eve import PatchConfig, PatchEmbedding
-from ..weights import Weights
 from . import llava
 from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 

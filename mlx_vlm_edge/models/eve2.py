@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .. import prompt
+from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..image import MAX_PIXELS, Pixels, fit
 from ..language.cache import Cache
 from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
-from ..prompt import Inputs
+from ..picture.image import MAX_PIXELS, Pixels, fit
+from ..text import prompt
+from ..text.prompt import Inputs
 from ..timings import Stages
 from ..vision.eve import ConvPatchEmbedding, PatchConfig
-from ..weights import Weights
 from . import eve, llava
 from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 

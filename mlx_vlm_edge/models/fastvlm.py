@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .. import prompt
-from ..config import check
+from ..checkpoint.config import check
+from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
-from ..image import Pixels, Strategy, fit
 from ..language.llama import LanguageModel, TextConfig
+from ..picture.image import Pixels, Strategy, fit
+from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
-from ..weights import Weights
 from .base import (
     VisionLanguageModel,
     chosen_strategy,

@@ -16,14 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import prompt
+from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..image import Pixels
 from ..language.persimmon import LanguageModel, TextConfig
-from ..tiling import fit_within
+from ..picture.image import Pixels
+from ..picture.tiling import fit_within
+from ..text import prompt
+from ..text.tokenizer import Tokenizer
 from ..timings import Stages
-from ..tokenizer import Tokenizer
-from ..weights import Weights
 from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
 
 if TYPE_CHECKING:

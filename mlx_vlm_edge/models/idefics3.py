@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from .. import prompt
-from ..chat_template import render_chat_template
+from ..checkpoint.weights import Weights
 from ..connectors.pixel_shuffle import PixelShuffle
 from ..errors import UsageError
-from ..image import Pixels
 from ..language.llama import LanguageModel
-from ..tiling import affordable_edge, single, split, split_grid
+from ..picture.image import Pixels
+from ..picture.tiling import affordable_edge, single, split, split_grid
+from ..picture.video import Video, number_in_words, read_video
+from ..text import prompt
+from ..text.chat_template import render_chat_template
+from ..text.tokenizer import Tokenizer
 from ..timings import Stages
-from ..tokenizer import Tokenizer
-from ..video import Video, number_in_words, read_video
 from ..vision.positions import patch_mask, position_ids
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
-from ..weights import Weights
 from .base import VisionLanguageModel
 from .idefics3_config import MARKED, Config
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..config import check
-from ..configs.defaults import IDEFICS3_VISION, LLAMA
+from ..checkpoint.config import check
+from ..checkpoint.configs.defaults import IDEFICS3_VISION, LLAMA
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..vision.vit import ViTConfig

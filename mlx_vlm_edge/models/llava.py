@@ -16,15 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import prompt
-from ..configs.defaults import LLAMA
+from ..checkpoint.configs.defaults import LLAMA
+from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
-from ..image import Pixels, Strategy, fit
 from ..language.llama import LanguageModel, TextConfig
+from ..picture.image import Pixels, Strategy, fit
+from ..text import prompt
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
-from ..weights import Weights
 from .base import (
     VisionLanguageModel,
     chosen_strategy,

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .. import prompt
+from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
-from ..image import Pixels, fit
 from ..kernels import resize_bilinear
 from ..language.llama import LanguageModel, TextConfig
-from ..tiling import Box, Size, anyres_tiles, best_resolution, capped, unpad
+from ..picture.image import Pixels, fit
+from ..picture.tiling import Box, Size, anyres_tiles, best_resolution, capped, unpad
+from ..text import prompt
 from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
-from ..weights import Weights
 from .base import VisionLanguageModel, eos_ids
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint.weights import Weights
 from ..connectors.ldp import LDP, POOLED, LDPv2
 from ..errors import UsageError
-from ..image import Pixels
 from ..language.llama import TextConfig
+from ..picture.image import Pixels
 from ..vision.vit import ViTConfig
-from ..weights import Weights
 from . import llava
 from .base import eos_ids, image_strategy
 

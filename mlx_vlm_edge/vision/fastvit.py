@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import check
+from ..checkpoint.config import check
 from ..errors import UsageError
 from ..kernels import (
     Activation,

@@ -6,7 +6,7 @@ matmul of its branch, a downsampling's two outputs per group into two depthwise 
 
 import mlx.core as mx
 
-from ..weights import Weights
+from ..checkpoint.weights import Weights
 from .fastvit import VisionConfig
 
 BN_EPS = 1e-5

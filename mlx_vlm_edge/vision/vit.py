@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import check
+from ..checkpoint.config import check
+from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..kernels import attention, gelu_tanh, mlp, quick_gelu
-from ..weights import Weights
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
 GEOMETRY = (

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from mlx_vlm_edge_bench.claims import read as claims
 
-from mlx_vlm_edge.bench import claims
-from mlx_vlm_edge.hub import ALIASES
+from mlx_vlm_edge.hub.models import ALIASES
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "claims"
-TABLE = Path(__file__).parents[2] / "benchmarks" / "paper" / "table6.json"
+FOLDER = Path(claims.__file__).parent / "data"
+TABLE = FOLDER.parent / "table6.json"
 KNOWN = claims.read(FOLDER)
 BY_ID = {claim.id: claim for claim in KNOWN}
 

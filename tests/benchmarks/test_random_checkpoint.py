@@ -9,7 +9,7 @@ import random_checkpoint
 from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
-from mlx_vlm_edge.tokenizer import Tokenizer
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "fastvlm_0.5b_mlxvlm_keys.json.gz"
 

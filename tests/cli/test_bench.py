@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
+from mlx_vlm_edge_bench.bench import cases, energy, table
+from mlx_vlm_edge_bench.bench.saved import writable
 
-from mlx_vlm_edge.bench import cases, energy, table
-from mlx_vlm_edge.bench.saved import writable
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 
@@ -157,7 +157,7 @@ def test_help_and_the_list_load_no_mlx(arguments):
 
 def test_generate_does_not_import_the_benchmark():
     code = (
-        "import sys, mlx_vlm_edge.generation, mlx_vlm_edge.loading\n"
+        "import sys, mlx_vlm_edge.generation.loop, mlx_vlm_edge.loading.load\n"
         "assert not [name for name in sys.modules if 'edge.bench' in name or 'estimate' in name]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -216,7 +216,7 @@ def test_counted_claims_are_printed_and_saved(capsys, tmp_path, clean):
 
 
 def test_ctrl_c_in_claims_ends_with_one_line(capsys, tmp_path, clean, monkeypatch):
-    from mlx_vlm_edge.bench import claim_run
+    from mlx_vlm_edge_bench.claims import run as claim_run
 
     whole = claim_run.run
 

@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 
-from mlx_vlm_edge import configs
+from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.estimate import table
-from mlx_vlm_edge.hub import ALIASES
+from mlx_vlm_edge.hub.models import ALIASES
 
 from ..test_imports import HEAVY, command, modules_after, packages
 

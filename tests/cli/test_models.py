@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from mlx_vlm_edge import hub
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.models import licence
+from mlx_vlm_edge.hub import models as hub
 
 REPO = hub.ALIASES["fastvlm-0.5b"]
 
@@ -69,7 +69,7 @@ def test_show_of_a_converted_folder(cached, tmp_path, capsys):
 
 
 def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
-    from mlx_vlm_edge import download
+    from mlx_vlm_edge.hub import download
 
     assert main(["models", "show", "fastvlm-7b", "--offline"]) == 2
     assert "not on this machine" in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
 
 
 def test_pull_prints_the_folder(cached, capsys, monkeypatch):
-    from mlx_vlm_edge import download
+    from mlx_vlm_edge.hub import download
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     asked = []

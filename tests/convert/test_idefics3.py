@@ -10,10 +10,11 @@ from mlx_vlm_edge_convert import convert
 from mlx_vlm_edge_convert.families import idefics3
 
 from mlx_vlm_edge import load
+from mlx_vlm_edge.checkpoint.config import read_config
+from mlx_vlm_edge.checkpoint.weights import read_safetensors
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import idefics3 as family
-from mlx_vlm_edge.weights import read_safetensors
+from mlx_vlm_edge.models.build import build
 
 from ..parity import FLOAT32, distance
 from .test_key_lists import shapes, unallocated

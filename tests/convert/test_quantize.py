@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert, to_native
 from mlx_vlm_edge_convert.quantize import cast, dequantize, quantize
 
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.loading import read_checkpoint, read_config
+from mlx_vlm_edge.loading.load import read_checkpoint
 
 
 @pytest.fixture

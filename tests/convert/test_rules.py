@@ -8,9 +8,10 @@ from mlx_vlm_edge_convert import to_native
 from mlx_vlm_edge_convert.families import decoder, fastvlm
 from mlx_vlm_edge_convert.rules import Rule, apply, to_channels_last, to_last_axis
 
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models.build import build
 
 # Every key that mlx-vlm or mlx-swift-lm reads (facts: their config classes).
 ROOT_KEYS = {

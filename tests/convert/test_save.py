@@ -8,11 +8,12 @@ import pytest
 from mlx_vlm_edge_convert import convert, pipeline, reparam, verify
 from mlx_vlm_edge_convert.save import new_folder, save_weights
 
+from mlx_vlm_edge.checkpoint.weights import find_shards, read_header
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.loading import build, read_checkpoint
+from mlx_vlm_edge.loading.load import read_checkpoint
 from mlx_vlm_edge.models import family
-from mlx_vlm_edge.weights import find_shards, read_header
+from mlx_vlm_edge.models.build import build
 
 from .conftest import golden_folder
 

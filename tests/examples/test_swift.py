@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tree_sitter_swift", reason="Swift is parsed with tree-sitter's grammar")
 
-from mlx_vlm_edge.image import Strategy
+from mlx_vlm_edge.picture.image import Strategy
 
 from . import swift
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml.interpreter import Package
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
-from mlx_vlm_edge.image import fit, open_image
-from mlx_vlm_edge.tokenizer import Tokenizer
+from mlx_vlm_edge.picture.image import fit, open_image
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from .test_coreml_answer import PICTURES, ROOT, example  # noqa: F401
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_vlm_edge import generation, kernels, load, quantized
-from mlx_vlm_edge.kernels import cpu, gpu
+from mlx_vlm_edge import kernels, load
+from mlx_vlm_edge.generation import loop as generation
+from mlx_vlm_edge.kernels import cpu, gpu, quantized
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
 from mlx_vlm_edge.timings import Stages
 

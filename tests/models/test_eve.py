@@ -18,12 +18,13 @@ from mlx_vlm_edge_convert.families import eve as rules
 from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import ALIASES
+from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.kernels import gelu_tanh
-from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import eve, llava
-from mlx_vlm_edge.tokenizer import Tokenizer
+from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import eve as vision
 
 from ..parity import distance

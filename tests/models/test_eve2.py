@@ -13,11 +13,12 @@ from mlx_vlm_edge_convert.save import save_weights
 from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import gelu_tanh
 from mlx_vlm_edge.language import eve2 as decoder
-from mlx_vlm_edge.loading import build, read_config
 from mlx_vlm_edge.models import eve2
+from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.vision import eve as vision
 

@@ -12,13 +12,14 @@ import pytest
 from mlx_vlm_edge_convert import convert
 from mlx_vlm_edge_convert.families import fuyu as rules
 
-from mlx_vlm_edge import load, quantized, stream_generate
+from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.generation import Options, make_cache
-from mlx_vlm_edge.hub import repo_id
+from mlx_vlm_edge.generation.loop import Options, make_cache
+from mlx_vlm_edge.hub.models import repo_id
+from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.language import persimmon
-from mlx_vlm_edge.loading import build
 from mlx_vlm_edge.models import family, fuyu
+from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.timings import Stages
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance

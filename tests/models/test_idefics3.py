@@ -7,8 +7,8 @@ from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.models import family, idefics3
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..parity import FLOAT32, distance
 
@@ -315,14 +315,14 @@ def _columns_first(x, scale):
 
 
 def _whole_first(image, longest, tile):
-    from mlx_vlm_edge.tiling import split
+    from mlx_vlm_edge.picture.tiling import split
 
     return np.roll(split(image, longest, tile), 1, axis=0)
 
 
 def _once(image, longest, tile):
     """One Lanczos pass instead of two."""
-    from mlx_vlm_edge import tiling
+    from mlx_vlm_edge.picture import tiling
 
     size = tiling.whole_tiles_size(tiling.longest_edge_size(image.size, longest), tile)
     return tiling.split(image.resize(size, Image.Resampling.LANCZOS), longest, tile)

@@ -8,7 +8,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.idefics3 import Model
 from mlx_vlm_edge.models.idefics3_config import Config
 
-from ..test_config import WEIRD
+from ..checkpoint.test_config import WEIRD
 
 
 def written():

@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert
 from PIL import Image
 
-from mlx_vlm_edge import kernels, load, quantized, stream_generate
+from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.connectors import mlp
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
+from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.models import family, llava
+from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.vision import vit
 
 from ..parity import FLOAT32, distance

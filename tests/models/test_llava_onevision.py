@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_vlm_edge import load, stream_generate, tiling
+from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.kernels import gelu, resize_bilinear
-from mlx_vlm_edge.loading import build
 from mlx_vlm_edge.models import family, llava_onevision
+from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.picture import tiling
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
@@ -239,7 +240,7 @@ def _columns_first(tiles, side, cut=tiling.cut):
 FAULTS = {
     "corners aligned": ("mlx_vlm_edge.kernels._neighbours", _aligned, (240, 200)),
     "unpadded too high": ("mlx_vlm_edge.models.llava_onevision.unpad", _one_row_up, (200, 60)),
-    "tiles column by column": ("mlx_vlm_edge.tiling.cut", _columns_first, (264, 264)),
+    "tiles column by column": ("mlx_vlm_edge.picture.tiling.cut", _columns_first, (264, 264)),
 }
 
 

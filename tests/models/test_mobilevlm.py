@@ -16,10 +16,10 @@ from mlx_vlm_edge_convert.quantize import quantize
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import ALIASES
+from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.language.llama import TextConfig
-from mlx_vlm_edge.loading import build
 from mlx_vlm_edge.models import family, llava, mobilevlm
+from mlx_vlm_edge.models.build import build
 
 from ..reference import published_keys as published
 

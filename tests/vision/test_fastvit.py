@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_vlm_edge.checkpoint.weights import Weights
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.vision import fastvit
 from mlx_vlm_edge.vision.fastvit import FastViTHD, VisionConfig
 from mlx_vlm_edge.vision.fastvit_fold import fold
-from mlx_vlm_edge.weights import Weights
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 

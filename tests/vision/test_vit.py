@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_vlm_edge.checkpoint.weights import Weights
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.vision import vit
 from mlx_vlm_edge.vision.vit import ViT, ViTConfig, fold
-from mlx_vlm_edge.weights import Weights
 
 from ..parity import FLOAT32, distance
 from ..reference import vit as theirs

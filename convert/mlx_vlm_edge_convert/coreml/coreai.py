@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
-from .network import Network
-from .parts import Say
-from .vision import GRAPH, HALF, Tower, VisionPart, distance
+from .emit.network import Network
+from .parts.part import Say
+from .parts.vision import GRAPH, HALF, Tower, VisionPart, distance
 
 Operation = Any  # of coremltools' MIL
 Tensor = Any  # a Value of coreai.authoring

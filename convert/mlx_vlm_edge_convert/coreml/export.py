@@ -14,23 +14,25 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_edge import __version__
-from mlx_vlm_edge.hub import expanded, locate
-from mlx_vlm_edge.loading import build, read_checkpoint
+from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
-from mlx_vlm_edge.prompt import Processor
-from mlx_vlm_edge.tokenizer import Tokenizer
+from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.text.prompt import Processor
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
+from ..pipeline import native_checkpoint
 from ..save import copy_files, new_folder
-from . import lint, manifest
+from . import manifest
+from .check import lint
 from .coreai import write_asset
-from .encoders import Encoder, Preprocessing, encoder
-from .package import save_checked, save_package
-from .parts import Options, Part
-from .pictures import drawn_cases, given_cases
+from .emit.toolkit import tools
+from .package.save import save_checked, save_package
+from .parts.encoders import Encoder, Preprocessing, encoder
+from .parts.part import Options, Part
+from .parts.pictures import drawn_cases, given_cases
+from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
-from .toolkit import tools
-from .vision import Connector, Tower, VisionPart
 
 PARTS = ("vision", "connector", "decoder")
 TOKENIZER = ("tokenizer.json", "tokenizer.model")
@@ -92,7 +94,7 @@ def export(
 
 def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Processor | None]:
     """The model, lazily, all but its language model in float32; no processor without tokenizer."""
-    config, arrays = read_checkpoint(folder)
+    config, arrays = native_checkpoint(folder)
     module = family(config.get("model_type"))
     model = build(module, config, arrays)
     for name, part in model.children().items():
@@ -126,7 +128,7 @@ def _parts(
         if "connector" in wanted and not ("vision" in wanted and options.fused):
             built.append(VisionPart(Connector(made), options, cases))
     if "decoder" in wanted:
-        built.append(import_module(".decoder", __package__).part(model, processor, options))
+        built.append(import_module(".parts.decoder", __package__).part(model, processor, options))
     return built, None if made is None else made.preprocessing
 
 

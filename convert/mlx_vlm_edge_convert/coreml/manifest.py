@@ -9,10 +9,10 @@ from typing import Any
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
-from .encoders import Preprocessing
-from .interface import interface
-from .package import SUFFIX
-from .parts import MINIMUM, Check, Options, Part
+from .package.interface import interface
+from .package.save import SUFFIX
+from .parts.encoders import Preprocessing
+from .parts.part import MINIMUM, Check, Options, Part
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_edge.prompt import MARKER, Processor, normalize
+from mlx_vlm_edge.text.prompt import MARKER, Processor, normalize
 
 QUESTION = "\ue000"  # private use: no template has it
 Ids = tuple[int, ...]

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub import expanded, local_snapshot, repo_id
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import read_config
+from mlx_vlm_edge.hub.cache import local_snapshot
+from mlx_vlm_edge.hub.models import expanded, repo_id
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..checkpoint import read_checkpoint
 from ..rules import Arrays, Rule, apply

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import says_tied
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.llava import MEAN, STD
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json

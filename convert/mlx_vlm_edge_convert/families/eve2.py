@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import says_tied
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.models import eve2
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json

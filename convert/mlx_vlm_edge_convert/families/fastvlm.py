@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import says_tied
+from mlx_vlm_edge.picture.image import Pixels
 
 from .. import reparam
 from ..rules import Arrays, Rule, apply, some, to_channels_last, to_last_axis

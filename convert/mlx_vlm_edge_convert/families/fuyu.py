@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_edge.image import Pixels
 from mlx_vlm_edge.models import fuyu
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..rules import Arrays, Rule, apply
 from ..save import complete_json

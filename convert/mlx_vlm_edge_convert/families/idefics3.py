@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import says_tied
 from mlx_vlm_edge.models.idefics3 import is_native
 from mlx_vlm_edge.models.idefics3_config import Config
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..rules import Arrays, Rule, apply, some
 from ..save import complete_json

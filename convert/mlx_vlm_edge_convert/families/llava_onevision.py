@@ -14,9 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.image import Pixels
-from mlx_vlm_edge.loading import says_tied
 from mlx_vlm_edge.models.llava_onevision import (
     PATCHES,
     SIGLIP,
@@ -24,6 +23,7 @@ from mlx_vlm_edge.models.llava_onevision import (
     default_pinpoints,
     is_native,
 )
+from mlx_vlm_edge.picture.image import Pixels
 
 from ..rules import Arrays, Rule, apply, some
 from ..save import complete_json

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tools():
     pytest.importorskip("coremltools", reason="Core ML export is an extra")
-    from mlx_vlm_edge_convert.coreml.toolkit import tools
+    from mlx_vlm_edge_convert.coreml.emit.toolkit import tools
 
     return tools()
 
@@ -19,8 +19,8 @@ def tools():
 @pytest.fixture(scope="session")
 def save(tools) -> Callable[..., Path]:
     """Save MIL programs, by function name, as a package."""
-    from mlx_vlm_edge_convert.coreml.package import save_package
-    from mlx_vlm_edge_convert.coreml.parts import Function
+    from mlx_vlm_edge_convert.coreml.package.save import save_package
+    from mlx_vlm_edge_convert.coreml.parts.part import Function
 
     def save(path: Path, **programs: Callable[[], Any]) -> Path:
         functions = [Function(name, program) for name, program in programs.items()]

@@ -4,8 +4,8 @@ import struct
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_vlm_edge_convert.coreml.interface import blocks
-from mlx_vlm_edge_convert.coreml.saved import Saved
+from mlx_vlm_edge_convert.coreml.package.interface import blocks
+from mlx_vlm_edge_convert.coreml.package.saved import Saved
 
 from mlx_vlm_edge.vision.fastvit import AttentionBlock, DepthwiseConv, FastViTHD
 

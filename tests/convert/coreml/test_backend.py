@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml import backend
+from mlx_vlm_edge_convert.coreml.run import features as backend
 
 from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.cli import main
@@ -132,7 +132,7 @@ def test_unknown_settings_are_one_line(setting, native_folder, capsys):
 
 def test_a_family_without_a_tower_is_one_line():
     """Fuyu's shapes, nothing allocated."""
-    from mlx_vlm_edge.bench.random_weights import blueprint
+    from mlx_vlm_edge_bench.random.weights import blueprint
 
     model = blueprint("fuyu-8b").model
     with pytest.raises(UsageError, match="fuyu has no vision tower"):

@@ -11,12 +11,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_map
-from mlx_vlm_edge_convert.coreml import manifest, runner
-from mlx_vlm_edge_convert.coreml.decoder import CHUNK, DecoderPart, part
+from mlx_vlm_edge_convert.coreml import manifest
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.export import export
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.parts import Options
-from mlx_vlm_edge_convert.coreml.runner import Geometry, Runner
+from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart, part
+from mlx_vlm_edge_convert.coreml.parts.part import Options
+from mlx_vlm_edge_convert.coreml.run import host as runner
+from mlx_vlm_edge_convert.coreml.run.host import Geometry, Runner
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
@@ -115,7 +116,7 @@ def _matrices(decoder):
 @pytest.mark.parametrize("bits", [4, 8, "palette4"])
 def test_compressed_weights(tools, monkeypatch, qwen2, tmp_path, bits):
     """And the head in parts, of which the Neural Engine's form has as many as it needs."""
-    monkeypatch.setattr("mlx_vlm_edge_convert.coreml.transformer.HEAD", 48)
+    monkeypatch.setattr("mlx_vlm_edge_convert.coreml.emit.transformer.HEAD", 48)
     path, form = tmp_path / "decoder.mlpackage", "stateful" if bits == 8 else "readonly"
     made = make(qwen2, form, "fp16", bits)
     _, found = made.verified(path)

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml import export as exporting
-from mlx_vlm_edge_convert.coreml import lint, manifest, vision
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.parts import Options
+from mlx_vlm_edge_convert.coreml import manifest
+from mlx_vlm_edge_convert.coreml.check import lint
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.parts import vision
+from mlx_vlm_edge_convert.coreml.parts.part import Options
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.cli import main
@@ -232,8 +234,8 @@ def test_lint_sees_what_float32_and_linear_layers_cost(tools, native_folder, tmp
 
     from types import SimpleNamespace
 
-    from mlx_vlm_edge_convert.coreml.package import save_package
-    from mlx_vlm_edge_convert.coreml.parts import Function
+    from mlx_vlm_edge_convert.coreml.package.save import save_package
+    from mlx_vlm_edge_convert.coreml.parts.part import Function
 
     part = SimpleNamespace(functions=lambda: [Function("main", program)], minimum="iOS18")
     save_package(part, tmp_path / "odd.mlpackage")

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.operations import OPERATIONS
-from mlx_vlm_edge_convert.coreml.rounding import to_half
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.check.operations import OPERATIONS
+from mlx_vlm_edge_convert.coreml.check.rounding import to_half
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -224,7 +224,7 @@ def test_shapes_that_may_vary_are_held_to_their_ranges(tools, tmp_path):
 
 def test_a_package_is_read_without_importing_coremltools(package):
     code = (
-        "import sys; from mlx_vlm_edge_convert.coreml.interpreter import Package;"
+        "import sys; from mlx_vlm_edge_convert.coreml.check.interpreter import Package;"
         f"Package({str(package)!r}); assert 'coremltools' not in sys.modules;"
         "import coremltools; assert coremltools.proto.Model_pb2.Model().SerializeToString() == b''"
     )

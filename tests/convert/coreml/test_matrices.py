@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml.matrices import (
+from mlx_vlm_edge_convert.coreml.emit.matrices import (
     Dense,
     Groups,
     as_layer,
@@ -14,7 +14,7 @@ from mlx_vlm_edge_convert.coreml.matrices import (
     packed,
     unpacked,
 )
-from mlx_vlm_edge_convert.coreml.palettes import palette
+from mlx_vlm_edge_convert.coreml.emit.palettes import palette
 
 from mlx_vlm_edge.errors import UsageError
 

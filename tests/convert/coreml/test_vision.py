@@ -3,14 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml import audit, network, vision
-from mlx_vlm_edge_convert.coreml.encoders import encoder
-from mlx_vlm_edge_convert.coreml.interface import blocks
-from mlx_vlm_edge_convert.coreml.interpreter import Package
-from mlx_vlm_edge_convert.coreml.package import save_package
-from mlx_vlm_edge_convert.coreml.parts import Options
-from mlx_vlm_edge_convert.coreml.rounded import check_rounded
-from mlx_vlm_edge_convert.coreml.saved import Saved, type_of
+from mlx_vlm_edge_convert.coreml.check import audit
+from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.check.rounded import check_rounded
+from mlx_vlm_edge_convert.coreml.emit import network
+from mlx_vlm_edge_convert.coreml.package.interface import blocks
+from mlx_vlm_edge_convert.coreml.package.save import save_package
+from mlx_vlm_edge_convert.coreml.package.saved import Saved, type_of
+from mlx_vlm_edge_convert.coreml.parts import vision
+from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
+from mlx_vlm_edge_convert.coreml.parts.part import Options
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
@@ -48,8 +50,9 @@ def folders(native_folder, golden, tmp_path_factory):
 
 
 def model_of(folder):
-    from mlx_vlm_edge.loading import build, read_checkpoint
+    from mlx_vlm_edge.loading.load import read_checkpoint
     from mlx_vlm_edge.models import family
+    from mlx_vlm_edge.models.build import build
 
     config, arrays = read_checkpoint(folder)
     model = build(family(config["model_type"]), config, arrays)

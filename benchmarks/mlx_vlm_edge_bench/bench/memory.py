@@ -1,0 +1,55 @@
+"""What a model with random weights will take, held against what is free, before any is made."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..estimate import memory_bytes
+from ..random.weights import Blueprint
+
+PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
+ALLOWANCE = 1_500_000_000  # for the activations of a part that is run by itself
+
+
+def needed(plan: Blueprint, positions: int, resolution: int | None = None) -> dict[str, int]:
+    """Bytes by what they are for; nothing is evaluated. positions: of the KV cache.
+
+    The weights' are exact; the activations' are `estimate`'s.
+    """
+    estimated = memory_bytes(
+        plan.config.source, context=positions, resolution=resolution,
+        dtype=str(plan.dtype).removeprefix("mlx.core."),
+    )  # fmt: skip
+    return {
+        "weights": plan.nbytes,
+        "KV cache": estimated["cache"],
+        "activations (estimated)": estimated["activations"],
+        "program": PROGRAM,
+    }
+
+
+def refuse_too_large(name: str, parts: dict[str, int], free: int | None) -> None:
+    """Raises UsageError with the figures when the parts together are more than what is free."""
+    total = sum(parts.values())
+    if free is None or total <= free:
+        return
+    shown = " + ".join(f"{gigabytes(size)} {part}" for part, size in parts.items() if size)
+    raise UsageError(
+        f"{name} would take {gigabytes(total)} ({shown}) and {gigabytes(free)} are free: "
+        "take a smaller model, --bits 4 or --dtype bfloat16, or close other programs"
+    )
+
+
+def usable(free: int | None) -> int | None:
+    """What a model may take of the free memory: on Metal no more than the system recommends."""
+    details: dict[str, Any] = mx.device_info()
+    limit = details.get("max_recommended_working_set_size")
+    known = [int(size) for size in (free, limit) if size]
+    return min(known) if known else None
+
+
+def gigabytes(size: float) -> str:
+    """2_481_048_960 -> "2.48 GB"; 1e9 bytes are one."""
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,62 @@
+"""A name and options -> a model to be timed, from its checkpoint or with random weights."""
+
+from dataclasses import dataclass
+
+from mlx_vlm_edge.loading.load import Options, load_ahead, use_backend
+from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.text.prompt import Processor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model, at which precision."""
+
+    model: str
+    random: bool = False
+    dtype: str | None = None
+    bits: int | None = None
+    vision_backend: str = "mlx"
+
+    @property
+    def weights(self) -> str:
+        return "random weights" if self.random else "checkpoint"
+
+
+class Opened:
+    """A model in memory, which can be set to one resolution after another.
+
+    ahead: loaded as the command line does it, some of it still being read.
+    """
+
+    def __init__(self, choice: Choice, *, ahead: bool = False) -> None:
+        if choice.random:
+            from ..random.weights import blueprint, build
+
+            plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
+            self.model, self._processor = build(plan)
+            if choice.vision_backend != "mlx":
+                use_backend(self.model, f"random {choice.model}", choice.vision_backend)
+        else:
+            options = Options(
+                dtype=choice.dtype, quantize=choice.bits, vision_backend=choice.vision_backend
+            )
+            self.model, self._processor = load_ahead(choice.model, options)
+            if not ahead:
+                self.model.arrive()
+        self._config = self.model.config
+
+    def at(self, resolution: int | None) -> tuple[VisionLanguageModel, Processor]:
+        """The model at a resolution, None for the checkpoint's own.
+
+        Raises UsageError for one that the family does not take.
+        """
+        config = self._config
+        if resolution is not None:
+            config = config.adapted(None, resolution, None)
+        self.model.config = config
+        return self.model, type(self._processor)(config, self._processor.tokenizer)
+
+    @property
+    def dtype(self) -> str:
+        """Of the language model's activations: "float32"."""
+        return str(self.model.language_model.model.norm.weight.dtype).removeprefix("mlx.core.")

@@ -1,0 +1,49 @@
+"""A JSON file that appears whole or not at all, and is known to be writable before the work."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_vlm_edge.errors import UsageError
+
+
+class Save(Protocol):
+    def __call__(self, content: Mapping[str, Any]) -> None: ...
+
+
+@contextmanager
+def writable(name: str | None) -> Iterator[Save]:
+    """Give a function that writes a JSON object to the file; None: one that does nothing.
+
+    The file is made under another name in its folder at once, so that a full or read-only disk
+    or a wrong path is a UsageError now. Nothing is left when the function was not called.
+    """
+    if name is None:
+        yield lambda content: None
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"--json {name}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+        raise UsageError(f"--json {name}: is no regular file; name another one")
+    try:
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UsageError(f"--json {name}: cannot be written ({error.strerror})") from None
+
+    def save(content: Mapping[str, Any]) -> None:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+
+    os.close(handle)
+    try:
+        yield save
+    finally:
+        Path(partial).unlink(missing_ok=True)

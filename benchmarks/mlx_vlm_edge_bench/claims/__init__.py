@@ -1,0 +1,1 @@
+"""The claims of the papers, as data with their sources, held against measurements and counts."""

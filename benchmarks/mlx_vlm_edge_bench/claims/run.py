@@ -1,0 +1,153 @@
+"""A claim -> its record: our figure, how it was got, and the verdict."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..bench import machine
+from ..bench.figures import Figure, added, ratio
+from ..bench.memory import ALLOWANCE, gigabytes, usable
+from .counted import counted, flops
+from .read import Claim, Subject, Verdict, verdict
+from .timed import Workshop
+
+Progress = Callable[[str], None]
+NOT_HERE = "not runnable here"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where claims are run. named: whether the user asked for just these."""
+
+    machine: Mapping[str, Any]
+    runs: int
+    named: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.machine["device"] == "GPU")
+
+
+def run(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> dict[str, Any]:
+    """Count or time one claim. What cannot be run here has the reason in place of a figure."""
+    found = _not_here(claim, setting, shop)
+    if found is None:
+        found = _timed(claim, setting, shop, progress) if claim.timed else _counted(claim, setting)
+    return {
+        "id": claim.id,
+        "title": claim.title,
+        "kind": claim.kind,
+        "unit": claim.unit,
+        "paper": asdict(claim.paper),
+        "ours": claim.ours.name,
+        "against": claim.against.name if claim.against else None,
+        "better": claim.better,
+        "predicted": _predicted(claim),
+        **found,
+    }
+
+
+def _not_here(claim: Claim, setting: Setting, shop: Workshop) -> dict[str, Any] | None:
+    """The record of a claim that cannot be run, and why; None when it can."""
+    for subject in claim.subjects:
+        if subject.not_runnable:
+            quoted = f" (the paper's {subject.quoted:,g})" if subject.quoted else ""
+            return _verdict(Verdict(NOT_HERE, f"{subject.name}{quoted}: {subject.not_runnable}"))
+    if not claim.timed:
+        return None
+    chip = setting.machine["chip"]
+    same = machine.same_chip(chip, claim.paper.chip)
+    if claim.kind == "ms" and not (same or setting.on_gpu or setting.named):
+        return _verdict(
+            Verdict(
+                NOT_HERE,
+                f"milliseconds of {claim.paper.chip or 'another machine'} say nothing on a CPU "
+                f"({chip}); name the claim to time it all the same",
+            )
+        )
+    return _too_large(claim, shop)
+
+
+def _too_large(claim: Claim, shop: Workshop) -> dict[str, Any] | None:
+    parts = [part for subject in claim.subjects for part in subject.parts]
+    free = usable(machine.free_memory())
+    if free is not None and shop.missing(parts) + ALLOWANCE > free:
+        shop.clear()
+        free = usable(machine.free_memory()) or 0
+        needed = shop.missing(parts) + ALLOWANCE
+        if needed > free:
+            why = f"needs {gigabytes(needed)}, {gigabytes(free)} are free"
+            return _verdict(Verdict(NOT_HERE, why))
+    return None
+
+
+def _verdict(found: Verdict, **more: Any) -> dict[str, Any]:
+    return {"verdict": found.word, "why": found.why, "figure": None, **more}
+
+
+def _counted(claim: Claim, setting: Setting) -> dict[str, Any]:
+    ours = counted(claim, claim.ours)
+    sides = [ours]
+    if claim.against is not None:
+        sides.append(counted(claim, claim.against))
+    figure = sides[1] / ours if claim.against else ours
+    return {
+        **_verdict(verdict(claim, figure, same_chip=True)),
+        "figure": figure,
+        "sides": sides,
+        "how": "counted",
+    }
+
+
+def _timed(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> dict[str, Any]:
+    """Both subjects in turn, run after run; a ratio of medians."""
+    progress("making random weights")
+    runners = [[shop.timed(part) for part in subject.parts] for subject in claim.subjects]
+    taken: list[list[list[float]]] = [[[] for _ in parts] for parts in runners]
+    for index in range(setting.runs + 1):
+        progress("warm-up" if not index else f"run {index} of {setting.runs}")
+        for side, parts in enumerate(runners):
+            for place, timed in enumerate(parts):
+                taken[side][place].append(timed())
+    sides = [[Figure(tuple(times[1:]), times[0]) for times in parts] for parts in taken]
+    totals = [added(parts) for parts in sides]
+    return {
+        **_figure(claim, totals, setting),
+        "sides": [total.scaled(1000).record() for total in totals],
+        "parts": [_parts(*pair) for pair in zip(claim.subjects, sides, strict=True)],
+        "how": _how(claim, shop),
+    }
+
+
+def _figure(claim: Claim, totals: list[Figure], setting: Setting) -> dict[str, Any]:
+    if claim.against is None:
+        figure = totals[0].median * 1000
+    else:
+        found = ratio(totals[1], totals[0], (claim.against.name, claim.ours.name))
+        if found.value is None:
+            return _verdict(Verdict("not compared", found.refusal))
+        figure = found.value
+    same = machine.same_chip(setting.machine["chip"], claim.paper.chip)
+    return {**_verdict(verdict(claim, figure, same)), "figure": figure}
+
+
+def _parts(subject: Subject, figures: list[Figure]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(part), "ms": figure.scaled(1000).record()}
+        for part, figure in zip(subject.parts, figures, strict=True)
+    ]
+
+
+def _how(claim: Claim, shop: Workshop) -> str:
+    parts = [part for subject in claim.subjects for part in subject.parts]
+    said = list(dict.fromkeys(filter(None, map(shop.how, parts))))
+    return f"in parts: {'; '.join(said)}" if said else "run whole"
+
+
+def _predicted(claim: Claim) -> float | None:
+    """What a ratio of times would be by floating-point operations alone: an estimate."""
+    if claim.kind != "ms_ratio" or claim.against is None:
+        return None
+    if not all(subject.parts for subject in claim.subjects):
+        return None
+    return flops(claim.against) / flops(claim.ours)

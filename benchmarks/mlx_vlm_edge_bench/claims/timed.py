@@ -1,0 +1,247 @@
+"""The parts of a claim's models, at full size with random weights, and the time each takes.
+
+Tower, connector and language model by themselves, as the paper measures them: its TTFT is the
+encoder's latency plus the language model's prefill of the visual tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
+from mlx_vlm_edge.connectors.mlp import MLP
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.cache import Cache, KVCache
+from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.text.prompt import Inputs
+from mlx_vlm_edge.timings import Clock, Stages
+from mlx_vlm_edge.vision.fastvit import STRIDE
+from mlx_vlm_edge.vision.vit import ViTConfig
+
+from ..random.weights import blueprint, fill
+from .read import Part
+
+STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
+TILES_AT_ONCE = 4
+CHUNK = 512  # positions of a prefill that is measured in parts
+TOWERS = ("vision_tower", "vision_model")
+JOINS = ("mm_projector", "multi_modal_projector", "connector")
+CONNECTORS = {"mlp2x": MLP, "ldp": LDP, "ldpv2": LDPv2}
+
+Timed = Callable[[], float]  # runs a part once -> its seconds, or those it comes to
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A model's parts, in their shapes only; `config` is the family's."""
+
+    config: Any
+    tower: nn.Module
+    connector: nn.Module
+    language_model: Any
+    dtype: mx.Dtype
+
+    def connector_of(self, kind: str | None) -> nn.Module:
+        """The model's connector, or one of another type for the same features and width."""
+        if kind is None:
+            return self.connector
+        return CONNECTORS[kind](self.config.vision.hidden_size, self.config.text.hidden_size)
+
+
+@cache
+def pieces(model: str) -> Pieces:
+    """The parts of an alias. Raises UsageError for a family without a tower and a connector."""
+    plan = blueprint(model)
+    children = plan.model.children()
+    towers = [children[name] for name in TOWERS if name in children]
+    joins = [children[name] for name in JOINS if name in children]
+    if not towers or not joins:
+        raise UsageError(f"{model} has no vision tower and connector to measure by themselves")
+    return Pieces(plan.config, towers[0], joins[0], plan.model.language_model, plan.dtype)
+
+
+def side_of(found: Pieces, resolution: int | None) -> int:
+    """The side of a tile in pixels. Raises UsageError for one that the tower does not take."""
+    if not isinstance(found.config.vision, ViTConfig):  # FastViTHD takes many sizes
+        return int(found.config.adapted(None, resolution).image_size)
+    side: int = found.config.vision.image_size
+    if resolution not in (None, side):
+        raise UsageError(f"image size {resolution}: this vision tower takes {side} only")
+    return side
+
+
+def features_shape(found: Pieces, resolution: int | None) -> tuple[int, int, int]:
+    """Of a tile's image features, [1, N, C], as the connector takes them."""
+    vision, side = found.config.vision, side_of(found, resolution)
+    if isinstance(vision, ViTConfig):
+        return 1, vision.grid**2, vision.hidden_size
+    return 1, (side // STRIDE) ** 2, vision.out_dim
+
+
+@dataclass
+class Workshop:
+    """Makes the parts' weights when they are first needed, and times them.
+
+    in_parts: one tile instead of several, and of a long prefill its first and last chunk.
+    """
+
+    in_parts: bool
+    clock: Clock = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._made: dict[tuple[str, str], nn.Module] = {}
+
+    def timed(self, part: Part) -> Timed:
+        """A function that runs the part once and gives its time."""
+        kinds = {"vision": self._vision, "connector": self._connector, "prefill": self._prefill}
+        return kinds[part.part](part)
+
+    def how(self, part: Part) -> str:
+        """In words what is run in place of the whole part; "" when it is run whole."""
+        if not self.in_parts:
+            return ""
+        if part.part == "vision" and part.times > 1:
+            return f"one tile times {part.times}"
+        if self._chunked(part):
+            return (
+                f"prefill of {part.tokens:,} from its first and its last {CHUNK} positions, the "
+                "cost of those between growing evenly"
+            )
+        return ""
+
+    def missing(self, parts: Iterable[Part]) -> int:
+        """Bytes of the weights that are still to be made for these parts."""
+        wanted = {(part.model, self._name(part)): part for part in parts}
+        return sum(
+            sum(array.size for _, array in tree_flatten(self._module(part).parameters()))
+            * pieces(part.model).dtype.size
+            for key, part in wanted.items()
+            if key not in self._made
+        )
+
+    def clear(self) -> None:
+        """Forget all weights."""
+        self._made.clear()
+        pieces.cache_clear()
+        mx.clear_cache()
+
+    def _name(self, part: Part) -> str:
+        return f"{part.part} {part.type or ''}"
+
+    def _module(self, part: Part) -> nn.Module:
+        found = pieces(part.model)
+        if part.part == "connector":
+            return found.connector_of(part.type)
+        return found.tower if part.part == "vision" else found.language_model
+
+    def _filled(self, part: Part) -> nn.Module:
+        """The module of a part, its weights made."""
+        key = part.model, self._name(part)
+        if key not in self._made:
+            module, found = self._module(part), pieces(part.model)
+            fill(module, found.dtype)
+            if part.part == "prefill":
+                found.language_model.fuse()
+            mx.eval(module.parameters())
+            self._made[key] = module
+        return self._made[key]
+
+    def _once(self, run: Callable[[], Any], times: float = 1) -> float:
+        started = self.clock()
+        mx.eval(run())
+        return (self.clock() - started) * times
+
+    def _vision(self, part: Part) -> Timed:
+        found = pieces(part.model)
+        tower = self._filled(part)
+        whole = [part.times % TILES_AT_ONCE, *[TILES_AT_ONCE] * (part.times // TILES_AT_ONCE)]
+        sizes = [1] if self.in_parts else [size for size in whole if size]
+        side = side_of(found, part.resolution)
+        noise = np.random.default_rng(3).random((max(sizes), side, side, 3), np.float32)
+        pixels = mx.array(noise).astype(found.dtype)
+        mx.eval(pixels)
+
+        def run() -> None:
+            for size in sizes:
+                mx.eval(tower(pixels[:size]))
+
+        return lambda: self._once(run, part.times / sum(sizes))
+
+    def _connector(self, part: Part) -> Timed:
+        found = pieces(part.model)
+        join = self._filled(part)
+        shape = features_shape(found, part.resolution)
+        noise = np.random.default_rng(3).standard_normal(shape, np.float32)
+        features = mx.array(noise).astype(found.dtype)
+        mx.eval(features)
+        return lambda: self._once(lambda: join(features), part.times)
+
+    def _prefill(self, part: Part) -> Timed:
+        found = pieces(part.model)
+        self._filled(part)
+        length = part.tokens or 1
+        if not self._chunked(part):
+            whole = Prompt(found, length)
+            return lambda: self._once(whole.prefill_all)
+        chunk = Prompt(found, CHUNK)
+
+        def run() -> float:
+            filled = chunk.cache_of(length - CHUNK)
+            cost = self._once(chunk.fill_cache) + self._once(lambda: chunk.logits(filled))
+            return cost / 2 * length / CHUNK
+
+        return run
+
+    def _chunked(self, part: Part) -> bool:
+        return self.in_parts and part.part == "prefill" and (part.tokens or 0) > 3 * CHUNK
+
+
+class Prompt(VisionLanguageModel):
+    """Random input embeddings in the place of a prompt's, for a language model alone."""
+
+    def __init__(self, found: Pieces, length: int) -> None:
+        super().__init__()
+        self.language_model = found.language_model
+        self._found, self._length = found, length
+        noise = np.random.default_rng(4).standard_normal(
+            (1, length, found.config.text.hidden_size), np.float32
+        )
+        self._embeddings = mx.array(noise).astype(found.dtype)
+        mx.eval(self._embeddings)
+
+    def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:
+        return self._embeddings + 0  # not the same array: a prefill may write into it
+
+    def prefill_all(self) -> mx.array:
+        """Logits of the last position, by the runtime's own prefill."""
+        empty = Inputs(np.zeros((1, self._length), np.int32), np.zeros(0, np.int32), [])
+        return self.prefill(empty, self.make_cache(), STEP, Stages())
+
+    def fill_cache(self) -> list[Any]:
+        """The keys and values of a first chunk: what a prefill waits for before the next."""
+        cache = self.make_cache()
+        self.language_model(self._embeddings, cache, last_only=True)
+        return [layer.state for layer in cache]
+
+    def logits(self, cache: Sequence[Cache]) -> mx.array:
+        """Those of a last chunk's last position."""
+        return self.language_model(self._embeddings, cache, last_only=True)
+
+    def cache_of(self, length: int) -> list[Cache]:
+        """Caches that hold `length` positions: of zeros, whose cost is that of any others."""
+        text = self._found.config.text
+        shape = (1, text.num_key_value_heads, length, text.head_dim)
+        caches: list[Cache] = []
+        for _ in self.language_model.model.layers:
+            layer = KVCache()
+            layer.update_and_fetch(*(mx.zeros(shape, self._found.dtype) for _ in range(2)))
+            caches.append(layer)
+        mx.eval([layer.state for layer in caches])
+        return caches

@@ -1,0 +1,66 @@
+"""A tokenizer without files, for models with random weights: byte-level, of the model's vocabulary.
+
+It has the special tokens that the families' processors ask for and, as tokens of their own, the
+words of their prompts, so that a prompt is about as long as with the real one. Everything else is
+spelled in bytes; what is left of the vocabulary is named by its number.
+"""
+
+from typing import Any
+
+from mlx_vlm_edge.text.tokenizer import Tokenizer
+
+WORDS = (
+    "You are a helpful assistant . system user assistant A chat between curious and an artificial "
+    "intelligence . The gives detailed polite answers to the user 's questions USER ASSISTANT User "
+    "Assistant What is in this picture ? the x"
+)
+SPECIAL = (
+    "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<0x04>", "<image>",
+    "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)  # fmt: skip
+SPACE = "Ġ"  # a space in byte-level BPE's alphabet
+BYTES = 256
+
+
+def random_tokenizer(vocab_size: int, config: Any) -> Tokenizer:
+    """A tokenizer of exactly `vocab_size` tokens for the family's `config`."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    fixed = _fixed(config)
+    alphabet, (tokens, merges) = sorted(pre_tokenizers.ByteLevel.alphabet()), _merges()
+    taken = set(fixed.values())
+    free = iter([id for id in range(vocab_size) if id not in taken])
+    small = vocab_size < BYTES + len(tokens) + len(SPECIAL) + len(fixed)
+    if small:  # a test's model: bytes and special tokens are what it needs
+        tokens, merges = [], []
+    vocab = fixed | {token: next(free) for token in (*SPECIAL, *alphabet, *tokens)}
+    vocab |= {f"<{id}>": id for id in free}
+    backend = Backend(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*fixed, *SPECIAL)]
+    )
+    return Tokenizer(backend)
+
+
+def _fixed(config: Any) -> dict[str, int]:
+    """The tokens whose ids the model itself has: Fuyu's picture and line end."""
+    if not hasattr(config, "image_newline_id"):
+        return {}
+    return {"|SPEAKER|": config.image_token_id, "|NEWLINE|": config.image_newline_id}
+
+
+def _merges() -> tuple[list[str], list[tuple[str, str]]]:
+    """The pieces of WORDS, longer and longer, and the merges that make them.
+
+    "is" -> "is", "Ġi", "Ġis" from ("i", "s"), ("Ġ", "i"), ("Ġi", "s").
+    """
+    merges: dict[tuple[str, str], str] = {}
+    for word in WORDS.split():
+        for spelled in (word, SPACE + word):
+            for end in range(1, len(spelled)):
+                merges[spelled[:end], spelled[end]] = spelled[: end + 1]
+    return list(dict.fromkeys(merges.values())), list(merges)

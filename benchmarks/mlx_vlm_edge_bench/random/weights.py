@@ -1,0 +1,133 @@
+"""A model's name -> the model at its full size with random weights, and a processor for it.
+
+No file is read but its config: an alias's is shipped with the package. Latency does not depend on
+the values. Parameters are made directly in the final dtype, the quantised ones as packed integers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.checkpoint.config import read_config
+from mlx_vlm_edge.checkpoint.weights import DTYPES
+from mlx_vlm_edge.hub.models import ALIASES, locate
+from mlx_vlm_edge.kernels import on_cpu
+from mlx_vlm_edge.loading.load import GROUP_SIZE, arrange, quantize_language_model
+from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.text.prompt import Processor
+
+from .tokenizer import random_tokenizer
+
+BLOCK = (1 << 20) + 7  # random values that are drawn; laid end to end they fill the parameters
+SEED = 7
+PACKED = mx.uint32  # of quantised weights
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that exists in its shapes only: nothing of it is evaluated yet."""
+
+    name: str
+    module: ModuleType
+    config: Any
+    model: VisionLanguageModel
+    dtype: mx.Dtype
+    bits: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, once they are made."""
+        return sum(_nbytes(array, self.dtype) for _, array in tree_flatten(self.model.parameters()))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config of an alias, of its Hub id, or of a folder that may have nothing else.
+
+    Raises UsageError for any other name.
+    """
+    alias = {repo: alias for alias, repo in ALIASES.items()}.get(name, name.lower())
+    if alias in ALIASES:
+        return configs.read(alias)
+    return read_config(locate(name, offline=True))
+
+
+def blueprint(
+    name: str, *, dtype: str | None = None, bits: int | None = None, config: Any = None
+) -> Blueprint:
+    """The shapes of a model. dtype: float32 by default on the CPU back end, bfloat16 elsewhere."""
+    source: Mapping[str, Any] = config or config_of(name)
+    module = family(source.get("model_type"))
+    parsed = module.Config.from_dict(source)
+    model: VisionLanguageModel = module.Model(parsed)
+    model.eval()
+    if bits is not None:
+        quantize_language_model(model, {}, bits)
+    chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else mx.bfloat16)
+    return Blueprint(name, module, parsed, model, chosen, bits)
+
+
+def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:
+    """Make the parameters, and a tokenizer; the blueprint's model is the one that is returned."""
+    fill(plan.model, plan.dtype, plan.bits)
+    arrange(plan.model)
+    return plan.model, processor_of(plan)
+
+
+def processor_of(plan: Blueprint) -> Processor:
+    """The family's processor with a synthetic tokenizer."""
+    tokenizer = random_tokenizer(plan.config.text.vocab_size, plan.config)
+    processor: Processor = plan.module.Processor(plan.config, tokenizer)
+    return processor
+
+
+def fill(part: nn.Module, dtype: mx.Dtype, bits: int | None = None) -> None:
+    """Give every parameter of a module random values that keep a signal's variance.
+
+    One array at a time, so that no more than one is ever held twice.
+    """
+    draw = np.random.default_rng(SEED)
+    normal = mx.array(draw.standard_normal(BLOCK, np.float32))
+    packed = mx.array(draw.integers(0, 1 << 32, BLOCK, np.uint32))
+    filled = []
+    for name, array in tree_flatten(part.parameters()):
+        if array.dtype == PACKED:
+            made = _laid_out(packed, array.shape, 1, PACKED)
+        elif name.endswith((".scales", ".biases")):
+            made = mx.full(array.shape, _step(name, array.shape, bits or 4), dtype)
+        elif array.ndim == 1:
+            made = mx.full(array.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
+        else:
+            deviation = 1 / math.sqrt(math.prod(array.shape[1:]))
+            made = _laid_out(normal, array.shape, deviation, dtype)
+        mx.eval(made)
+        filled.append((name, made))
+    part.update(tree_unflatten(filled))
+
+
+def _step(name: str, shape: tuple[int, ...], bits: int) -> float:
+    """What a packed integer q of 0 .. 2 ** bits - 1 is multiplied by (scales) and moved by."""
+    top = (1 << bits) - 1
+    step = math.sqrt(12 / (top * (top + 2))) / math.sqrt(shape[-1] * GROUP_SIZE)
+    return step if name.endswith(".scales") else -step * top / 2
+
+
+def _laid_out(block: mx.array, shape: tuple[int, ...], factor: float, dtype: mx.Dtype) -> mx.array:
+    """As much of the block as often as a shape needs, times a factor."""
+    size = math.prod(shape)
+    times = -(-size // block.size)
+    length = -(-size // times)  # scaled after the cut, so that no array keeps the whole block
+    row = (block[:length] * factor).astype(dtype)
+    return mx.concatenate([row] * times)[:size].reshape(shape)
+
+
+def _nbytes(array: mx.array, dtype: mx.Dtype) -> int:
+    return int(array.nbytes if array.dtype == PACKED else array.size * dtype.size)

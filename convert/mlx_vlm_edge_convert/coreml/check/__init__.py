@@ -1,0 +1,1 @@
+"""A saved package is run, audited and linted here, without a Mac."""

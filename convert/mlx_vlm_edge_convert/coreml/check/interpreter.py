@@ -1,0 +1,309 @@
+"""Runs a saved .mlpackage on any machine: inputs by name -> outputs by name, as declared.
+
+It reads what Core ML would read (protobuf and weight file) and computes in float32. "declared"
+rounds every result to the dtype the program declares, "fp32" leaves float16 out. Every result is
+held against its declared shape and dtype. What it is not: bit-exact to a device, or a compiler.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..package.blob import NUMPY
+from ..package.saved import FLOATS, Saved, Type, type_of
+from .constants import DECOMPRESS
+from .operations import MOVES, OPERATIONS
+from .rounding import to_half
+
+Mode = Literal["declared", "fp32"]
+State = dict[str, np.ndarray]
+_LISTS = {"concat": "values", "stack": "values"}  # inputs that are several values
+# Operations whose float result need not have the dtype of their float inputs.
+_FREE = frozenset({"cast", "fill", "shape", "range_1d", "select", "gather"})
+
+
+class Package:
+    """One package. track: keep the largest |x| of every operation's output, in `ranges`.
+
+    Raises UsageError where the package is damaged or has an operation that is not known.
+    """
+
+    def __init__(self, path: Path, mode: Mode = "declared", track: bool = False) -> None:
+        self.mode, self.track = mode, track
+        self.ranges: dict[str, float] = {}  # by operation, over all runs, inf and NaN kept
+        self._saved = Saved(Path(path))
+        self.functions = tuple(self._saved.functions)
+        self._constants: dict[Any, Any] = {}
+
+    @property
+    def spec(self) -> Any:
+        """The model's protobuf message."""
+        return self._saved.spec
+
+    def _function(self, name: str) -> Any:
+        if name not in self.functions:
+            raise UsageError(
+                f"{self._saved.name} has no function {name!r}, only {', '.join(self.functions)}"
+            )
+        return self._saved.functions[name]
+
+    def inputs(self, function: str = "main") -> dict[str, Type]:
+        """What a function takes, its states left out."""
+        given = self._function(function).inputs
+        return {i.name: type_of(i.type) for i in given if not _is_state(i)}
+
+    def new_state(self, function: str = "main") -> State:
+        """Zeros for every state of a function; functions with the same states can share it."""
+        kinds = {i.name: type_of(i.type) for i in self._function(function).inputs if _is_state(i)}
+        return {
+            name: np.zeros([size or 0 for size in kind.shape], np.float32)
+            for name, kind in kinds.items()
+        }
+
+    def run(
+        self,
+        function: str = "main",
+        inputs: Mapping[str, np.ndarray] | None = None,
+        state: State | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Outputs by name; `state` is updated in place (without one the states start at zero).
+
+        A picture is an array [1, 3, H, W] of 0..255. Raises UsageError for wrong inputs.
+        """
+        declared = self._function(function)
+        block = declared.block_specializations[declared.opset]
+        frame = _Frame(self, self.new_state(function) if state is None else state)
+        frame.values.update(self._entered(function, inputs or {}))
+        for item in declared.inputs:
+            if _is_state(item):
+                self._check_state(item, frame.state)
+                frame.types[item.name] = type_of(item.type)
+        frame.types.update(self.inputs(function))
+        last = _last_uses(block)
+        with np.errstate(all="ignore"):
+            for index, op in enumerate(block.operations):
+                frame.step(op)
+                for name in last.get(index, ()):
+                    frame.values.pop(name, None)
+        return {
+            name: self._leaving(frame.values[name], frame.types[name]) for name in block.outputs
+        }
+
+    def _entered(self, function: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        kinds = self.inputs(function)
+        if unlike := kinds.keys() ^ inputs.keys():
+            raise UsageError(f"{self._saved.name}, {function}: input {min(unlike)!r} is unmatched")
+        found = {}
+        for name, kind in kinds.items():
+            array = np.asarray(inputs[name])
+            if not kind.fits(array.shape) or not self._allowed(function, name, array.shape):
+                raise UsageError(
+                    f"{self._saved.name}, {function}: input {name!r} is {array.shape}, "
+                    f"declared {kind.shape}"
+                )
+            if kind.dtype not in FLOATS and array.dtype.kind == "f":
+                raise UsageError(f"{self._saved.name}, {function}: input {name!r} takes integers")
+            found[name] = self.stored(array, kind.dtype)
+        return found
+
+    def _allowed(self, function: str, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the description's list or ranges of shapes, if it has any, hold this one."""
+        described = self.spec.description
+        several = {f.name: f for f in described.functions}
+        for feature in several.get(function, described).input:
+            if feature.name != name or feature.type.WhichOneof("Type") != "multiArrayType":
+                continue
+            array = feature.type.multiArrayType
+            kind = array.WhichOneof("ShapeFlexibility")
+            if kind == "enumeratedShapes":
+                return shape in {tuple(s.shape) for s in array.enumeratedShapes.shapes}
+            if kind == "shapeRange":
+                return all(
+                    r.lowerBound <= size and (r.upperBound < 0 or size <= r.upperBound)
+                    for r, size in zip(array.shapeRange.sizeRanges, shape, strict=True)
+                )
+        return True
+
+    def _check_state(self, item: Any, state: State) -> None:
+        if item.name not in state or not type_of(item.type).fits(state[item.name].shape):
+            raise UsageError(f"{self._saved.name}: the state {item.name!r} is missing or misshapen")
+
+    def stored(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        """As a dtype keeps it; float16 as float32 with float16's values."""
+        if dtype == "fp16" and self.mode == "declared":
+            return to_half(array.astype(np.float32, copy=False))
+        return array.astype(np.float32 if dtype in FLOATS else NUMPY[dtype], copy=False)
+
+    def _leaving(self, array: np.ndarray, kind: Type) -> np.ndarray:
+        half = kind.dtype == "fp16" and self.mode == "declared"
+        return array.astype(np.float16) if half else np.ascontiguousarray(array)
+
+    def constant(self, value: Any) -> Any:
+        """A constant as operations take it; from the weight file only once."""
+        if value.WhichOneof("value") != "blobFileValue":
+            return _wide(self._saved.value(value))
+        key = (value.blobFileValue.fileName, value.blobFileValue.offset)
+        if key not in self._constants:
+            self._constants[key] = _wide(self._saved.value(value))
+        return self._constants[key]
+
+    def decompressed(self, op: Any, given: Mapping[str, Any]) -> np.ndarray:
+        """What a constexpr operation holds; functions that share its data share the result."""
+        values = {name: value for name, value in op.attributes.items() if name != "name"}
+        values |= {name: a.arguments[0].value for name, a in op.inputs.items() if name not in given}
+        stored = tuple(
+            (n, v.blobFileValue.offset) for n, v in sorted(values.items()) if _in_file(v)
+        )
+        key = (op.type, stored, *sorted((n, id(v)) for n, v in given.items()))
+        if not stored or key not in self._constants:
+            made = DECOMPRESS[op.type](
+                **{n: self._saved.value(v) for n, v in values.items()}, **given
+            )
+            dense = self.stored(made, type_of(op.outputs[0].type).dtype)
+            if not stored:
+                return dense
+            self._constants[key] = dense
+        return self._constants[key]
+
+    def error(self, op: Any, what: str) -> UsageError:
+        name = op.outputs[0].name if op.outputs else op.attributes["name"]
+        return UsageError(f"{self._saved.name}: {op.type} {name!r}: {what}")
+
+
+class _Frame:
+    """The values of one run."""
+
+    def __init__(self, package: Package, state: State) -> None:
+        self.package, self.state = package, state
+        self.values: dict[str, Any] = {}
+        self.types: dict[str, Type] = {}
+
+    def step(self, op: Any) -> None:
+        """Run one operation and check what it gives against what it declares."""
+        try:
+            results = self._results(op)
+        except (ValueError, IndexError, TypeError, KeyError) as error:
+            raise self.package.error(op, f"cannot be run ({error})") from error
+        if len(results) != len(op.outputs):
+            raise self.package.error(op, f"gives {len(results)} results, not {len(op.outputs)}")
+        for output, result in zip(op.outputs, results, strict=True):
+            self._keep(op, output, result)
+
+    def _results(self, op: Any) -> list[Any]:
+        if op.type == "const":
+            return [self.package.constant(op.attributes["val"])]
+        if op.type in DECOMPRESS:
+            given = {n: self._argument(a.arguments[0]) for n, a in op.inputs.items() if _named(a)}
+            return [self.package.decompressed(op, given)]
+        if op.type == "read_state":
+            return [self.state[_state_name(op)]]
+        if op.type == "write_state":
+            name = _state_name(op)
+            new = self._argument(op.inputs["data"].arguments[0])
+            if new.shape != self.state[name].shape:
+                raise ValueError(f"{new.shape} for a state of {self.state[name].shape}")
+            self.state[name] = self.package.stored(new, self.types[name].dtype)
+            return []
+        if op.type not in OPERATIONS:
+            raise self.package.error(op, "the interpreter does not know this operation")
+        result = OPERATIONS[op.type](**self._inputs(op))
+        return result if isinstance(result, list) else [result]
+
+    def _inputs(self, op: Any) -> dict[str, Any]:
+        found = {}
+        for name, argument in op.inputs.items():
+            values = [self._argument(binding) for binding in argument.arguments]
+            found[name] = values if _LISTS.get(op.type) == name else values[0]
+        return found
+
+    def _argument(self, binding: Any) -> Any:
+        if binding.WhichOneof("binding") == "name":
+            return self.values[binding.name]
+        return self.package.constant(binding.value)
+
+    def _keep(self, op: Any, output: Any, result: Any) -> None:
+        kind = type_of(output.type)
+        self.types[output.name] = kind
+        if kind.dtype == "string":
+            self.values[output.name] = result
+            return
+        result = np.asarray(result)
+        if not kind.fits(result.shape):
+            raise self.package.error(op, f"gives {result.shape}, declared {kind.shape}")
+        self._check_dtype(op, kind, result)
+        if op.type == "const" or op.type in DECOMPRESS:
+            self.values[output.name] = result
+            return
+        moved = op.type in MOVES and self._same_float(op, kind)
+        result = result if moved else self.package.stored(result, kind.dtype)
+        self.values[output.name] = result
+        if self.package.track and result.dtype.kind == "f" and result.size:
+            before = self.package.ranges.get(output.name, 0.0)
+            self.package.ranges[output.name] = _larger(before, result)
+
+    def _float_dtypes(self, op: Any) -> set[str]:
+        """Of an operation's inputs that are results."""
+        names = [b.name for a in op.inputs.values() for b in a.arguments if b.name]
+        dtypes = {self.types[name].dtype for name in names if name in self.types}
+        return dtypes & set(FLOATS)
+
+    def _same_float(self, op: Any, kind: Type) -> bool:
+        return self._float_dtypes(op) <= {kind.dtype}
+
+    def _check_dtype(self, op: Any, kind: Type, result: np.ndarray) -> None:
+        is_float = kind.dtype in FLOATS
+        if is_float != (result.dtype.kind == "f") and op.type not in _FREE:
+            raise self.package.error(op, f"gives {result.dtype}, declared {kind.dtype}")
+        if is_float and op.type not in _FREE and op.type not in DECOMPRESS:
+            found = self._float_dtypes(op)
+            if found and found != {kind.dtype}:
+                raise self.package.error(
+                    op, f"takes {' and '.join(sorted(found))}, declared {kind.dtype}"
+                )
+
+
+def _is_state(item: Any) -> bool:
+    return bool(item.type.WhichOneof("type") == "stateType")
+
+
+def _in_file(value: Any) -> bool:
+    return bool(value.WhichOneof("value") == "blobFileValue")
+
+
+def _named(argument: Any) -> bool:
+    return bool(argument.arguments[0].WhichOneof("binding") == "name")
+
+
+def _state_name(op: Any) -> str:
+    return str(op.inputs["input"].arguments[0].name)
+
+
+def _wide(value: Any) -> Any:
+    half = isinstance(value, np.ndarray) and value.dtype == np.float16
+    return value.astype(np.float32) if half else value
+
+
+def _larger(before: float, x: np.ndarray) -> float:
+    size = max(float(x.max()), -float(x.min()))
+    return size if np.isnan(size) else max(before, size)
+
+
+def _uses(op: Any) -> Iterator[str]:
+    for argument in op.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "name":
+                yield binding.name
+
+
+def _last_uses(block: Any) -> dict[int, list[str]]:
+    """Which values nobody needs after an operation, by its index."""
+    last = {name: index for index, op in enumerate(block.operations) for name in _uses(op)}
+    found: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name not in block.outputs:
+            found.setdefault(index, []).append(name)
+    return found

@@ -1,0 +1,239 @@
+"""Rules for the Neural Engine that can be checked on a saved package, without a Mac.
+
+They are what Apple's coreai-models (skills/model-authoring/references/neural_engine_rules.md),
+ml-ane-transformers and users of the Neural Engine have written down. A package without findings is
+lint-clean, which does not say where Core ML will run it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..package.interface import blocks, is_state
+from ..package.saved import FLOATS, Saved, Type, type_of
+
+NARROW = 32  # elements of the last axis that fill 64 bytes in float16
+LARGE = 1 << 16  # elements from which padding a narrow axis matters
+SIDE, CHANNELS, KERNEL = 16384, 65536, 13
+PROGRAM_BYTES = 2 << 30
+SMALLEST_NORMAL = 2.0**-14  # of float16
+SOME = 0.01  # of a constant's values
+OFF = frozenset({
+    "gather", "gather_nd", "gather_along_axis", "scatter", "scatter_nd", "scatter_along_axis",
+    "topk", "argsort", "non_zero", "one_hot", "cumsum", "shape", "range_1d", "while_loop", "cond",
+    "gru", "lstm", "rnn", "random_normal", "random_uniform", "fill", "band_part", "reduce_prod",
+})  # fmt: skip
+LAYOUT = ("transpose", "reshape")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One operation that breaks a rule, and why the rule is there."""
+
+    rule: str
+    function: str
+    operation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What the rules look at: the kind, its first output, and what it reads by argument."""
+
+    kind: str
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    reads: Mapping[str, list[tuple[Type, bool]]]  # its type, and whether it is constant
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        return tuple(-1 if dim is None else dim for dim in self.shape)
+
+
+Rule = Callable[[_Operation], str | None]
+
+
+def lint(package: Path) -> list[Finding]:
+    """Every finding of every rule, in the order of the program. Raises UsageError if unreadable."""
+    found: list[Finding] = []
+    saved = Saved(package)
+    for name, function, block in blocks(saved):
+        found += _inputs(name, function)
+        found += _constants(saved, name, block)
+        for op in _operations(function, block):
+            found += [
+                Finding(rule, name, f"{op.kind} {op.name}", reason)
+                for rule, check in RULES.items()
+                if (reason := check(op))
+            ]
+    size = sum(path.stat().st_size for path in package.rglob("*.bin"))
+    if size > PROGRAM_BYTES:
+        reason = f"{size / 1e9:.1f} GB of weights: programs beyond 2 GB are reported to be refused"
+        found.append(Finding("program-size", "-", package.name, reason))
+    return found
+
+
+def counts(findings: Iterable[Finding]) -> dict[str, int]:
+    """How often each rule is broken."""
+    return dict(sorted(Counter(finding.rule for finding in findings).items()))
+
+
+def summary(findings: Iterable[Finding]) -> list[str]:
+    """One line per rule: how often, an example, the reason."""
+    first: dict[str, Finding] = {}
+    listed = [*findings]
+    for finding in listed:
+        first.setdefault(finding.rule, finding)
+    return [
+        f"{rule} x{count}: {first[rule].operation}: {first[rule].reason}"
+        for rule, count in counts(listed).items()
+    ]
+
+
+def _inputs(name: str, function: Any) -> Iterator[Finding]:
+    for value in function.inputs:
+        shape = type_of(value.type).shape
+        where = f"input {value.name}"
+        if None in shape:
+            yield Finding("dynamic-shape", name, where, f"{shape}: only fixed shapes can be placed")
+        if is_state(value):
+            reason = "states are reported to keep a program off it (coremltools #2553)"
+            yield Finding("state", name, where, reason)
+            if shape and (shape[-1] or 0) % NARROW:
+                reason = f"last axis {shape[-1]} is no multiple of 32 (coremltools #2631)"
+                yield Finding("state-last-axis", name, where, reason)
+
+
+def _constants(saved: Saved, name: str, block: Any) -> Iterator[Finding]:
+    """Values of constants that are no numbers to it."""
+    for op in block.operations:
+        if op.type != "const" or type_of(op.attributes["val"].type).dtype not in FLOATS:
+            continue
+        values, where = saved.value(op.attributes["val"]), f"const {op.outputs[0].name}"
+        if not np.isfinite(values).all():
+            reason = "infinities become NaN; a mask takes -1e4"
+            yield Finding("infinite-constant", name, where, reason)
+        small = np.mean((values != 0) & (np.abs(values) < SMALLEST_NORMAL)) if values.size else 0
+        if values.dtype == np.float16 and small > SOME:
+            reason = f"{small:.0%} of its values are subnormal in float16: lost if it flushes them"
+            yield Finding("subnormal-constant", name, where, reason)
+
+
+def _operations(function: Any, block: Any) -> Iterator[_Operation]:
+    """Operations that compute something, with what is known of their inputs."""
+    known = {value.name: (type_of(value.type), False) for value in function.inputs}
+    for op in block.operations:
+        constant = op.type == "const" or op.type.startswith("constexpr")
+        for out in op.outputs:
+            known[out.name] = (type_of(out.type), constant)
+        if constant or not op.outputs or op.type == "read_state":
+            continue
+        reads = {
+            argument: [known[b.name] for b in bound.arguments if b.name in known]
+            for argument, bound in op.inputs.items()
+        }
+        made, _ = known[op.outputs[0].name]
+        yield _Operation(op.type, op.outputs[0].name, made.dtype, made.shape, reads)
+
+
+def _float32(op: _Operation) -> str | None:
+    if op.dtype == "fp32" and op.kind != "cast":
+        return "float32 is computed by the GPU or the CPU"
+    return None
+
+
+def _off(op: _Operation) -> str | None:
+    return "the operation is not one it has" if op.kind in OFF else None
+
+
+def _integer(op: _Operation) -> str | None:
+    if op.dtype in ("int32", "bool") and op.kind != "cast":
+        return f"computes in {op.dtype}"
+    return None
+
+
+def _dynamic(op: _Operation) -> str | None:
+    return f"{op.shape}: only fixed shapes can be placed" if None in op.shape else None
+
+
+def _rank(op: _Operation) -> str | None:
+    return f"rank {len(op.shape)}; 4 is what it works in" if len(op.shape) > 4 else None
+
+
+def _size(op: _Operation) -> str | None:
+    shape = op.fixed
+    if any(dim > SIDE for dim in shape[-2:]) or (len(shape) > 2 and shape[-3] > CHANNELS):
+        return f"{shape}: sides up to {SIDE}, channels up to {CHANNELS}"
+    return None
+
+
+def _narrow(op: _Operation) -> str | None:
+    shape = op.fixed
+    if shape and 0 <= shape[-1] < NARROW and int(np.prod(shape)) >= LARGE:
+        return f"last axis {shape[-1]} is padded to {NARROW} (64 bytes)"
+    return None
+
+
+def _linear(op: _Operation) -> str | None:
+    factors = [value for argument in ("x", "y") for value in op.reads.get(argument, [])]
+    constant = any(is_constant for _, is_constant in factors)
+    if op.kind == "linear" or (op.kind == "matmul" and constant):
+        return "a 1x1 convolution is what it is built for"
+    return None
+
+
+def _layout(op: _Operation) -> str | None:
+    return "moves data between layouts" if op.kind in LAYOUT else None
+
+
+def _kernel(op: _Operation) -> str | None:
+    weight = op.reads.get("weight")
+    if op.kind != "conv" or not weight:
+        return None
+    sides = [side or 0 for side in weight[0][0].shape[2:]]
+    return f"a kernel of {max(sides)}, more than {KERNEL}" if max(sides) > KERNEL else None
+
+
+def _in_graph_update(op: _Operation) -> str | None:
+    if op.kind == "slice_update":
+        return "in-graph cache writes; it wants a read-only cache and the host to write"
+    return None
+
+
+def _rotary(op: _Operation) -> str | None:
+    return "rotary tables are inputs, not computed" if op.kind in ("cos", "sin") else None
+
+
+def _fused_attention(op: _Operation) -> str | None:
+    if op.kind == "scaled_dot_product_attention":
+        return "attention per head by matmuls is what is reported to be placed"
+    return None
+
+
+def _swish(op: _Operation) -> str | None:
+    return (
+        "x * sigmoid(x) instead: silu is reported to become float32" if op.kind == "silu" else None
+    )
+
+
+RULES: dict[str, Rule] = {
+    "float32": _float32,
+    "unsupported-operation": _off,
+    "integer-compute": _integer,
+    "dynamic-shape": _dynamic,
+    "rank": _rank,
+    "size": _size,
+    "narrow-last-axis": _narrow,
+    "linear": _linear,
+    "layout": _layout,
+    "kernel": _kernel,
+    "in-graph-update": _in_graph_update,
+    "rotary": _rotary,
+    "fused-attention": _fused_attention,
+    "silu": _swish,
+}

@@ -1,0 +1,271 @@
+"""The decoder's matrices: what MLX holds -> what a package holds, and the same values for MLX.
+
+MLX's affine groups, w = s q + b, become scale (data - offset) with the very same integers: no
+weight is quantised again. Half of MLX's scales are negative; with q' = M - q (M the largest q) and
+s' = -s they are positive. Offsets are integers in 0..M where every group allows it; groups whose
+weights have one sign lie outside of that, and their matrix gets offsets of floats.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..parts.part import Bits
+from .network import numpy
+from .palettes import Palette, palette
+from .toolkit import tools
+
+GROUPS = (64, 32)
+WIDTHS = (4, 8)
+OFF = 2.0**-6  # how far, in steps, an offset may be from the integer that stands for it
+
+
+@dataclass(frozen=True)
+class Groups:
+    """data uint8 [out, in] of `bits`, scale and offset float32 [out, in / group].
+
+    whole: every offset is an integer in 0..2 ** bits - 1.
+    """
+
+    data: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray
+    bits: int
+    whole: bool
+
+    @property
+    def kind(self) -> str:
+        """For the manifest."""
+        return f"{self.bits} bits in groups of {self.data.shape[1] // self.scale.shape[1]}"
+
+    def rows(self, part: slice) -> "Groups":
+        """Some of the outputs."""
+        kept = (self.data[part], self.scale[part], self.offset[part])
+        return Groups(*kept, self.bits, self.whole)
+
+    def dense(self) -> np.ndarray:
+        """The weights they stand for, float32 [out, in]."""
+        group = self.data.shape[1] // self.scale.shape[1]
+        scale, offset = (np.repeat(x, group, 1) for x in (self.scale, self.offset))
+        return (self.data.astype(np.float32) - offset) * scale
+
+    def emit(self, half: bool, extra: tuple[int, ...]) -> Any:
+        """A constant of MIL [out, in, *extra] that the device dequantises."""
+        mb, types = tools().mb, tools().types
+        kind = np.float16 if half else np.float32
+        packed = types.np_uint4_dtype if self.bits == 4 else np.uint8
+        shape, blocks = (*self.data.shape, *extra), (*self.scale.shape, *extra)
+        return mb.constexpr_blockwise_shift_scale(
+            data=self.data.astype(packed).reshape(shape),
+            scale=self.scale.astype(kind).reshape(blocks),
+            offset=self.offset.astype(packed if self.whole else kind).reshape(blocks),
+        )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """float16 or float32 [out, in]."""
+
+    weight: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """For the manifest."""
+        return str(self.weight.dtype)
+
+    def rows(self, part: slice) -> "Dense":
+        """Some of the outputs."""
+        return Dense(self.weight[part])
+
+    def dense(self) -> np.ndarray:
+        """The weights, float32."""
+        return self.weight.astype(np.float32)
+
+    def emit(self, half: bool, extra: tuple[int, ...]) -> Any:
+        """A plain constant [out, in, *extra]."""
+        kind = np.float16 if half else np.float32
+        return self.weight.astype(kind).reshape(*self.weight.shape, *extra)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer [out, in] as it is exported, its values those of the package's dtype."""
+
+    weight: Dense | Groups | Palette
+    bias: np.ndarray | None = None
+
+    @property
+    def outputs(self) -> int:
+        """How many values it gives."""
+        weight = self.weight
+        return len(weight.weight if isinstance(weight, Dense) else weight.data)
+
+    def rows(self, start: int, stop: int) -> "Matrix":
+        """Some of its outputs."""
+        part = slice(start, stop)
+        bias = None if self.bias is None else self.bias[part]
+        return Matrix(self.weight.rows(part), bias)
+
+
+def as_layer(matrix: Matrix, factor: np.ndarray | None = None) -> nn.Module:
+    """MLX's layer of the same values, in float32; factor float32 [out] scales its outputs."""
+    factor = np.ones(matrix.outputs, np.float32) if factor is None else factor
+    weight = matrix.weight
+    if isinstance(weight, Groups):
+        group = weight.data.shape[1] // weight.scale.shape[1]
+        layer = nn.QuantizedLinear(group, 32, False, group_size=group, bits=weight.bits)
+        layer.weight = mx.array(packed(weight.data, weight.bits))
+        scale = weight.scale * factor[:, None]
+        layer.scales, layer.biases = mx.array(scale), mx.array(-(weight.offset * scale))
+    else:
+        layer = nn.Linear(1, 1, False)
+        layer.weight = mx.array(weight.dense() * factor[:, None])
+    if matrix.bias is not None:
+        layer.bias = mx.array(matrix.bias * factor)
+    return layer
+
+
+def packed(data: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [out, in] -> MLX's uint32 [out, in * bits / 32]; `unpacked` takes it back."""
+    if bits == 4:
+        data = data[:, ::2] | (data[:, 1::2] << 4)
+    return np.ascontiguousarray(data).view(np.uint32)
+
+
+def unpacked(weight: np.ndarray, bits: int) -> np.ndarray:
+    """MLX's packed uint32 [out, words] -> uint8 [out, in], lowest bits first, for 4 and 8 bits.
+
+    unpacked([[0x87654321]], 4) -> [[1, 2, 3, 4, 5, 6, 7, 8]]
+    """
+    each = np.ascontiguousarray(weight).view(np.uint8)  # little-endian, as MLX's machines are
+    if bits == 8:
+        return each
+    return np.stack([each & 15, each >> 4], axis=-1).reshape(len(weight), -1)
+
+
+def groups(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> Groups:
+    """MLX's arrays, packed weight uint32, scales and biases float32 -> the same weights."""
+    data, largest = unpacked(weight, bits), (1 << bits) - 1
+    scales, biases = scales.astype(np.float64), biases.astype(np.float64)
+    width = data.shape[1] // scales.shape[1]
+    split = data.reshape(*scales.shape, width)
+    split, scales, biases = _without_flat(split, scales, biases)
+    negative = scales < 0
+    split = np.where(negative[..., None], largest - split, split).astype(np.uint8)
+    biases = np.where(negative, biases + scales * largest, biases)
+    scales = np.abs(scales)
+    offset = np.divide(-biases, scales, out=np.zeros_like(biases), where=scales > 0)
+    nearest = np.round(offset)
+    offset = np.where(np.abs(offset - nearest) <= OFF, nearest, offset)
+    whole = bool(((offset == nearest) & (offset >= 0) & (offset <= largest)).all())
+    return Groups(
+        split.reshape(data.shape), scales.astype(np.float32), offset.astype(np.float32), bits, whole
+    )
+
+
+def _without_flat(
+    data: np.ndarray, scales: np.ndarray, biases: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups of one value, whose scale MLX makes next to nothing, with that value as their scale.
+
+    A group of c: data 1, scale c, bias 0. c = 0: all zero.
+    """
+    flat = (data == data[..., :1]).all(-1)
+    value = scales * data[..., 0] + biases
+    data = np.where(flat[..., None], 1, data)
+    return data, np.where(flat, value, scales), np.where(flat, 0.0, biases)
+
+
+def rounded(weight: Dense | Groups | Palette, half: bool) -> Dense | Groups | Palette:
+    """The same with every constant as a float16 package holds it. Raises UsageError beyond it."""
+    if not half:
+        return weight
+    if isinstance(weight, Groups):
+        offset = weight.offset if weight.whole else to_half(weight.offset)
+        return replace(weight, scale=to_half(weight.scale), offset=offset)
+    if isinstance(weight, Palette):
+        return replace(weight, table=to_half(weight.table))
+    return Dense(to_half(weight.weight).astype(np.float16))
+
+
+def to_half(x: np.ndarray) -> np.ndarray:
+    """float32 with float16's values. Raises UsageError where one is beyond them."""
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float16).astype(np.float32)
+    if not np.isfinite(y).all():
+        raise UsageError(
+            f"decoder: a weight of {float(np.abs(x).max()):.3g} does not fit in float16: use "
+            "--precision fp32"
+        )
+    return y
+
+
+def matrix(layer: nn.Module, bits: Bits | None, half: bool) -> Matrix:
+    """A linear layer or embedding of MLX, quantised or not, as it is exported.
+
+    bits: what becomes of weights that MLX holds in full. Raises UsageError for a quantisation
+    that Core ML has no form of.
+    """
+    bias = numpy(layer.bias) if "bias" in layer else None
+    kept = bias if bias is None or not half else to_half(bias)
+    return Matrix(rounded(_weight(layer, bits), half), kept)
+
+
+def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:
+    """What MLX makes of a layer's weights, float32 [out, in], `bits` as MLX quantises."""
+    if "scales" in layer:
+        parts, form = (layer.weight, layer.scales, layer.biases), (layer.group_size, layer.bits)
+    elif bits in WIDTHS:
+        group = _group(layer.weight.shape[1])
+        parts, form = mx.quantize(layer.weight, group_size=group, bits=bits), (group, bits)
+    else:
+        return numpy(layer.weight)
+    packed, *rest = parts
+    scales, biases = (array.astype(mx.float32) for array in rest)
+    return np.array(mx.dequantize(packed, scales, biases, group_size=form[0], bits=form[1]))
+
+
+def _group(inputs: int) -> int:
+    """The group size of weights that are quantised here. Raises UsageError where there is none."""
+    for size in GROUPS:
+        if inputs % size == 0:
+            return size
+    raise UsageError(
+        f"decoder: a matrix of {inputs} inputs has no groups of 64 or 32: leave --bits out"
+    )
+
+
+def _weight(layer: nn.Module, bits: Bits | None) -> Dense | Groups | Palette:
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return _quantized(layer, bits)
+    weight = layer.weight
+    if bits == "palette4":
+        return palette(numpy(weight))
+    if bits is None:
+        return Dense(numpy(weight))
+    parts = mx.quantize(weight, group_size=_group(weight.shape[1]), bits=bits)
+    return groups(*_arrays(parts), bits)
+
+
+def _quantized(layer: nn.Module, bits: Bits | None) -> Groups | Palette:
+    if layer.mode != "affine" or layer.bits not in WIDTHS:
+        raise UsageError(
+            f"decoder: {layer.bits}-bit weights of mode {layer.mode} have no Core ML form: export "
+            "the model in full precision, or in 4 or 8 bits"
+        )
+    if bits not in (None, layer.bits):
+        raise UsageError(
+            f"decoder: its weights have {layer.bits} bits already: leave --bits out, or export "
+            "the model in full precision"
+        )
+    return groups(*_arrays((layer.weight, layer.scales, layer.biases)), layer.bits)
+
+
+def _arrays(parts: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    weight, scales, biases = parts
+    return np.array(weight), numpy(scales), numpy(biases)

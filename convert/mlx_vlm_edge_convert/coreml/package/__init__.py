@@ -1,0 +1,1 @@
+"""Programs -> files on disk, and what those files say."""

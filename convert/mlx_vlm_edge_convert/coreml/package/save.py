@@ -1,0 +1,104 @@
+"""Functions -> a saved .mlpackage."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..emit.toolkit import quiet, tools
+from ..parts.part import Check, Function, Part, Say
+
+SUFFIX = ".mlpackage"
+
+
+def save_package(part: Part, path: Path) -> None:
+    """Write a part as the package `path`. Raises UsageError when the disk is full."""
+    functions = part.functions()
+    try:
+        if len(functions) == 1:
+            _save(functions[0], part.minimum, path)
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _save_together([*functions], part.minimum, Path(folder), path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or "write" in str(error).lower():
+            raise UsageError(f"{path.name}: cannot be written ({_reason(error)})") from error
+        raise
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def _save(function: Function, minimum: str, path: Path) -> None:
+    ct = tools().ct
+    target = getattr(ct.target, minimum)
+    images = [
+        ct.ImageType(name=name, shape=shape, color_layout=ct.colorlayout.RGB)
+        for name, shape in function.images.items()
+    ]
+    shutil.rmtree(path, ignore_errors=True)
+    with quiet():
+        ct.convert(
+            function.program(), convert_to="mlprogram", minimum_deployment_target=target,
+            compute_precision=_precision(function), inputs=images or None, skip_model_load=True,
+            package_dir=str(path),
+        )  # fmt: skip
+
+
+def _precision(function: Function) -> Any:
+    """Programs come in their dtypes; one with islands comes in float32 and is rounded here."""
+    ct, islands = tools().ct, function.islands
+    if islands is None:
+        return ct.precision.FLOAT32
+
+    def rounded(op: Any) -> bool:
+        """What reads an island's output must read it in float32 as well."""
+        read = [x for arg in op.inputs.values() for x in (arg if isinstance(arg, tuple) else [arg])]
+        makers = {x.op.name for x in read if x is not None and x.op is not None}
+        return islands.isdisjoint({op.name, *makers})
+
+    return ct.transform.FP16ComputePrecision(op_selector=rounded)
+
+
+def _save_together(functions: list[Function], minimum: str, folder: Path, path: Path) -> None:
+    """Several functions in one package, equal weights stored once; the first is the default."""
+    ct = tools().ct
+    joined = ct.utils.MultiFunctionDescriptor()
+    for function in functions:
+        single = folder / f"{function.name}{SUFFIX}"
+        _save(function, minimum, single)
+        joined.add_function(
+            str(single), src_function_name="main", target_function_name=function.name
+        )
+    joined.default_function_name = functions[0].name
+    with quiet():
+        shutil.rmtree(path, ignore_errors=True)
+        ct.utils.save_multifunction(joined, str(path))
+
+
+def save_checked(part: Part, path: Path, say: Say) -> tuple[Part, Check]:
+    """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
+    say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
+    part, check = part.verified(path)
+    if told := _told(part):
+        say(f"  {part.name}: activations leave float16: {told}")
+    for parity in check.parity:
+        say(f"  {part.name}, {parity.inputs}: relative error {parity.error:.2e}")
+    for parity in check.parity:
+        if not parity.passed:
+            raise UsageError(
+                f"the exported {part.name} is wrong: off by {parity.error:.2e} (relative) on "
+                f"{parity.inputs}, more than {parity.limit:.0e}; nothing was kept"
+            )
+    return part, check
+
+
+def _told(part: Part) -> str:
+    repair = part.describe().get("range_repair", {})
+    powers = ", ".join(f"{site} by 2^{k}" for site, k in repair.get("powers_of_two", {}).items())
+    islands = len(repair.get("float32", ()))
+    held = [f"held smaller, {powers}"] if powers else []
+    return "; ".join([*held, *([f"{islands} operations in float32"] if islands else [])])

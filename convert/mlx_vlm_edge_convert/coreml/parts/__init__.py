@@ -1,0 +1,1 @@
+"""What is exported: the vision tower with its connector, and the decoder."""

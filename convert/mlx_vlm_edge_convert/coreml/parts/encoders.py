@@ -1,0 +1,218 @@
+"""How a family's picture becomes image features: its tower's emitter, its pixels, its grid."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.models import eve as eve_family
+from mlx_vlm_edge.models import eve2, fastvlm, idefics3, llava, llava_onevision
+from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
+from mlx_vlm_edge.vision.positions import position_ids
+from mlx_vlm_edge.vision.vit import ViTConfig
+
+from ...verify import Recorder
+from ..emit import eve, fastvit, vit
+from ..emit.network import Network, Value
+from ..emit.toolkit import tools
+
+Size = tuple[int, int]
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an app makes pixels. size: (height, width). Mean and std are in the package already."""
+
+    size: Size
+    strategy: Strategy
+    fill: Color
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model's vision tower for pictures of one size.
+
+    emit(net, image) gives features [1, C, *grid], grid (h, w) or (1, N); connector is None where
+    features are visual tokens. reference(pixels uint8 [H, W, 3]) is what MLX makes of a picture:
+    image features [1, N, C] and visual tokens [1, M, D]. notes go into the manifest, arrays into a
+    file beside the package.
+    """
+
+    preprocessing: Preprocessing
+    emit: Callable[[Network, Value], Value]
+    width: int
+    grid: Size
+    connector: nn.Module | None
+    reference: Callable[[np.ndarray], dict[str, mx.array]]
+    notes: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None) -> Encoder:
+    """The encoder of a model at (height, width), the model's own without it.
+
+    Raises UsageError for a size that it does not take, or a family without an encoder.
+    """
+    for family, make in _MAKERS:
+        if isinstance(model, family):
+            made: Encoder = make(model, size, strategy)
+            return made
+    name = type(model).__module__.rpartition(".")[2]
+    raise UsageError(f"{name} has no vision tower that can be exported: use --part decoder")
+
+
+def _stages(model: VisionLanguageModel, data: np.ndarray) -> dict[str, mx.array]:
+    """Image features and visual tokens, as `encode_image` marks them on its way."""
+    recorder, names = Recorder(), {"vision tower": "image_features", "connector": "visual_tokens"}
+    tokens = model.encode_image(Pixels(data, (data.shape[-2], data.shape[-3])), recorder)
+    found = {names[part]: output for part, output in recorder.outputs.items()}
+    found.setdefault("visual_tokens", tokens)
+    return {name: array.reshape(1, *array.shape[-2:]) for name, array in found.items()}
+
+
+def _fixed(size: Size | None, side: int) -> Size:
+    """Raises UsageError for another size than the tower's own."""
+    if size not in (None, (side, side)):
+        raise UsageError(
+            f"resolution {_shown(size)}: this vision tower takes {side}x{side} only"
+        )  # fmt: skip
+    return side, side
+
+
+def _shown(size: Size | None) -> str:
+    return "x".join(map(str, size or ()))
+
+
+def _fastvlm(model: fastvlm.Model, size: Size | None, strategy: str | None) -> Encoder:
+    config = model.config.adapted(strategy, None)
+    height, width = size or (config.image_size, config.image_size)
+    step = fastvit.STRIDE
+    if min(height, width) < step or height % step or width % step:
+        shown = _shown((height, width))
+        raise UsageError(f"resolution {shown}: FastViTHD takes multiples of {step} on each side")
+    return Encoder(
+        Preprocessing(
+            (height, width), config.image_strategy, (0, 0, 0), (0.0,) * 3, (1.0,) * 3
+        ),
+        lambda net, image: fastvit.emit(net, model.vision_tower, image),
+        config.vision.out_dim,
+        (height // step, width // step),
+        model.mm_projector,
+        lambda pixels: _stages(model, pixels),
+        {},
+    )  # fmt: skip
+
+
+def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encoder:
+    config = model.config.adapted(strategy, None)
+    vision, keeps = config.vision, config.keeps_class_token
+    side = vision.grid
+    grid = (1, side * side + 1) if keeps else (side, side)
+
+    def emit(net: Network, image: Value) -> Value:
+        x = vit.emit(net, model.vision_tower, vision, image, llava.MEAN, llava.STD)
+        return x if keeps else _without_class_token(net, x, grid)
+
+    return Encoder(
+        Preprocessing(
+            _fixed(size, vision.image_size), config.image_strategy,
+            llava.FILL, llava.MEAN, llava.STD,
+        ),
+        emit, vision.hidden_size, grid, model.mm_projector,
+        lambda pixels: _stages(model, pixels), {},
+    )  # fmt: skip
+
+
+def _without_class_token(net: Network, x: Value, grid: Size) -> Value:
+    begin, end = [0, 0, 0, 1], list(x.shape)
+    cut = tools().mb.slice_by_index(x=x.var, begin=begin, end=end, name="patches_only")
+    return net.reshape(net.value(cut, x.site), (1, x.shape[1], *grid), "features")
+
+
+def _square(vision: ViTConfig, rows: int) -> np.ndarray | None:
+    """Rows of the position embedding for rows x rows patches, None for all in order."""
+    if rows == vision.grid:
+        return None
+    return position_ids(np.ones((1, rows, rows), bool), vision.grid)[0]
+
+
+def _idefics3(model: idefics3.Model, size: Size | None, strategy: str | None) -> Encoder:
+    if strategy is not None:
+        raise UsageError("Idefics3 and SmolVLM cut pictures into tiles: leave --image-strategy out")
+    config = model.config
+    vision, side = config.vision, config.tile // config.vision.patch_size
+
+    def emit(net: Network, image: Value) -> Value:
+        rows = _square(vision, side)
+        x = vit.emit(net, model.vision_model, vision, image, config.mean, config.std, rows)
+        return net.reshape(x, (1, vision.hidden_size, side, side), "features")
+
+    return Encoder(
+        Preprocessing(
+            _fixed(size, config.tile), "stretch", (0, 0, 0), config.mean, config.std
+        ),
+        emit, vision.hidden_size, (side, side), model.connector,
+        lambda pixels: _stages(model, pixels[None]), {"tiles": True},
+    )  # fmt: skip
+
+
+def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | None) -> Encoder:
+    config = model.config.adapted(strategy, None)
+    vision, side = config.vision, config.vision.grid
+
+    def emit(net: Network, image: Value) -> Value:
+        x = vit.emit(net, model.vision_tower, vision, image, HALF, HALF)
+        return net.reshape(x, (1, vision.hidden_size, side, side), "features")
+
+    def reference(pixels: np.ndarray) -> dict[str, mx.array]:
+        features = model.features(pixels[None])
+        tokens = model.multi_modal_projector(features)
+        return {"image_features": features, "visual_tokens": tokens}
+
+    return Encoder(
+        Preprocessing(
+            _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, HALF, HALF
+        ),
+        emit, vision.hidden_size, (side, side), model.multi_modal_projector, reference,
+        {"tiles": True}, {"image_newline": np.array(model.image_newline.astype(mx.float32))},
+    )  # fmt: skip
+
+
+def _eve(
+    model: eve_family.Model | eve2.Model, size: Size | None, strategy: str | None
+) -> Encoder:  # fmt: skip
+    config = model.config.adapted(strategy, None)
+    stride = config.vision.stride
+    step = config.step if isinstance(config, eve_family.Config) else stride
+    height, width = size or (config.image_size // step * step,) * 2
+    if min(height, width) < step or height % step or width % step:
+        raise UsageError(
+            f"resolution {_shown((height, width))}: this EVE takes multiples of {step} on each side"
+        )
+    second = isinstance(model, eve2.Model)
+    return Encoder(
+        Preprocessing((height, width), "stretch", (0, 0, 0), llava.MEAN, llava.STD),
+        lambda net, image: eve.emit(net, model.vision_tower, image, llava.MEAN, llava.STD),
+        config.text.hidden_size if second else config.vision.width,
+        (1, 1 + height // stride * (width // stride + 1)),
+        None if second else model.mm_projector,
+        lambda pixels: _stages(model, pixels), {},
+    )  # fmt: skip
+
+
+_MAKERS: tuple[tuple[type, Callable[..., Encoder]], ...] = (
+    (fastvlm.Model, _fastvlm),
+    (llava.Model, _llava),
+    (idefics3.Model, _idefics3),
+    (llava_onevision.Model, _onevision),
+    (eve_family.Model, _eve),
+    (eve2.Model, _eve),
+)

@@ -1,0 +1,249 @@
+"""The vision part (a picture -> visual tokens, or image features) and the connector by itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..check import audit
+from ..check.interpreter import Package
+from ..check.rounded import check_rounded
+from ..emit import connectors
+from ..emit.network import Network, Value
+from ..emit.toolkit import tools
+from ..package.save import save_package
+from .encoders import Encoder
+from .part import Check, Function, Options, Parity
+
+ARRAYS = "_arrays.safetensors"
+IMAGE, FEATURES, TOKENS = "image", "image_features", "visual_tokens"
+# Relative errors that a sound package stays below: in float32, and rounded to float16.
+GRAPH, HALF = 1e-5, 2e-2
+
+
+class Case:
+    """A picture to compare on, uint8 [H, W, 3], and what MLX makes of it."""
+
+    def __init__(self, name: str, pixels: np.ndarray, encoder: Encoder) -> None:
+        self.name, self.pixels, self._encoder = name, pixels, encoder
+
+    @cached_property
+    def reference(self) -> dict[str, np.ndarray]:
+        """Image features [1, N, C] and visual tokens [1, M, D], float32."""
+        made = self._encoder.reference(self.pixels)
+        return {name: np.array(array, np.float32) for name, array in made.items()}
+
+
+class Stretch(Protocol):
+    """What of an encoder a package computes, as a program with one input."""
+
+    @property
+    def name(self) -> str:
+        """Of the part."""
+        ...
+
+    def images(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs that are pictures."""
+        ...
+
+    def emit(self, net: Network) -> Any:
+        """The MIL program, its operations noted in `net`."""
+        ...
+
+    def inputs(self, case: Case, half: bool) -> dict[str, np.ndarray]:
+        """What the program is run on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tower:
+    """image -> visual_tokens, or image_features without the connector."""
+
+    encoder: Encoder
+    options: Options
+    name: str = "vision"
+
+    def images(self) -> dict[str, tuple[int, ...]]:
+        """The picture, unless a tensor was asked for."""
+        return {IMAGE: (1, 3, *self.encoder.preprocessing.size)} if self._takes_image else {}
+
+    @property
+    def _takes_image(self) -> bool:
+        return self.options.image_input
+
+    def emit(self, net: Network) -> Any:
+        """A picture is float32 inside Core ML until the program rounds it."""
+        mb, connector = tools().mb, self.encoder.connector
+        rounds = net.half and self._takes_image
+
+        def program(image: Any) -> Any:
+            x = Value(mb.cast(x=image, dtype="fp16", name="image_half") if rounds else image)
+            x = self.encoder.emit(net, x)
+            if connector is None or not self.options.fused:
+                return net.tokens(x, TOKENS if connector is None else FEATURES).var
+            return net.tokens(connectors.emit(net, connector, x), TOKENS).var
+
+        shape = (1, 3, *self.encoder.preprocessing.size)
+        return _program(program, shape, net.half and not rounds)
+
+    def inputs(self, case: Case, half: bool) -> dict[str, np.ndarray]:
+        """Pixels of 0..255, channels first."""
+        return {IMAGE: case.pixels.transpose(2, 0, 1)[None].astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Connector:
+    """image_features -> visual_tokens."""
+
+    encoder: Encoder
+    name: str = "connector"
+
+    def __post_init__(self) -> None:
+        if self.encoder.connector is None:
+            raise UsageError("this model has no connector: its vision part gives visual tokens")
+
+    def images(self) -> dict[str, tuple[int, ...]]:
+        """None."""
+        return {}
+
+    def emit(self, net: Network) -> Any:
+        """Features in reading order, as the tower's package gives them."""
+        C, (h, w), connector = self.encoder.width, self.encoder.grid, self.encoder.connector
+
+        def program(image_features: Any) -> Any:
+            turned = tools().mb.transpose(x=image_features, perm=[0, 2, 1], name="channels_first")
+            x = net.reshape(Value(turned), (1, C, h, w), "features")
+            return net.tokens(connectors.emit(net, connector, x), TOKENS).var
+
+        return _program(program, (1, h * w, C), net.half)
+
+    def inputs(self, case: Case, half: bool) -> dict[str, np.ndarray]:
+        """MLX's own features."""
+        return {FEATURES: case.reference[FEATURES].astype(np.float16 if half else np.float32)}
+
+
+MINIMUM = "iOS16"
+
+
+def _program(function: Callable[[Any], Any], shape: tuple[int, ...], half: bool) -> Any:
+    """A program of one input, named as the function's argument."""
+    mb, types = tools().mb, tools().types
+    spec = mb.TensorSpec(shape=shape, dtype=types.fp16 if half else types.fp32)
+    target = getattr(tools().ct.target, MINIMUM)
+    return mb.program(input_specs=[spec], opset_version=target)(function)
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """A part with one function of fixed shapes, whose ranges the audit can repair.
+
+    notes, arrays: for the host, in the manifest and beside the package. powers: by site, the power
+    of two that values are held smaller by. islands: operations in float32.
+    """
+
+    stretch: Stretch
+    options: Options
+    cases: Sequence[Case]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    powers: Mapping[str, int] = field(default_factory=dict)
+    islands: frozenset[str] = frozenset()
+    minimum: str = MINIMUM
+
+    @property
+    def name(self) -> str:
+        """Of the part and its package."""
+        return self.stretch.name
+
+    @property
+    def _half(self) -> bool:
+        return self.options.precision != "fp32" and not self.islands
+
+    def _network(self) -> Network:
+        return Network(self._half, self.powers, split_heads=self.options.compute == "cpu-ne")
+
+    def functions(self) -> Sequence[Function]:
+        """`main`."""
+
+        def program() -> Any:
+            return self.stretch.emit(self._network())
+
+        return (Function("main", program, self.stretch.images(), self.islands or None),)
+
+    def write_files(self, folder: Path) -> None:
+        """What of the family's vision weights the host computes with, where there is any."""
+        if self.arrays:
+            save_file(dict(self.arrays), str(folder / f"{self.name}{ARRAYS}"))
+
+    def describe(self) -> dict[str, Any]:
+        """What was done about ranges, and what the family's host must do."""
+        repairs = {"powers_of_two": dict(self.powers), "float32": sorted(self.islands)}
+        files = {"arrays": f"{self.name}{ARRAYS}"} if self.arrays else {}
+        return {**self.notes, **files, "range_repair": repairs}
+
+    def verified(self, path: Path) -> "tuple[VisionPart, Check]":
+        """Save the package and compare it on every picture, its ranges repaired where they need it.
+
+        A float16 package has a float32 twin, made for this: the twin must be what MLX computes, the
+        package the twin rounded, and then near MLX itself on the first picture. The ranges are the
+        twin's.
+        Raises UsageError when the package is damaged or not its twin, or for what only float32 can
+        hold, unless the precision is mixed.
+        """
+        if self.options.precision == "fp32":
+            save_package(self, path)
+            return self, self._run(path, self.cases, GRAPH, "")
+        with TemporaryDirectory(dir=path.parent) as folder:
+            twin = Path(folder) / path.name
+            part, whole = self, self._graph(twin)
+            while repaired := part.repaired(whole):
+                part, whole = repaired, repaired._graph(twin)
+            save_package(part, path)
+            check_rounded(path, twin)
+        found = part._run(path, self.cases[:1], HALF, "")
+        return part, Check((*whole.parity, *found.parity), whole.ranges)
+
+    def _graph(self, path: Path) -> Check:
+        """The float32 twin, saved and run."""
+        twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
+        save_package(twin, path)
+        return twin._run(path, self.cases, GRAPH, " (graph)")
+
+    def _run(self, path: Path, cases: Sequence[Case], limit: float, note: str) -> Check:
+        package, parity = Package(path, track=True), []
+        for case in cases:
+            outputs = package.run("main", self.stretch.inputs(case, self._half))
+            for name, output in outputs.items():
+                error = distance(output, case.reference[name])
+                parity.append(Parity(self.name, case.name + note, error, limit))
+        return Check(tuple(parity), dict(package.ranges))
+
+    def repaired(self, check: Check) -> "VisionPart | None":
+        """The same with its ranges brought into float16; None where nothing leaves it.
+
+        Raises UsageError for what only float32 can hold, unless the precision is mixed.
+        """
+        if self.islands >= {*audit.leaving(check.ranges)}:
+            return None
+        net = Network(False, self.powers)
+        self.stretch.emit(net)  # for its sites
+        repair = audit.repair(check.ranges, net.sites, self.powers)
+        if repair.beyond and self.options.precision != "mixed":
+            worst = max(repair.beyond, key=lambda name: check.ranges[name])
+            raise UsageError(
+                f"{self.name}: {len(repair.beyond)} operations leave float16 ({worst} reaches "
+                f"{check.ranges[worst]:.3g}): use --precision mixed or fp32"
+            )
+        return replace(self, powers=repair.powers, islands=self.islands | repair.beyond)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    wide = expected.astype(np.float64)
+    return float(np.linalg.norm(found.astype(np.float64) - wide) / np.linalg.norm(wide))

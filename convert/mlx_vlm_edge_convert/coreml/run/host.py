@@ -1,0 +1,232 @@
+"""The decoder's host: token ids -> embeddings, masks, rotary turns, cache writes -> logits.
+
+It runs a bundle's decoder through anything that executes a package's functions: the interpreter, or
+on a Mac coremltools' MLModel, one per function.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from mlx_vlm_edge.errors import UsageError
+
+from ..check.interpreter import Mode, Package
+from ..emit.toolkit import tools
+
+EMBEDDINGS_FILE = "embeddings.safetensors"
+EMBEDDINGS_NAME = "embeddings"
+HIDDEN = -1e4  # what a mask adds where nothing is to be seen; finite, as devices want it
+
+
+class Functions(Protocol):
+    """What executes a package. `state` is what `new_state` gave; None for a read-only cache."""
+
+    def new_state(self, function: str) -> Any: ...
+    def run(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> Mapping[str, np.ndarray]: ...
+
+
+class Compiled:
+    """A package run by Core ML itself, through coremltools on a Mac.
+
+    units: a name of coremltools' ComputeUnit. Raises UsageError without coremltools.
+    """
+
+    def __init__(self, path: Path, units: str = "ALL") -> None:
+        ct = tools().ct
+        self._models = {
+            name: ct.models.MLModel(
+                str(path), function_name=name, compute_units=ct.ComputeUnit[units]
+            )
+            for name in Package(path).functions
+        }
+
+    def new_state(self, function: str) -> Any:
+        return self._models[function].make_state()
+
+    def run(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> Mapping[str, np.ndarray]:
+        given = {} if state is None else {"state": state}
+        outputs: Mapping[str, np.ndarray] = self._models[function].predict(dict(inputs), **given)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the host must know; the manifest has it under the decoder.
+
+    form: "stateful" or "readonly". chunk: positions of `prefill`; `decode` takes one. periods
+    float[head_dim / 2]: position / period is the angle of a pair.
+    """
+
+    form: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    chunk: int
+    periods: Sequence[float]
+    dtype: str
+
+    @classmethod
+    def from_manifest(cls, entry: Mapping[str, Any]) -> "Geometry":
+        """Of a manifest's decoder entry. Raises UsageError when it lacks something."""
+        try:
+            return cls(**entry["geometry"])
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"manifest.json: the decoder's geometry is wrong ({error})") from error
+
+
+class Runner:
+    """Generates with a decoder package and its embeddings [V, D]."""
+
+    def __init__(self, functions: Functions, geometry: Geometry, embeddings: np.ndarray) -> None:
+        self._functions, self._geometry, self.embeddings = functions, geometry, embeddings
+        self._dtype = np.dtype(geometry.dtype)
+        self.start()
+
+    @classmethod
+    def open(cls, folder: Path, entry: Mapping[str, Any], mode: Mode = "declared") -> "Runner":
+        """A bundle's decoder in the interpreter. entry: the manifest's, of the decoder."""
+        table = load_file(folder / EMBEDDINGS_FILE)[EMBEDDINGS_NAME]
+        package = Package(folder / "decoder.mlpackage", mode)
+        return cls(package, Geometry.from_manifest(entry), table)
+
+    def start(self) -> None:
+        """Forget everything."""
+        g = self._geometry
+        self.offset = 0
+        self._state: Any = None
+        self._caches: dict[str, np.ndarray] = {}
+        if g.form == "stateful":
+            self._state = self._functions.new_state("prefill")
+            return
+        shape = (1, g.kv_heads, g.head_dim, g.context)
+        for index in range(g.layers):
+            for name in ("keys", "values"):
+                self._caches[f"{name}_{index}"] = np.zeros(shape, self._dtype)
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Token ids -> input embeddings [L, D]."""
+        return self.embeddings[np.asarray(ids, np.int64)]
+
+    def embed_prompt(
+        self, ids: Sequence[int], visual: Sequence[int], tokens: np.ndarray
+    ) -> np.ndarray:
+        """Input embeddings [L, D] of a prompt: visual tokens [V, D] at the positions `visual`.
+
+        What `ids` has there is a placeholder, which may be no token.
+        """
+        rows, places = np.asarray(ids, np.int64).copy(), np.asarray(visual, np.int64)
+        if len(places) != len(tokens):
+            raise UsageError(f"{len(tokens)} visual tokens for {len(places)} positions")
+        rows[places] = 0
+        embeddings = self.embed(rows.tolist())
+        embeddings[places] = tokens
+        return embeddings
+
+    def prefill(self, embeddings: np.ndarray) -> np.ndarray:
+        """Run a prompt [L, D] after what is cached; logits float32 [V] of its last position.
+
+        Raises UsageError when the context has no room for it.
+        """
+        g, length = self._geometry, len(embeddings)
+        if self.offset + length > g.context:
+            raise UsageError(
+                f"the prompt takes {self.offset + length:,} positions, the package's context "
+                f"has {g.context:,}: export with a larger --context"
+            )
+        logits, first = np.zeros(0, np.float32), 0
+        while first < length:
+            # Padding must not reach beyond the cache's end.
+            count = g.chunk if self.offset + g.chunk <= g.context else 1
+            part = embeddings[first : first + count]
+            logits = self._run(part, count)
+            first += len(part)
+        return logits
+
+    def step(self, token: int) -> np.ndarray:
+        """Logits float32 [V] after one more token. Raises UsageError when the context is full."""
+        if self._full():
+            raise UsageError(
+                f"the package's context of {self._geometry.context:,} is full: export with a "
+                "larger --context"
+            )
+        return self._run(self.embed([token]), 1)
+
+    def _full(self) -> bool:
+        return self.offset >= self._geometry.context
+
+    def generate(
+        self, embeddings: np.ndarray, max_tokens: int, stops: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """Greedy token ids; a stop id is the last, and the context's end ends it too."""
+        logits = self.prefill(embeddings)
+        for index in range(max_tokens):
+            token = int(logits.argmax())
+            yield token
+            if token in stops or index + 1 == max_tokens or self._full():
+                return
+            logits = self.step(token)
+
+    def _run(self, embeddings: np.ndarray, size: int) -> np.ndarray:
+        """Up to `size` positions through the function of that size."""
+        g, count = self._geometry, len(embeddings)
+        stateful = g.form == "stateful"
+        rows = np.zeros((size, embeddings.shape[1]), self._dtype)
+        rows[:count] = embeddings
+        inputs = {
+            "embeddings": rows[None] if stateful else rows.T[None, :, None],
+            "mask": mask(self.offset, size, g.context, stateful).astype(self._dtype),
+            **self._turns(size),
+        }
+        if g.chunk > 1 and size == g.chunk:
+            pick = np.zeros(size, self._dtype)
+            pick[count - 1] = 1
+            inputs["pick"] = pick.reshape((1, 1, -1) if stateful else (1, -1, 1))
+        if stateful:
+            inputs["position"] = np.array([self.offset], np.int32)
+        function = "prefill" if size == g.chunk else "decode"
+        outputs = self._functions.run(function, {**inputs, **self._caches}, self._state)
+        for name, cache in self._caches.items():
+            cache[..., self.offset : self.offset + count] = outputs[f"new_{name}"][..., :count]
+        self.offset += count
+        return _joined(outputs)
+
+    def _turns(self, size: int) -> dict[str, np.ndarray]:
+        """Cosines and sines [1, 1, head_dim, size] of the next positions."""
+        positions = np.arange(self.offset, self.offset + size)
+        angles = positions[None] / np.asarray(self._geometry.periods, np.float64)[:, None]
+        both = np.concatenate([angles, angles])[None, None]
+        return {"cos": np.cos(both).astype(self._dtype), "sin": np.sin(both).astype(self._dtype)}
+
+
+def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
+    """What is added to scores, [1, 1, size, keys]: 0 where a position sees a key, else HIDDEN.
+
+    Stateful, the keys are the whole cache with the new positions in place; read-only, they are the
+    cache before them, and then the new ones. mask(1, 2, 3, True) sees [[1, 1, 0], [1, 1, 1]],
+    mask(1, 2, 3, False) [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]].
+    """
+    new = np.arange(size)
+    if stateful:
+        seen = np.arange(context)[None] <= offset + new[:, None]
+    else:
+        past = np.broadcast_to(np.arange(context) < offset, (size, context))
+        seen = np.concatenate([past, new[None] <= new[:, None]], axis=1)
+    return np.where(seen, 0.0, HIDDEN).astype(np.float32)[None, None]
+
+
+def _joined(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All logits float32 [V], of one output or of parts in their order."""
+    parts = sorted(
+        (name for name in outputs if name.startswith("logits")),
+        key=lambda name: int(name.partition("_")[2] or 0),
+    )
+    return np.concatenate([np.ravel(outputs[name]).astype(np.float32) for name in parts])

@@ -1,0 +1,100 @@
+"""JSON files of a model folder, and their values held against the types of a dataclass."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UsageError
+
+PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file. Raises UsageError for any other content."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a JSON object")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with the eos ids of generation_config.json added to its own.
+
+    What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
+    config = read_json(path)
+    generation = read_json(folder / "generation_config.json")
+    if (more := generation.get("eos_token_id")) is not None:
+        config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
+    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
+    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+    return {**config, PREPROCESSOR: own}
+
+
+def _joined(ids: Any, more: Any) -> Any:
+    """Two entries of eos ids, each one id, several or None, as one: 1 and [1, 2] -> [1, 2]."""
+    one, two = ([] if x is None else x if isinstance(x, list) else [x] for x in (ids, more))
+    both = one + [x for x in two if x not in one]
+    return both[0] if len(both) == 1 else both
+
+
+def check(config: Any, *, positive: bool = False) -> None:
+    """Raises UsageError naming the first field of a dataclass whose value is of another type.
+
+    With `positive`, every number in it must be above zero, as sizes are.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not fits(value, hint):
+            raise UsageError(f"config.json: {name} cannot be {_shown(value)}")
+        if positive and any(number <= 0 for number in _numbers(value)):
+            raise UsageError(f"config.json: {name} must be above zero, not {_shown(value)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type: fits(3, float), fits((1, 2), tuple[int, ...])."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is tuple:
+        each = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, tuple) else inner
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(each)
+            and all(fits(item, of) for item, of in zip(value, each, strict=True))
+        )
+    if kind is Literal:
+        return value in inner
+    if kind in (Union, type(int | str)):
+        return any(fits(value, one) for one in inner)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, Mapping if kind is Mapping else hint)
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config ties the output head to the embedding: it, or its text_config, or neither
+    says anything. transformers writes false beside a text_config that says true."""
+    key = "tie_word_embeddings"
+    said = [part[key] for part in (config, config.get("text_config") or {}) if key in part]
+    return any(said) or not said

@@ -1,0 +1,170 @@
+"""Checkpoint files -> named arrays, read lazily, checked first: bytes, names and shapes.
+
+Nothing here converts: a folder in the native layout is read as it stands.
+"""
+
+import json
+import operator
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..errors import UsageError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype as safetensors names it ("BF16"), shape, and the bytes it takes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of one .safetensors file, without reading the data.
+
+    Raises UsageError when the file is truncated, not safetensors, or has an unknown dtype.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise UsageError(f"{path}: not a complete safetensors file; download it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise UsageError(f"{path}: damaged safetensors header; download it again") from error
+    if not isinstance(header, dict):
+        raise UsageError(f"{path}: damaged safetensors header; download it again")
+    header.pop("__metadata__", None)
+    return {name: _checked(path, name, entry, size - 8 - length) for name, entry in header.items()}
+
+
+def _checked(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
+        if min(begin, *shape, 0) < 0:
+            raise ValueError("a negative number")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: damaged safetensors header at {name} ({error}); download it again"
+        ) from error
+    if dtype not in _BYTES:
+        raise UsageError(f"{path}: {name} has type {dtype}, which MLX cannot hold")
+    nbytes = _BYTES[dtype]
+    for dim in shape:
+        nbytes *= dim
+    if end - begin != nbytes:
+        raise UsageError(f"{path}: {name} says {shape} {dtype} but holds {end - begin} bytes")
+    if end > available:
+        raise UsageError(
+            f"{path}: truncated, {end - available:,} bytes are missing; download it again"
+        )
+    return TensorInfo(dtype, shape, nbytes)
+
+
+def read_index(index: Path) -> list[Path]:
+    """The shards named by an index file, in order. Raises UsageError when one is missing."""
+    try:
+        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index}: not a readable shard index; download it again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UsageError(f"{index.parent}: shard {missing[0]} is missing; download it again")
+    return [index.parent / name for name in names]
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The .safetensors files of a model folder, by its index where it has one; [] when none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return read_index(index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
+
+
+def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
+    """All arrays of the given shards, lazily: the data is read when an array is first evaluated."""
+    weights: dict[str, mx.array] = {}
+    for path in paths:
+        doubled = read_header(path).keys() & weights.keys()
+        if doubled:
+            raise UsageError(f"{path}: {min(doubled)} is in another shard as well")
+        try:
+            weights.update(cast(dict[str, mx.array], mx.load(str(path))))
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"{path}: MLX cannot read it ({str(error).splitlines()[0]})"
+            ) from error
+    return weights
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
+
+
+class Weights:
+    """Named arrays handed out once each, so that none is used twice, missed or left over.
+
+    w = Weights({"a.weight": array}); w.take("a.weight", 3, 4); w.finish()
+    """
+
+    def __init__(self, arrays: Mapping[str, mx.array]) -> None:
+        self._left = dict(arrays)
+
+    def take(self, name: str, *shape: int) -> mx.array:
+        """The array of that name. Raises UsageError when it is missing or has another shape."""
+        if name not in self._left:
+            raise UsageError(f"the checkpoint lacks {name}; it is incomplete or of another model")
+        array = self._left.pop(name)
+        if tuple(array.shape) != shape:
+            raise UsageError(
+                f"{name} is {tuple(array.shape)} in the checkpoint, {shape} by its config"
+            )
+        return array
+
+    def drop(self, name: str) -> None:
+        """Leave out an array that the model does not use, if it is there."""
+        self._left.pop(name, None)
+
+    def take_prefix(self, prefix: str) -> dict[str, mx.array]:
+        """Every array whose name starts with `prefix`, under its full name."""
+        names = [name for name in self._left if name.startswith(prefix)]
+        return {name: self._left.pop(name) for name in names}
+
+    def finish(self) -> None:
+        """Raises UsageError when arrays are left that no part of the model asked for."""
+        if self._left:
+            raise UsageError(f"the checkpoint has weights no model part uses: {_some(self._left)}")
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]) -> None:
+    """Raises UsageError unless both have the same names with the same shapes."""
+    if missing := expected.keys() - weights.keys():
+        raise UsageError(f"the checkpoint lacks {_some(missing)}")
+    if extra := weights.keys() - expected.keys():
+        raise UsageError(f"the checkpoint has weights no model part uses: {_some(extra)}")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise UsageError(
+                f"{name} is {tuple(weights[name].shape)} in the checkpoint, {shape} by its config"
+            )

@@ -1,0 +1,1 @@
+"""A prompt with images -> text: prefill, decode, sampling, and what questions have in common."""

@@ -1,0 +1,260 @@
+"""Earlier prompts' KV caches and image features -> what of a new prompt need not be computed.
+
+Each position of a prompt has a key: its token id or, for a visual token, its image's digest and its
+place in it. A prompt takes over the keys and values of the longest beginning that it shares with
+an earlier one, answer included, and goes through the model from there on.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from threading import Lock
+from typing import Any, TypeGuard
+
+import mlx.core as mx
+import numpy as np
+
+from ..language.cache import Cache, KVCache, RotatingKVCache
+from ..models.base import VisionLanguageModel
+from ..picture.image import Pixels
+from ..text.prompt import Inputs, Processor
+from ..timings import Stages
+
+MAX_BYTES = 512 * 2**20
+Layers = list[tuple[mx.array, mx.array]]
+
+
+def digest(pixels: Pixels, settings: str) -> bytes:
+    """16 bytes that stand for an image as a model sees it: all fields of its pixels, and settings
+    (the model's configuration) that decide what is made of them."""
+    whole = blake2b(settings.encode(), digest_size=16)
+    for field in fields(pixels):
+        value = getattr(pixels, field.name)
+        if isinstance(value, np.ndarray):
+            whole.update(f"|{field.name} {value.dtype} {value.shape}|".encode())
+            whole.update(np.ascontiguousarray(value).data)
+        else:
+            whole.update(f"|{field.name} {value!r}|".encode())
+    return whole.digest()
+
+
+def position_keys(inputs: Inputs, digests: Sequence[bytes], counts: Sequence[int]) -> np.ndarray:
+    """int64 [L, 3]: (token id, 0, 0), or (index in its image, the two halves of its digest).
+
+    counts: visual tokens of each image. Ids 7 8 8 9 with an image of 2 tokens at 1 and 2 ->
+    (7, 0, 0), (0, a, b), (1, a, b), (9, 0, 0).
+    """
+    keys = np.zeros((inputs.input_ids.shape[1], 3), np.int64)
+    keys[:, 0] = inputs.input_ids[0]
+    start = 0
+    for name, count in zip(digests, counts, strict=True):
+        places = inputs.visual[start : start + count]
+        keys[places, 0] = np.arange(count)
+        keys[places, 1:] = np.frombuffer(name, np.int64)
+        start += count
+    return keys
+
+
+def shared(one: np.ndarray, other: np.ndarray) -> int:
+    """How many positions two prompts have in common at their beginning."""
+    length = min(len(one), len(other))
+    differ = (one[:length] != other[:length]).any(axis=1)
+    return int(differ.argmax()) if differ.any() else length
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """A prompt and its answer: every position's key, and keys and values [1, heads, >= L, D]."""
+
+    model: Callable[[], VisionLanguageModel | None]
+    keys: np.ndarray
+    layers: Layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for layer in self.layers for array in layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """An image's visual tokens [N, D]."""
+
+    model: Callable[[], VisionLanguageModel | None]
+    tokens: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes
+
+
+class PrefixCache:
+    """What earlier calls of `stream_generate` computed, up to `max_bytes`, least recently used out.
+
+    For any number of models and threads. What is kept is never changed: a prompt that takes it over
+    writes into copies. Models that are gone take what was kept for them along.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[Any, _Prompt | _Image] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        with self._lock:
+            return self._size()
+
+    def clear(self) -> None:
+        """Forget everything, as after a change of a model's weights."""
+        with self._lock:
+            self._kept.clear()
+
+    def begin(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        inputs: Inputs,
+        cache: list[Cache],
+        stages: Stages,
+    ) -> "Run":
+        """Fill `cache` (empty until now) with what is known of the prompt; see `Run`."""
+        settings = repr(model.config)
+        digests = [digest(pixels, settings) for pixels in inputs.pixels]
+        counts = [processor.visual_tokens(pixels) for pixels in inputs.pixels]
+        keys = position_keys(inputs, digests, counts)
+        start = self._take(model, keys, cache)
+        self._touch((id(model), name) for name in digests)
+        tokens, pixels, end = [], [], 0
+        for name, count, image in zip(digests, counts, inputs.pixels, strict=True):
+            places = inputs.visual[end : end + count]
+            end += count
+            if len(places) and places[-1] >= start:
+                pixels.append(image)
+                found = self._image(model, name, image, stages)
+                tokens.append(found[int(np.searchsorted(places, start)) :])
+        visual = inputs.visual[inputs.visual >= start] - start
+        rest = Inputs(inputs.input_ids[:, start:], visual, pixels, tokens)
+        return Run(self, model, keys, list(cache), start, rest)
+
+    def _take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
+        """Put the longest known beginning into `cache`; the last position is always left."""
+        if not all(_fits(layer, len(keys)) for layer in cache):
+            return 0
+        length, layers = 0, []
+        with self._lock:
+            name = None
+            for key, kept in self._kept.items():
+                if isinstance(kept, _Prompt) and kept.model() is model:
+                    known = min(shared(kept.keys, keys), len(keys) - 1)
+                    if 0 < known >= length:  # of equals the latest
+                        length, layers, name = known, kept.layers, key
+            if name is not None:
+                self._kept.move_to_end(name)
+        length = model.reusable(length)
+        if length:
+            for layer, (k, v) in zip(cache, layers, strict=True):
+                _fill(layer, k, v, length)
+        return length
+
+    def _touch(self, names: Iterable[Any]) -> None:
+        """Count images as used, so that they stay as long as the prompts they are in."""
+        with self._lock:
+            for name in names:
+                if name in self._kept:
+                    self._kept.move_to_end(name)
+
+    def _image(
+        self, model: VisionLanguageModel, name: bytes, pixels: Pixels, stages: Stages
+    ) -> mx.array:
+        key = id(model), name
+        with self._lock:
+            kept = self._kept.get(key)
+            if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
+                return kept.tokens
+        tokens = model.encode_image(pixels, stages)
+        self._add(key, _Image(weakref.ref(model), tokens))
+        return tokens
+
+    def keep(self, model: VisionLanguageModel, keys: np.ndarray, layers: Layers) -> None:
+        """Remember a prompt's keys and values; what it continues is dropped for it."""
+        with self._lock:
+            for key, kept in list(self._kept.items()):
+                if isinstance(kept, _Prompt) and kept.model() is model:
+                    length = shared(kept.keys, keys)
+                    if length == len(keys):  # known already
+                        self._kept.move_to_end(key)
+                        return
+                    if length == len(kept.keys):
+                        del self._kept[key]
+        self._add(object(), _Prompt(weakref.ref(model), keys, layers))
+
+    def _add(self, name: Any, item: _Prompt | _Image) -> None:
+        with self._lock:
+            self._kept[name] = item
+            self._kept.move_to_end(name)
+            for key, kept in list(self._kept.items()):
+                if kept.model() is None:
+                    del self._kept[key]
+            while self._size() > self.max_bytes:
+                self._kept.popitem(last=False)
+
+    def _size(self) -> int:
+        return sum(kept.nbytes for kept in self._kept.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One prompt on its way through the model.
+
+    start: positions that were known. rest: the prompt from there on, its visual tokens included.
+    """
+
+    store: PrefixCache
+    model: VisionLanguageModel
+    keys: np.ndarray
+    cache: list[Cache]
+    start: int
+    rest: Inputs
+
+    def end(self, generated: Sequence[int]) -> None:
+        """Remember the prompt, and as much of the answer as went through the model.
+
+        Of a cache that was quantised on the way, what it held before; nothing of a rotating one
+        that has begun to forget.
+        """
+        answer = np.zeros((len(generated), 3), np.int64)
+        answer[:, 0] = generated
+        keys = np.concatenate([self.keys, answer])
+        layers: Layers = []
+        for layer in self.cache:
+            if not _whole(layer) or layer.keys is None or layer.values is None:
+                return
+            layers.append((layer.keys, layer.values))
+            keys = keys[: layer.offset]
+        self.store.keep(self.model, keys, layers)
+
+
+def _fits(layer: Cache, length: int) -> bool:
+    """Whether a prompt of `length` positions may start from known ones in this cache."""
+    if type(layer) is RotatingKVCache:
+        return length <= layer.max_size
+    return type(layer) is KVCache
+
+
+def _whole(layer: Cache) -> TypeGuard[KVCache | RotatingKVCache]:
+    """Whether a cache holds all positions so far, in their order."""
+    if type(layer) is RotatingKVCache:
+        return layer.offset <= layer.max_size and layer.state[-1] == layer.offset
+    return type(layer) is KVCache
+
+
+def _fill(layer: Any, keys: mx.array, values: mx.array, length: int) -> None:
+    """Let a cache begin with the first `length` positions, as arrays of its own to write into."""
+    used = keys[..., :length, :], values[..., :length, :]
+    if isinstance(layer, RotatingKVCache):
+        layer.state = (*used, length, layer.keep, layer.max_size, length)
+    else:
+        layer.state = (*used, length)

@@ -1,0 +1,192 @@
+"""Logits [1, V] -> the next token; and where to stop by text. mlx-lm's semantics and names.
+
+Everything random has an explicit key, so that a seed repeats a run whatever else uses MLX.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import UsageError
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Raises UsageError for a value out of range.
+
+    temperature: 0 is greedy. top_p: the smallest set with this probability (0 or 1: all).
+    top_k: the k likeliest (0: all). min_p: at least this share of the likeliest one's probability.
+    repetition_penalty: logits of the last repetition_context_size tokens are divided by it
+    (multiplied, where negative); 1 is none.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, 0, math.inf)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf)
+        check_number("top_k", self.top_k, 0, math.inf, whole=True)
+        check_number(
+            "repetition_context_size", self.repetition_context_size, 1, math.inf, whole=True
+        )
+        if self.seed is not None:
+            check_number("seed", self.seed, 0, 2**64 - 1, whole=True)
+
+
+def check_number(
+    name: str, value: object, low: float, high: float = math.inf, whole: bool = False
+) -> None:
+    """Raises UsageError unless `value` is a finite number (with `whole`, an int) in low..high."""
+    kinds = int if whole else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if number and low <= value < math.inf and value <= high:  # type: ignore[operator]
+        return
+    kind = "a whole number" if whole else "a number"
+    bounds = f"between {low} and {high}" if high < math.inf else f"of at least {low}"
+    if low == math.ulp(0.0):
+        bounds = "above 0"
+    raise UsageError(f"{name} must be {kind} {bounds}, not {value!r}")
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """Logits [1, V] -> token int[1]. Greedy is a plain argmax.
+
+    Otherwise top-p, min-p and top-k in mlx-lm's order, all on the untempered distribution, then a
+    draw at the temperature.
+    """
+    if sampling.temperature == 0:
+        return greedy
+    steps: list[Callable[[mx.array], mx.array]] = []
+    if 0 < sampling.top_p < 1:
+        steps.append(lambda logits: keep_top_p(logits, sampling.top_p))
+    if sampling.min_p > 0:
+        steps.append(lambda logits: keep_min_p(logits, sampling.min_p))
+    if sampling.top_k > 0:
+        steps.append(lambda logits: keep_top_k(logits, sampling.top_k))
+    key = mx.random.key(
+        int.from_bytes(os.urandom(8)) >> 1 if sampling.seed is None else sampling.seed
+    )
+
+    def sample(logits: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        logits = logits.astype(mx.float32)
+        for step in steps:
+            logits = step(logits)
+        return mx.random.categorical(logits * (1 / sampling.temperature), key=now)
+
+    return sample
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """The likeliest token, int[1]."""
+    return mx.argmax(logits, axis=-1)
+
+
+def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
+    """-inf for all but the likeliest tokens that together reach `top_p`.
+
+    Probabilities 0.5, 0.3, 0.2 at 0.6 keep the first two: the first alone has less.
+    """
+    ascending = mx.sort(logits, axis=-1)
+    probabilities = mx.softmax(ascending, axis=-1)
+    likelier = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
+    dropped = (likelier >= top_p).sum(axis=-1, keepdims=True)
+    threshold = mx.take_along_axis(ascending, mx.minimum(dropped, logits.shape[-1] - 1), axis=-1)
+    return mx.where(logits < threshold, -math.inf, logits)
+
+
+def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
+    """-inf for tokens less likely than `min_p` times the likeliest one."""
+    threshold = logits.max(axis=-1, keepdims=True) + math.log(min_p)
+    return mx.where(logits < threshold, -math.inf, logits)
+
+
+def keep_top_k(logits: mx.array, top_k: int) -> mx.array:
+    """-inf for all but the `top_k` likeliest tokens; all are kept when there are no more."""
+    if top_k >= logits.shape[-1]:
+        return logits
+    rest = mx.argpartition(-logits, kth=top_k - 1, axis=-1)[..., top_k:]
+    return mx.put_along_axis(logits, rest, mx.array(-math.inf, logits.dtype), axis=-1)
+
+
+def make_logits_processors(sampling: Sampling) -> list[LogitsProcessor]:
+    """Functions (tokens so far int[N], logits [1, V]) -> logits, to be applied in order."""
+    if sampling.repetition_penalty == 1:
+        return []
+    penalty, context = sampling.repetition_penalty, sampling.repetition_context_size
+
+    def repetition(tokens: mx.array, logits: mx.array) -> mx.array:
+        return penalize(tokens[-context:], logits, penalty)
+
+    return [repetition]
+
+
+def penalize(tokens: mx.array, logits: mx.array, penalty: float) -> mx.array:
+    """Make `tokens` less likely (arXiv 1909.05858), each once however often it is there.
+
+    Ids outside the vocabulary, such as image placeholders, are left out.
+    """
+    vocabulary = logits.shape[-1]
+    known = (tokens >= 0) & (tokens < vocabulary)
+    seen = mx.zeros(vocabulary + 1, mx.bool_)
+    seen[mx.where(known, tokens, vocabulary)] = True
+    penalized = mx.where(logits < 0, logits * penalty, logits / penalty)
+    return mx.where(seen[:vocabulary], penalized, logits)
+
+
+class StopStrings:
+    """Cuts streamed text at the first stop string to be completed.
+
+    Text that may be the beginning of one is held back until that is decided, so a stop string is
+    never shown, not even in part.
+    """
+
+    def __init__(self, stop: str | Sequence[str] = ()) -> None:
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stop:
+            raise UsageError("a stop string must not be empty")
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """Add text; return what is safe to show. After the stop it is always empty."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [
+            (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
+        ]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = self._beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = max((len(word) for word in self._stop), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(word.startswith(text[-size:]) for word in self._stop):
+                return size
+        return 0
+
+    def flush(self) -> str:
+        """What is still held back, at the end of generation."""
+        held, self._held = self._held, ""
+        return held

@@ -1,0 +1,171 @@
+"""The shipped configs are those of the published checkpoints: every tensor has its place."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_vlm_edge_convert.families import decoder, llava
+from mlx_vlm_edge_convert.pipeline import source_family
+
+from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.hub.models import ALIASES
+from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models.build import build
+
+from ..reference import published_keys as published
+
+KEYS = Path(__file__).parents[1] / "golden" / "keys"
+LISTED = {
+    "fastvlm-0.5b": "fastvlm_0.5b_mlxvlm",
+    "fastvlm-1.5b": "fastvlm_1.5b_mlxvlm",
+    "fastvlm-7b": "fastvlm_7b_mlxvlm",
+    "idefics3-8b": "idefics3_8b",
+    "smolvlm-256m": "smolvlm_256m",
+    "smolvlm-500m": "smolvlm_500m",
+    "smolvlm-2.2b": "smolvlm_2.2b_v1",
+    "smolvlm2-256m": "smolvlm_256m",
+    "smolvlm2-500m": "smolvlm_500m",
+    "smolvlm2-2.2b": "smolvlm2_2.2b",
+    "eve-7b": "eve_7b_v1",
+    "eve-7b-hd": "eve_7b_v1",
+    "fuyu-8b": "fuyu_8b",
+}
+# alias: hidden, inner, layers, connector, vocabulary
+LLAMAS = {
+    "mobilevlm-v2-1.7b": (2048, 5632, 24, published.ldpv2, 32000),
+    "mobilevlm-v2-3b": (2560, 6912, 32, published.ldpv2, 32000),
+    "mobilevlm-v2-7b": (4096, 11008, 32, published.ldpv2, 32000),
+    "mobilevlm-1.7b": (2048, 5632, 24, published.ldp, 32000),
+    "mobilevlm-3b": (2560, 6912, 32, published.ldp, 32000),
+    "llava-1.5-7b": (4096, 11008, 32, published.mlp, 32064),
+    "llava-1.5-13b": (5120, 13824, 40, published.mlp, 32064),
+}
+# What is left, in millions of parameters: the published sizes of its parts.
+COUNTED = {"llava-onevision-0.5b": 894, "eve-7b-hd-v2": 14_140}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_allocated(monkeypatch):
+    """And no head is compared with its embedding: these arrays have no values."""
+    monkeypatch.setattr(decoder, "_equal", lambda *_: False)
+    mx.reset_peak_memory()
+    yield
+    assert mx.get_peak_memory() < 10_000_000
+
+
+def unallocated(shapes):
+    return {name: mx.zeros(shape, dtype=mx.bfloat16) for name, shape in shapes.items()}
+
+
+def listed(name):
+    with gzip.open(KEYS / f"{name}_keys.json.gz", "rt") as file:
+        return json.load(file)
+
+
+def native(config, shapes):
+    """Native weights of a published checkpoint with these names and shapes."""
+    weights = unallocated(shapes)
+    kind = config["model_type"]
+    if kind == "llava":  # its to_native would translate a config of the original repository's
+        return llava.rename(weights)
+    return source_family(config).to_native(config, weights)[1]
+
+
+def count(model):
+    return sum(parameter.size for _, parameter in tree_flatten(model.parameters()))
+
+
+def test_every_alias_has_a_config_and_every_config_an_alias():
+    assert configs.names() == sorted(ALIASES)
+    assert set(LISTED) | set(LLAMAS) | set(COUNTED) == set(ALIASES)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_config_says_where_it_is_from_and_its_family_takes_it(alias):
+    config = configs.read(alias)
+    origin = configs.origin(alias)
+    assert origin.source
+    assert not [key for key in config if key.startswith("_")]
+    module = family(config["model_type"])
+    parsed = module.Config.from_dict(config)
+    assert parsed.source == config
+    assert parsed.eos_token_ids
+    for key in filter(None, origin.unconfirmed.split(", ")):
+        said = json.dumps(config)
+        assert key.split(" ")[0] in said or "left out" in key, key
+    assert (PREPROCESSOR in config) == (module.__name__.endswith("idefics3"))
+
+
+@pytest.mark.parametrize("alias", LISTED)
+def test_a_listed_checkpoint_fits_its_config(alias):
+    """`build` refuses a tensor without a place, a place without one, and any other shape."""
+    shapes = listed(LISTED[alias])
+    config = configs.read(alias)
+    model = build(family(config["model_type"]), config, native(config, shapes))
+    if not alias.startswith("fastvlm"):  # whose tower is folded
+        assert count(model) == sum(math.prod(shape) for shape in shapes.values())
+    head = "language_model.lm_head.weight"
+    if alias.startswith("fastvlm"):
+        assert config["tie_word_embeddings"] == (head not in shapes)
+
+
+@pytest.mark.parametrize("alias", LLAMAS)
+def test_a_llama_checkpoint_fits_its_config(alias):
+    hidden, inner, layers, connector, vocabulary = LLAMAS[alias]
+    shapes = published.tower() | connector(hidden)
+    shapes |= published.decoder(hidden, inner, layers, vocabulary)
+    config = configs.read(alias)
+    model = build(family(config["model_type"]), config, native(config, shapes))
+    unused = 12_596_224 + 2 * 1024  # the tower's last layer and final norm: never loaded
+    assert count(model) == sum(math.prod(shape) for shape in shapes.values()) - unused
+
+
+@pytest.mark.parametrize("alias", COUNTED)
+def test_the_others_have_the_published_size(alias):
+    config = configs.read(alias)
+    module = family(config["model_type"])
+    model = module.Model(module.Config.from_dict(config))
+    assert count(model) / 1e6 == pytest.approx(COUNTED[alias], rel=0.005)
+
+
+def test_eve_v2_fits_what_its_original_builds():
+    import torch
+
+    from ..reference import eve2 as theirs
+
+    config = configs.read("eve-7b-hd-v2")
+    with torch.device("meta"):
+        shapes = {name: tuple(x.shape) for name, x in theirs.Eve2(config).state_dict().items()}
+    build(family("eve-qwen2"), config, native(config, shapes))
+
+
+def test_a_wrong_size_is_found():
+    config = configs.read("smolvlm-256m")
+    config["text_config"]["num_hidden_layers"] += 1
+    weights = native(config, listed("smolvlm_256m"))
+    with pytest.raises(UsageError, match=r"lacks language_model\.model\.layers\.30"):
+        build(family("idefics3"), config, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fastvlm-05b", "did you mean fastvlm-0.5b"),
+        ("", "known are eve-7b"),
+        ("../config", "no config is shipped"),
+    ],
+)
+def test_an_unknown_name_is_one_line(name, message):
+    with pytest.raises(UsageError, match=message) as error:
+        configs.read(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_may_be_written_in_capitals():
+    assert configs.read("FastVLM-0.5B") == configs.read("fastvlm-0.5b")

@@ -1,0 +1,461 @@
+"""What is taken over from earlier prompts: never another answer, never more work than is new."""
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.generation import prefix
+from mlx_vlm_edge.generation.prefix import PrefixCache, digest, position_keys, shared
+from mlx_vlm_edge.language.cache import KVCache
+from mlx_vlm_edge.models.idefics3 import Tiles
+from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.text.prompt import Inputs
+
+from ..conftest import GOLDEN
+
+TOKENS = 8
+IMAGE = {"type": "image"}
+
+
+def eve2(folder):
+    from ..reference import eve2 as theirs
+
+    return theirs.save(theirs.build(), folder / "eve2")
+
+
+def fuyu(folder):
+    from ..reference import fuyu as theirs
+
+    return theirs.save(theirs.build(), folder / "fuyu", "hub")
+
+
+def idefics3(folder):
+    from ..reference import idefics3 as theirs
+
+    case = theirs.CASES["smolvlm"]
+    return theirs.save(theirs.build(case), case, folder)
+
+
+def llava(folder):
+    from ..reference import llava as theirs
+
+    return theirs.save(theirs.build(), "hub", folder / "llava")
+
+
+def llava_onevision(folder):
+    from ..reference import llava_onevision as theirs
+
+    return theirs.save(theirs.weights(theirs.build()), folder, "native")
+
+
+FAMILIES = {
+    "fastvlm": None,  # the session's native folder
+    "mobilevlm": lambda _: GOLDEN.parent / "mobilevlm_v2",
+    "eve": lambda _: GOLDEN.parent / "eve_tiny",
+    "eve2": eve2,
+    "fuyu": fuyu,
+    "idefics3": idefics3,
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, native_folder):
+    """Per family, on demand: (model, processor)."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            build = FAMILIES[name]
+            folder = build(tmp_path_factory.mktemp(name)) if build else native_folder
+            made[name] = load(str(folder))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, models):
+    return request.param, *models(request.param)
+
+
+@pytest.fixture
+def fastvlm(models):
+    return models("fastvlm")
+
+
+def picture(seed, width=90, height=70):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+class Asker:
+    """Asks with one prefix cache, checks each answer against one without, counts the work."""
+
+    def __init__(self, model, processor, monkeypatch, **options):
+        self.model, self.processor = model, processor
+        self.options = {"max_tokens": TOKENS, **options}
+        self.store = PrefixCache()
+        self.encoded = 0
+        kind = type(model)
+        encode = kind.encode_image
+
+        def counted(this, pixels, stages=None):
+            self.encoded += 1
+            return encode(this, pixels, stages)
+
+        monkeypatch.setattr(kind, "encode_image", counted)
+        prefill = kind.prefill
+
+        def watched(this, *arguments):
+            self.logits = prefill(this, *arguments)
+            return self.logits
+
+        monkeypatch.setattr(kind, "prefill", watched)
+
+    def __call__(self, prompt, *images, **more):
+        """(reused, encoded, prompt positions, the answer's ids) of one prompt."""
+        options = self.options | more
+        cold = self._ids(stream_generate(self.model, self.processor, prompt, [*images], **options))
+        logits, self.encoded = self.logits, 0
+        pieces = list(
+            stream_generate(
+                self.model, self.processor, prompt, [*images], prefix_cache=self.store, **options
+            )
+        )
+        assert self._ids(pieces) == cold
+        assert mx.abs(self.logits - logits).max().item() < 1e-4 * mx.abs(logits).max().item()
+        return SimpleNamespace(
+            reused=pieces[-1].reused_tokens,
+            encoded=self.encoded,
+            length=pieces[-1].prompt_tokens,
+            visual=pieces[-1].visual_tokens,
+            text="".join(piece.text for piece in pieces),
+            ids=cold,
+        )
+
+    @staticmethod
+    def _ids(pieces):
+        return [piece.token for piece in pieces if piece.token is not None]
+
+
+@pytest.fixture
+def ask(family, monkeypatch):
+    return Asker(*family[1:], monkeypatch)
+
+
+@pytest.fixture
+def ask_fastvlm(fastvlm, monkeypatch):
+    return Asker(*fastvlm, monkeypatch)
+
+
+def test_a_second_question_on_the_image_encodes_nothing_and_prefills_the_new_text(ask):
+    first = ask("Is it red?", picture(1))
+    second = ask("What is it?", picture(1))
+    assert (first.reused, first.encoded, second.encoded) == (0, 1, 0)
+    assert second.visual < second.reused < second.length
+    assert second.length - second.reused <= 30
+
+
+def test_the_same_prompt_again_computes_its_last_position(ask):
+    ask("Is it red?", picture(1))
+    again = ask("Is it red?", picture(1))
+    assert (again.reused, again.encoded) == (again.length - 1, 0)
+
+
+def test_another_image_with_the_same_text_is_another_prompt(ask):
+    first = ask("Is it red?", picture(1))
+    other = ask("Is it red?", picture(2))
+    assert other.encoded == 1
+    assert other.reused < first.length - first.visual
+    assert ask("Is it red?", picture(1)).encoded == 0
+
+
+def test_a_smaller_image_with_the_same_text(ask):
+    ask("Is it red?", picture(1))
+    assert ask("Is it red?", picture(1, 70, 90)).encoded == 1
+
+
+def test_text_alone_shares_its_beginning(ask):
+    ask("What is red?")
+    assert ask("What is blue?").reused > 0
+
+
+def changed_before(family):
+    """Two prompts that differ before the image."""
+    if family == "fuyu":
+        pytest.skip("Fuyu has nothing before the image")
+    rest = [IMAGE, {"type": "text", "text": "What is it?"}]
+    return [
+        [{"role": "user", "content": [{"type": "text", "text": text}, *rest]}]
+        for text in ("Look here. ", "Look there. ")
+    ]
+
+
+def test_changed_text_before_the_image_prefills_it_again_but_does_not_encode_it(family, ask):
+    one, two = changed_before(family[0])
+    first = ask(one, picture(1))
+    second = ask(two, picture(1))
+    assert second.encoded == 0
+    assert 0 < second.reused < second.length - first.visual
+
+
+def test_two_images(family, ask):
+    if family[0] == "fuyu":
+        pytest.skip("Fuyu takes one image")
+    first = ask("Which is red?", picture(1), picture(2))
+    assert first.encoded == 2
+    second = ask("Which is blue?", picture(1), picture(2))
+    assert second.encoded == 0
+    assert second.reused > second.visual
+    swapped = ask("Which is red?", picture(2), picture(1))
+    assert swapped.encoded == 0
+    assert swapped.reused < swapped.length - swapped.visual
+    changed = ask("Which is red?", picture(1), picture(3))
+    assert changed.encoded == 1
+    assert changed.reused > first.visual // 2 - 1
+
+
+def test_the_same_image_twice_in_a_prompt_is_encoded_once(ask_fastvlm):
+    assert ask_fastvlm("Which is red?", picture(1), picture(1)).encoded == 1
+
+
+def chat(*turns, images=1):
+    """A user's and the assistant's words in turn; the images come first."""
+    messages = [
+        {"role": "assistant" if index % 2 else "user", "content": [{"type": "text", "text": turn}]}
+        for index, turn in enumerate(turns)
+    ]
+    messages[0]["content"] = [IMAGE] * images + messages[0]["content"]
+    return messages
+
+
+def test_a_conversation_takes_over_its_history(family, ask):
+    if family[0] == "fuyu":
+        pytest.skip("Fuyu takes one question")
+    turns, before = ["What is it?"], 0
+    for question in ("And here?", "Is it?"):
+        last = ask(chat(*turns), picture(1))
+        assert last.reused >= before
+        before = last.length - 10
+        turns += [last.text, question]
+    assert ask(chat(*turns), picture(1)).encoded == 0
+
+
+def test_an_answer_in_the_history_is_not_computed_again(fastvlm, ask_fastvlm, monkeypatch):
+    """Where its ids are what the tokenizer makes of its text: here they are set to be."""
+    processor = fastvlm[1]
+    first = ask_fastvlm("Is it?", picture(1))
+    inputs = processor("Is it?", images=[picture(1)])
+    more = np.array([[*inputs.input_ids[0], *first.ids[:-1], 40, 41, 42]], np.int32)
+    monkeypatch.setattr(
+        type(processor),
+        "__call__",
+        lambda *_, **__: Inputs(more, inputs.visual, inputs.pixels),
+    )
+    second = ask_fastvlm("the same and more", picture(1))
+    assert second.reused == inputs.input_ids.shape[1] + len(first.ids) - 1
+    assert second.length == second.reused + 3
+
+
+def test_an_edited_answer_is_computed_again(ask_fastvlm):
+    ask_fastvlm("What is it?", picture(1))
+    known = ask_fastvlm(chat("What is it?", "A cat.", "Really?"), picture(1))
+    other = ask_fastvlm(chat("What is it?", "A dog.", "Really?"), picture(1))
+    assert known.visual < other.reused < known.length - 8  # from "dog" on
+
+
+@pytest.mark.parametrize("start", [0, 60])
+def test_a_quantised_cache_is_taken_over_as_it_was_before(models, monkeypatch, start):
+    asker = Asker(*models("llava"), monkeypatch)  # whose heads are wide enough
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+    asker("Is it red?", picture(1), **options)
+    second = asker("What is it?", picture(1), **options)
+    assert second.encoded == 0
+    assert second.reused > second.visual
+    assert asker("What is it?", picture(1)).reused == second.length - 1
+
+
+def test_a_rotating_cache_that_holds_the_prompt_takes_over_and_hands_on(ask_fastvlm):
+    ask_fastvlm("Is it red?", picture(1), max_kv_size=200)
+    second = ask_fastvlm("What is it?", picture(1), max_kv_size=200)
+    assert second.reused > second.visual
+    assert ask_fastvlm("Why is it?", picture(1)).reused >= second.reused
+
+
+def test_a_rotating_cache_that_forgets_is_left_alone(ask_fastvlm):
+    length = ask_fastvlm("Is it red?", picture(1)).length
+    ask_fastvlm.store.clear()
+    wrapped = ask_fastvlm("Is it red?", picture(1), max_kv_size=length + 2)
+    assert ask_fastvlm("What is it?", picture(1)).reused == 0
+    short = ask_fastvlm("Is it red?", picture(1), max_kv_size=length - 2)
+    assert (wrapped.reused, short.reused) == (0, 0)
+    assert short.encoded == 0  # features do not depend on the cache
+
+
+def test_prefill_in_chunks(ask_fastvlm):
+    ask_fastvlm("Is it red?", picture(1), prefill_step_size=7)
+    assert ask_fastvlm("What is it, say?", picture(1), prefill_step_size=7).encoded == 0
+
+
+def test_unknown_caches_are_bypassed(fastvlm, monkeypatch):
+    class Other(KVCache):
+        pass
+
+    asker = Asker(*fastvlm, monkeypatch)
+    model = fastvlm[0]
+    monkeypatch.setattr(type(model), "make_cache", lambda this: [Other() for _ in range(layers)])
+    layers = len(model.language_model.model.layers)
+    asker("Is it red?", picture(1))
+    assert asker("Is it red?", picture(1)).reused == 0
+
+
+def test_a_decoder_that_looks_ahead_says_what_holds(fastvlm, monkeypatch):
+    asker = Asker(*fastvlm, monkeypatch)
+    asker("Is it red?", picture(1))
+    monkeypatch.setattr(type(fastvlm[0]), "reusable", lambda this, length: min(length, 5))
+    assert asker("Is it red?", picture(1)).reused == 5
+
+
+def test_an_abandoned_answer_leaves_its_prompt(fastvlm):
+    model, processor = fastvlm
+    store = PrefixCache()
+    stream = stream_generate(model, processor, "Is it?", [picture(1)], prefix_cache=store)
+    next(stream)
+    assert store.nbytes < 10_000  # the image's features alone
+    stream.close()
+    (piece, *_) = stream_generate(model, processor, "Is it?", [picture(1)], prefix_cache=store)
+    assert piece.reused_tokens == piece.prompt_tokens - 1
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first(fastvlm, monkeypatch):
+    asker = Asker(*fastvlm, monkeypatch)
+    asker("Is it red?", picture(1))
+    one = asker.store.nbytes
+    asker.store.max_bytes = 5 * one // 2  # room for two
+    for seed in (2, 1, 3):
+        asker("Is it red?", picture(seed))
+        assert one < asker.store.nbytes <= 5 * one // 2
+    assert asker("Is it red?", picture(1)).encoded == 0
+    assert asker("Is it red?", picture(2)).encoded == 1
+    asker.store.max_bytes = 0
+    asker("Is it red?", picture(4))
+    assert asker.store.nbytes == 0
+
+
+def test_a_continued_conversation_is_held_once(ask_fastvlm):
+    ask_fastvlm("Is it red?", picture(1))
+    one = ask_fastvlm.store.nbytes
+    ask_fastvlm("Is it red?", picture(1))
+    assert ask_fastvlm.store.nbytes == one
+
+
+def test_models_do_not_share_and_are_not_kept_alive(fastvlm, native_folder):
+    store = PrefixCache()
+    model, processor = load(str(native_folder))
+    list(stream_generate(model, processor, "Is it?", [picture(1)], prefix_cache=store))
+    pieces = stream_generate(*fastvlm, "Is it?", [picture(1)], prefix_cache=store)
+    assert next(iter(pieces)).reused_tokens == 0
+    both = store.nbytes
+    del model, processor
+    gc.collect()
+    list(stream_generate(*fastvlm, "What?", [picture(1)], prefix_cache=store))
+    assert store.nbytes < 2 * both
+
+
+def test_threads_share_a_cache(fastvlm):
+    model, processor = fastvlm
+    store = PrefixCache()
+
+    def answer(question):
+        pieces = stream_generate(
+            model, processor, question, [picture(1)], prefix_cache=store, max_tokens=4
+        )
+        return [piece.token for piece in pieces]
+
+    questions = ["Is it red?", "Is it blue?", "What is it?", "Why?"] * 3
+    want = [answer(question) for question in questions]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, questions)) == want
+
+
+def test_pixels_of_an_earlier_prompt_are_not_read_again(fastvlm):
+    _, processor = fastvlm
+    first = processor("Is it?", images=[picture(1)])
+    second = processor("What?", images=first.pixels)
+    assert second.pixels[0] is first.pixels[0]
+
+
+def key_of(*parts):
+    """Positions' keys of ids and of images, each (digest, tokens)."""
+    ids, visual, digests, counts = [], [], [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        digests.append(part[0] * 16)
+        counts.append(part[1])
+        visual += range(len(ids), len(ids) + part[1])
+        ids += [9] * part[1]
+    inputs = Inputs(np.array([ids], np.int32), np.array(visual, np.int32), [])
+    return position_keys(inputs, digests, counts)
+
+
+def test_keys_of_positions():
+    one = key_of(1, (b"a", 2), 5, (b"b", 3), 6)
+    assert one.shape == (8, 3)
+    assert shared(one, one) == 8
+    assert shared(one, key_of(1, (b"a", 2), 5, (b"b", 3), 7)) == 7
+    assert shared(one, key_of(1, (b"a", 2), 5, (b"c", 3), 6)) == 4
+    assert shared(one, key_of(1, (b"b", 2), 5, (b"b", 3), 6)) == 1
+    assert shared(one, key_of(1, 9, 9, 5)) == 1  # ids alone are not a picture
+    assert shared(one, key_of(2)) == 0
+    assert shared(one, one[:0]) == 0
+
+
+def test_the_digest_is_of_all_that_matters():
+    data = picture(1)
+    pixels = Pixels(data, (90, 70))
+    rows, columns = Tiles(data[None], (1, 1), None, 1, 2), Tiles(data[None], (1, 1), None, 2, 1)
+    changed = data.copy()
+    changed[-1, -1, -1] ^= 1
+    digests = [
+        digest(pixels, "pad"),
+        digest(pixels, "crop"),
+        digest(replace(pixels, size=(91, 70)), "pad"),
+        digest(replace(pixels, data=changed), "pad"),
+        digest(replace(pixels, data=data.reshape(90, 70, 3)), "pad"),
+        digest(replace(pixels, mask=np.ones((2, 2), bool)), "pad"),
+        digest(replace(pixels, mask=np.eye(2, dtype=bool)), "pad"),
+        digest(rows, "pad"),
+        digest(columns, "pad"),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest(Pixels(data.copy(), (90, 70)), "pad") == digests[0]
+
+
+@pytest.mark.parametrize("fault", ["digest", "trim", "place"])
+def test_a_planted_fault_is_caught(fastvlm, monkeypatch, fault):
+    """A digest that does not look at the picture, one position too many, a picture's place lost."""
+    if fault == "digest":
+        monkeypatch.setattr(prefix, "digest", lambda pixels, settings: b"0" * 16)
+    elif fault == "trim":
+        right = prefix.shared
+        monkeypatch.setattr(
+            prefix, "shared", lambda one, other: min(right(one, other) + 1, len(one), len(other))
+        )
+    else:
+        monkeypatch.setattr(
+            prefix, "position_keys", lambda inputs, *_: np.repeat(inputs.input_ids.T, 3, 1)
+        )
+    asker = Asker(*fastvlm, monkeypatch)
+    with pytest.raises(AssertionError):  # noqa: PT012
+        asker("Is it red?", picture(1))
+        asker("What is it?", picture(1))
+        asker("What is it?", picture(2))
