@@ -16,7 +16,8 @@ from ..checkpoint.config import check
 from ..errors import UsageError
 from ..kernels import swiglu
 from . import decoder
-from .cache import Cache, Mask, attend
+from .attend import attend
+from .cache import Cache, Mask
 from .fuse import fuse
 
 _BIASES = {"llama": False, "qwen2": True}  # q/k/v biases where the config does not say

@@ -16,7 +16,8 @@ import mlx.nn as nn
 from ..errors import UsageError
 from ..kernels import relu_squared
 from . import decoder
-from .cache import Cache, Mask, attend
+from .attend import attend
+from .cache import Cache, Mask
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.attend import attend
 from mlx_vlm_edge.language.cache import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
-    attend,
     causal_mask,
 )
 
