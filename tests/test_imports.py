@@ -1,14 +1,83 @@
-"""What is imported when: the budget of a cold start, counted in modules rather than in seconds."""
+"""Who imports whom, and when: no circles, and a cold start counted in modules, not in seconds."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from .tools.import_circles import circle, imports_of
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("mlx_vlm_edge", "convert/mlx_vlm_edge_convert", "benchmarks/mlx_vlm_edge_bench")
 HEAVY = {"transformers", "torch", "mlx_lm", "huggingface_hub", "coremltools", "timm", "requests"}
 LIST = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
+
+
+# What a conversion may use of the runtime; whatever is not here (a server, say) it may not.
+OF_THE_CONVERTER = {
+    "checkpoint", "connectors", "errors", "hub", "kernels", "language", "models", "picture", "text",
+    "timings", "vision",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def imports():
+    return imports_of(*(ROOT / package for package in PACKAGES))
+
+
+def test_no_file_imports_itself_by_way_of_others(imports):
+    assert {name.partition(".")[0] for name in imports} == {Path(name).name for name in PACKAGES}
+    assert circle(imports) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "line", "reported"),
+    [
+        ("mlx_vlm_edge/errors.py", "from . import cli", "mlx_vlm_edge.errors"),
+        (
+            "convert/mlx_vlm_edge_convert/rules.py",
+            "def late():\n    from .families import fastvlm",
+            "mlx_vlm_edge_convert.rules",
+        ),
+        (
+            "benchmarks/mlx_vlm_edge_bench/bench/figures.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import table",
+            "mlx_vlm_edge_bench.bench.figures",
+        ),
+    ],
+    ids=["plain", "inside a function", "for types only"],
+)
+def test_a_planted_circle_is_reported(tmp_path, planted, line, reported):
+    for package in PACKAGES:
+        only_python = shutil.ignore_patterns("__pycache__", "*.json", "*.safetensors", "*.html")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=only_python)
+    with (tmp_path / planted).open("a") as file:
+        file.write(f"\n{line}\n")
+    script = ROOT / "tests" / "tools" / "import_circles.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *PACKAGES],
+        capture_output=True,
+        cwd=tmp_path,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    around = done.stdout.strip().split(" imports ")
+    assert around[0] == around[-1]
+    assert reported in around
+
+
+def test_the_converter_uses_the_parts_of_the_runtime_that_it_may(imports):
+    used = {
+        name.split(".")[1]
+        for module, names in imports.items() if module.startswith("mlx_vlm_edge_convert")
+        for name in names if name.startswith("mlx_vlm_edge.")
+    }  # fmt: skip
+    assert used <= OF_THE_CONVERTER
 
 
 def modules_after(code: str, **environment: str) -> set[str]:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         )
     wanted = size(args.resolution)
     from mlx_vlm_edge_convert.coreml.export import export
-    from mlx_vlm_edge_convert.coreml.parts.part import Options
+    from mlx_vlm_edge_convert.coreml.part import Options
 
     from ..hub.models import locate
 

@@ -18,7 +18,7 @@ import coreml_on_mac as script
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.emit.toolkit import tools
 from mlx_vlm_edge_convert.coreml.export import export
-from mlx_vlm_edge_convert.coreml.parts.part import Options
+from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.run import mac as device
 
 from mlx_vlm_edge.errors import UsageError

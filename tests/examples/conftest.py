@@ -16,7 +16,7 @@ def export():
 @pytest.fixture(scope="session")
 def bundles(export, native_folder, tmp_path_factory) -> dict[str, Path]:
     """The tiny FastVLM: whole and verified for the GPU, in parts for the Neural Engine."""
-    from mlx_vlm_edge_convert.coreml.parts.part import Options
+    from mlx_vlm_edge_convert.coreml.part import Options
 
     folder = tmp_path_factory.mktemp("bundles")
     size = (64, 64)
@@ -31,7 +31,7 @@ def bundles(export, native_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def demo_bundles(export, tmp_path_factory) -> dict[str, Path]:
     """The demo model with both caches, in float16 and, for the GPU, in float32."""
-    from mlx_vlm_edge_convert.coreml.parts.part import Options
+    from mlx_vlm_edge_convert.coreml.part import Options
 
     folder, forms = tmp_path_factory.mktemp("demo"), {
         "stateful": Options(context=128),

@@ -56,7 +56,7 @@ def test_the_greedy_tokens_are_those_of_mlx(bundle, demo, picture, question):
 
 def test_another_family_as_well(export, example, tmp_path):
     """MobileVLM V2: LDPv2, a sentencepiece tokenizer, tokenizer.json made from its model."""
-    from mlx_vlm_edge_convert.coreml.parts.part import Options
+    from mlx_vlm_edge_convert.coreml.part import Options
 
     source = str(ROOT / "tests" / "golden" / "mobilevlm_v2")
     options = Options(precision="fp32", compute="cpu-ne", context=256)  # caches in float32 too

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 
 from .emit.network import Network
-from .parts.part import Say
+from .part import Say
 from .parts.vision import GRAPH, HALF, Tower, VisionPart, distance
 
 Operation = Any  # of coremltools' MIL

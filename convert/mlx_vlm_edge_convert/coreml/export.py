@@ -28,8 +28,8 @@ from .check import lint
 from .coreai import write_asset
 from .emit.toolkit import tools
 from .package.save import save_checked, save_package
+from .part import Options, Part
 from .parts.encoders import Encoder, Preprocessing, encoder
-from .parts.part import Options, Part
 from .parts.pictures import drawn_cases, given_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry

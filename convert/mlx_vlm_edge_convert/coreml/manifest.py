@@ -11,8 +11,8 @@ from mlx_vlm_edge.errors import UsageError
 from ..save import save_json
 from .package.interface import interface
 from .package.save import SUFFIX
+from .part import MINIMUM, Check, Options, Part
 from .parts.encoders import Preprocessing
-from .parts.part import MINIMUM, Check, Options, Part
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -20,7 +20,7 @@ def tools():
 def save(tools) -> Callable[..., Path]:
     """Save MIL programs, by function name, as a package."""
     from mlx_vlm_edge_convert.coreml.package.save import save_package
-    from mlx_vlm_edge_convert.coreml.parts.part import Function
+    from mlx_vlm_edge_convert.coreml.part import Function
 
     def save(path: Path, **programs: Callable[[], Any]) -> Path:
         functions = [Function(name, program) for name, program in programs.items()]

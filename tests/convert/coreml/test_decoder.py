@@ -14,8 +14,8 @@ from mlx.utils import tree_map
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.export import export
+from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart, part
-from mlx_vlm_edge_convert.coreml.parts.part import Options
 from mlx_vlm_edge_convert.coreml.run import host as runner
 from mlx_vlm_edge_convert.coreml.run.host import Geometry, Runner
 

@@ -11,8 +11,8 @@ from mlx_vlm_edge_convert.coreml import export as exporting
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check import lint
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
-from mlx_vlm_edge_convert.coreml.parts.part import Options
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.cli import main
@@ -235,7 +235,7 @@ def test_lint_sees_what_float32_and_linear_layers_cost(tools, native_folder, tmp
     from types import SimpleNamespace
 
     from mlx_vlm_edge_convert.coreml.package.save import save_package
-    from mlx_vlm_edge_convert.coreml.parts.part import Function
+    from mlx_vlm_edge_convert.coreml.part import Function
 
     part = SimpleNamespace(functions=lambda: [Function("main", program)], minimum="iOS18")
     save_package(part, tmp_path / "odd.mlpackage")

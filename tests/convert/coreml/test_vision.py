@@ -10,9 +10,9 @@ from mlx_vlm_edge_convert.coreml.emit import network
 from mlx_vlm_edge_convert.coreml.package.interface import blocks
 from mlx_vlm_edge_convert.coreml.package.save import save_package
 from mlx_vlm_edge_convert.coreml.package.saved import Saved, type_of
+from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
 from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
-from mlx_vlm_edge_convert.coreml.parts.part import Options
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
-from ..parts.part import Bits
+from ..part import Bits
 from .network import numpy
 from .palettes import Palette, palette
 from .toolkit import tools

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_vlm_edge.errors import UsageError
 
 from ..emit.toolkit import quiet, tools
-from ..parts.part import Check, Function, Part, Say
+from ..part import Check, Function, Part, Say
 
 SUFFIX = ".mlpackage"
 

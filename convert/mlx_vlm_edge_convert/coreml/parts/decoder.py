@@ -27,8 +27,8 @@ from ..emit.matrices import Groups, Matrix, as_layer, matrix, original, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
 from ..package.save import save_package
+from ..part import Check, Function, Options, Parity
 from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, Geometry, Runner
-from .part import Check, Function, Options, Parity
 
 CHUNK = 64  # positions of prefill
 STEPS = 8  # decode steps that are verified

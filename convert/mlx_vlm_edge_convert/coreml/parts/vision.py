@@ -19,8 +19,8 @@ from ..emit import connectors
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..package.save import save_package
+from ..part import Check, Function, Options, Parity
 from .encoders import Encoder
-from .part import Check, Function, Options, Parity
 
 ARRAYS = "_arrays.safetensors"
 IMAGE, FEATURES, TOKENS = "image", "image_features", "visual_tokens"

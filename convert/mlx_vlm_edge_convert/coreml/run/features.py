@@ -30,8 +30,8 @@ from ...save import new_folder
 from ..check.interpreter import Package
 from ..emit.toolkit import tools
 from ..package.save import save_checked
+from ..part import Compute, Options, Precision, Say
 from ..parts.encoders import encoder
-from ..parts.part import Compute, Options, Precision, Say
 from ..parts.pictures import drawn_cases
 from ..parts.vision import FEATURES, IMAGE, TOKENS, Tower, VisionPart
 
