@@ -24,14 +24,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .errors import UsageError
-    from .generation.loop import GenerationResult, Options, generate, stream_generate
+    from .generation.answer import GenerationResult
+    from .generation.loop import Options, generate, stream_generate
     from .generation.prefix import PrefixCache
     from .loading.load import load
 
 blas.prepare()  # before anything imports mlx
 
 _HOME = {
-    "GenerationResult": "generation.loop",
+    "GenerationResult": "generation.answer",
     "Options": "generation.loop",
     "PrefixCache": "generation.prefix",
     "UsageError": "errors",

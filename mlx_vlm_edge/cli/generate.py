@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..generation.loop import GenerationResult
+    from ..generation.answer import GenerationResult
 
 HELP = "Answer a question about images; the answer streams to standard output."
 DEFAULT_MODEL = "fastvlm-0.5b"

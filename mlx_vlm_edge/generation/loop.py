@@ -14,9 +14,10 @@ from ..errors import UsageError
 from ..language.cache import Cache, KVCache, RotatingKVCache
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Message, Processor
-from ..text.tokenizer import Detokenizer
 from ..timings import Clock, Stages
-from .sampling import Sampling, StopStrings, check_number, make_logits_processors, make_sampler
+from .answer import Answer
+from .answer import GenerationResult as GenerationResult
+from .sampling import Sampling, check_number, make_logits_processors, make_sampler
 
 if TYPE_CHECKING:
     from .prefix import PrefixCache
@@ -52,33 +53,6 @@ class Options(Sampling):
             raise UsageError(f"stop must be a text or a list of texts, not {self.stop!r}")
         if self.kv_bits and self.max_kv_size:
             raise UsageError("a rotating cache cannot be quantised: set max_kv_size or kv_bits")
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One streamed piece, or (from `generate(full=True)`) the whole answer.
-
-    ttft_e2e: seconds from the call, image bytes and prompt in, to the first token. Rates are
-    tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
-    prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
-    peak_memory is in GB (1e9 bytes).
-    finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, when
-    they were asked for.
-    """
-
-    text: str
-    token: int | None
-    prompt_tokens: int
-    visual_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    ttft_e2e: float
-    peak_memory: float
-    finish_reason: str | None = None
-    stages: dict[str, float] | None = None
-    reused_tokens: int = 0
-    jpeg_draft: bool = False
 
 
 def generate(
@@ -147,16 +121,15 @@ def _stream(
     mx.reset_peak_memory()
     inputs = _encoded(model, inputs, stages)
     if prefix_cache is None:
-        meter = _Meter(inputs, stages, started)
-        tokens = decode(model, inputs, cache, options, stages, budget)
-        yield from _results(processor, tokens, meter, options)
+        answer = Answer(processor, inputs, options.stop, stages, started)
+        yield from _results(decode(model, inputs, cache, options, stages, budget), answer)
         return
     run = prefix_cache.begin(model, processor, inputs, cache, stages)
-    meter = _Meter(inputs, stages, started, run.start)
+    answer = Answer(processor, inputs, options.stop, stages, started, run.start)
     tokens = decode(model, inputs, cache, options, stages, budget, run.rest)
     said: list[int] = []
     try:
-        for result in _results(processor, tokens, meter, options):
+        for result in _results(tokens, answer):
             if result.token is not None:
                 said.append(result.token)
             yield result
@@ -175,58 +148,14 @@ def _encoded(model: VisionLanguageModel, inputs: Inputs, stages: Stages) -> Inpu
     return replace(inputs, tokens=tokens)
 
 
-def _results(
-    processor: Processor, tokens: Iterator[int], meter: "_Meter", options: Options
-) -> Iterator[GenerationResult]:
+def _results(tokens: Iterator[int], answer: Answer) -> Iterator[GenerationResult]:
     """Token ids as pieces of text, up to the end of the answer."""
-    detokenizer, stops = Detokenizer(processor.tokenizer), StopStrings(options.stop)
     for token in tokens:
-        meter.count()
-        if token in processor.eos_ids:
-            text, reason = stops.feed(detokenizer.finish()) + stops.flush(), "stop"
-            yield meter.result(text, token, reason)
+        piece = answer.add(token)
+        yield piece
+        if piece.finish_reason is not None:
             return
-        text = stops.feed(detokenizer.add(token))
-        if stops.stopped:
-            yield meter.result(text, token, "stop")
-            return
-        yield meter.result(text, token)
-    yield meter.result(stops.feed(detokenizer.finish()) + stops.flush(), None, "length")
-
-
-class _Meter:
-    """Counts tokens and time, and makes the results."""
-
-    def __init__(self, inputs: Inputs, stages: Stages, started: float, reused: int = 0) -> None:
-        self._prompt, self._visual = inputs.input_ids.shape[1], len(inputs.visual)
-        self._reused, self._draft = reused, inputs.jpeg_draft
-        self._stages, self._started = stages, started
-        self._first = self._tokens = 0.0
-
-    def count(self) -> None:
-        self._tokens += 1
-        if self._tokens == 1:
-            self._stages.mark("first sample")
-            self._first = self._stages.clock()
-
-    def result(self, text: str, token: int | None, reason: str | None = None) -> GenerationResult:
-        decoding = self._stages.clock() - self._first
-        ttft = self._first - self._started
-        return GenerationResult(
-            text=text,
-            token=token,
-            prompt_tokens=self._prompt,
-            visual_tokens=self._visual,
-            prompt_tps=self._prompt / ttft,
-            generation_tokens=int(self._tokens),
-            generation_tps=(self._tokens - 1) / decoding if self._tokens > 1 else 0.0,
-            ttft_e2e=ttft,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=reason,
-            stages=dict(self._stages.seconds) if self._stages.measured else None,
-            reused_tokens=self._reused,
-            jpeg_draft=self._draft,
-        )
+    yield answer.cut()
 
 
 def _budget(model: VisionLanguageModel, inputs: Inputs, options: Options) -> int:

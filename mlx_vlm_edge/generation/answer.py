@@ -1,0 +1,98 @@
+"""Token ids of one answer -> pieces of text with counts and times, up to where the answer ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..text.prompt import Inputs, Processor
+from ..text.tokenizer import Detokenizer
+from ..timings import Stages
+from .sampling import StopStrings
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One streamed piece, or (from `generate(full=True)`) the whole answer.
+
+    ttft_e2e: seconds from the call, image bytes and prompt in, to the first token. Rates are
+    tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
+    prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
+    peak_memory is in GB (1e9 bytes).
+    finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, when
+    they were asked for.
+    """
+
+    text: str
+    token: int | None
+    prompt_tokens: int
+    visual_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    ttft_e2e: float
+    peak_memory: float
+    finish_reason: str | None = None
+    stages: dict[str, float] | None = None
+    reused_tokens: int = 0
+    jpeg_draft: bool = False
+
+
+class Answer:
+    """One prompt's answer as it comes.
+
+    stop: texts that end it. stages: of the prompt; its clock is used. started: when the prompt came
+    in, by that clock. reused: prompt tokens that a prefix cache knew.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        inputs: Inputs,
+        stop: Sequence[str],
+        stages: Stages,
+        started: float,
+        reused: int = 0,
+    ) -> None:
+        self._eos_ids = processor.eos_ids
+        self._detokenizer, self._stops = Detokenizer(processor.tokenizer), StopStrings(stop)
+        self._inputs, self._reused = inputs, reused
+        self._stages, self._started = stages, started
+        self._first, self._tokens = 0.0, 0
+
+    def add(self, token: int) -> GenerationResult:
+        """The piece that a token completes; its finish_reason is "stop" where the answer ends."""
+        self._tokens += 1
+        if self._tokens == 1:
+            self._stages.mark("first sample")
+            self._first = self._stages.clock()
+        if token in self._eos_ids:
+            return self._piece(self._rest(), token, "stop")
+        text = self._stops.feed(self._detokenizer.add(token))
+        return self._piece(text, token, "stop" if self._stops.stopped else None)
+
+    def cut(self) -> GenerationResult:
+        """The last piece of an answer that may have no more tokens."""
+        return self._piece(self._rest(), None, "length")
+
+    def _rest(self) -> str:
+        return self._stops.feed(self._detokenizer.finish()) + self._stops.flush()
+
+    def _piece(self, text: str, token: int | None, reason: str | None) -> GenerationResult:
+        decoding = self._stages.clock() - self._first
+        prompt_tokens, ttft = self._inputs.input_ids.shape[1], self._first - self._started
+        return GenerationResult(
+            text=text,
+            token=token,
+            prompt_tokens=prompt_tokens,
+            visual_tokens=len(self._inputs.visual),
+            prompt_tps=prompt_tokens / ttft,
+            generation_tokens=self._tokens,
+            generation_tps=(self._tokens - 1) / decoding if self._tokens > 1 else 0.0,
+            ttft_e2e=ttft,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+            stages=dict(self._stages.seconds) if self._stages.measured else None,
+            reused_tokens=self._reused,
+            jpeg_draft=self._inputs.jpeg_draft,
+        )
