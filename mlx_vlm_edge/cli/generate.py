@@ -34,7 +34,7 @@ SAMPLING = {
     "max_kv_size": (int, None, "positions of a rotating KV cache"),
     "kv_bits": (int, None, "quantise the KV cache to 2, 3, 4, 5, 6 or 8 bits"),
     "kv_group_size": (int, 64, "group size of a quantised KV cache"),
-    "quantized_kv_start": (int, 0, "quantise the KV cache beyond this many positions"),
+    "quantized_kv_start": (int, 5000, "quantise the KV cache from this many positions on"),
     "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
 }
 

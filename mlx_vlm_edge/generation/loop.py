@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import UsageError
-from ..language.cache import Cache, KVCache, RotatingKVCache
+from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Stages
@@ -36,7 +36,7 @@ class Options(Sampling):
     max_kv_size: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
-    quantized_kv_start: int = 0
+    quantized_kv_start: int = 5000
     prefill_step_size: int = 2048
 
     def __post_init__(self) -> None:
@@ -173,17 +173,25 @@ def _budget(model: VisionLanguageModel, inputs: Inputs, options: Options) -> int
 def make_cache(model: VisionLanguageModel, inputs: Inputs, options: Options) -> list[Cache]:
     """The caches the options ask for. A rotating one keeps all up to the last visual token."""
     caches = model.make_cache()
+    if options.kv_bits:
+        _check_groups(model.language_model.config.head_dim, options.kv_group_size)
+        kind = options.kv_bits, options.kv_group_size, options.quantized_kv_start
+        return QuantizingCaches(caches, *kind)
     if options.max_kv_size is None:
         return caches
     keep = int(inputs.visual[-1]) + 1 if len(inputs.visual) else KEPT_POSITIONS
     return [RotatingKVCache(options.max_kv_size, keep) for _ in caches]
 
 
-def _quantize(cache: list[Cache], options: Options) -> None:
-    """Turn plain caches into quantised ones, in place, once they are long enough."""
-    for index, layer in enumerate(cache):
-        if isinstance(layer, KVCache) and layer.offset > options.quantized_kv_start:
-            cache[index] = layer.to_quantized(options.kv_group_size, options.kv_bits or 8)
+def _check_groups(head_dim: int, group_size: int) -> None:
+    """Raises UsageError unless groups of a quantised cache divide a head."""
+    if head_dim % group_size:
+        fitting = [size for size in KV_GROUP_SIZES if head_dim % size == 0]
+        remedy = f"kv_group_size can be {fitting[-1]}" if fitting else "leave kv_bits out"
+        raise UsageError(
+            f"this model's heads of {head_dim} values cannot be cached in groups of {group_size}: "
+            f"{remedy}"
+        )
 
 
 def decode(
@@ -205,8 +213,8 @@ def decode(
     for index in range(budget):
         following = token
         if index + 1 < budget:
-            if options.kv_bits:
-                _quantize(cache, options)
+            if isinstance(cache, QuantizingCaches):
+                cache.quantize()
             following = sample(model.step(token, cache))
             mx.async_eval(following)
         yield cast(int, token.item())
@@ -219,14 +227,14 @@ def _sampler(inputs: Inputs, options: Options) -> Callable[[mx.array], mx.array]
     draw, processors = make_sampler(sampling), make_logits_processors(sampling)
     if not processors:
         return draw
-    history: list[mx.array] = [mx.array(inputs.input_ids[0])]
+    size = options.repetition_context_size
+    recent = [mx.array(inputs.input_ids[0, -size:])]  # the last `size` tokens, then the newest
 
     def sample(logits: mx.array) -> mx.array:
-        tokens = mx.concatenate(history)
+        recent[:] = [mx.concatenate(recent)[-size:]]
         for process in processors:
-            logits = process(tokens, logits)
-        token = draw(logits)
-        history.append(token)
-        return token
+            logits = process(recent[0], logits)
+        recent.append(draw(logits))
+        return recent[-1]
 
     return sample

@@ -175,6 +175,7 @@ class PrefixCache:
             if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
                 return kept.tokens
         tokens = model.encode_image(pixels, stages)
+        mx.eval(tokens)  # what is not computed yet is of use to this thread alone
         self._add(key, _Image(weakref.ref(model), tokens))
         return tokens
 
@@ -234,6 +235,7 @@ class Run:
                 return
             layers.append((layer.keys, layer.values))
             keys = keys[: layer.offset]
+        mx.eval(layers)  # a step that was broken off has not computed them
         self.store.keep(self.model, keys, layers)
 
 

@@ -4,7 +4,7 @@ Everything random has an explicit key, so that a seed repeats a run whatever els
 """
 
 import math
-import os
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,17 +77,15 @@ def make_sampler(sampling: Sampling) -> Sampler:
         steps.append(lambda logits: keep_min_p(logits, sampling.min_p))
     if sampling.top_k > 0:
         steps.append(lambda logits: keep_top_k(logits, sampling.top_k))
-    key = mx.random.key(
-        int.from_bytes(os.urandom(8)) >> 1 if sampling.seed is None else sampling.seed
-    )
+    seeds = random.Random(sampling.seed)  # of the system's randomness for None
 
     def sample(logits: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
+        # A key split from the last one's would be MLX's, and belong to the thread that split it.
+        key = mx.random.key(seeds.getrandbits(64))
         logits = logits.astype(mx.float32)
         for step in steps:
             logits = step(logits)
-        return mx.random.categorical(logits * (1 / sampling.temperature), key=now)
+        return mx.random.categorical(logits * (1 / sampling.temperature), key=key)
 
     return sample
 

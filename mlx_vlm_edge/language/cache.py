@@ -4,6 +4,7 @@
 far; `offset` counts every position seen; `trim(n)` forgets the last n.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -133,6 +134,27 @@ class QuantizedKVCache(_Growing):
     @state.setter
     def state(self, state: tuple[Any, Any, int, int, int]) -> None:
         self.keys, self.values, self.offset, self.group_size, self.bits = state
+
+
+class QuantizingCaches(list[Cache]):
+    """One cache per layer; plain ones become quantised ones, in place, once they hold `start`
+    positions. As in mlx-lm that happens after a pass, so what a pass adds is whole in it."""
+
+    def __init__(self, caches: Iterable[Cache], bits: int, group_size: int, start: int) -> None:
+        super().__init__(caches)
+        self.bits, self.group_size, self.start = bits, group_size, start
+
+    def quantize(self) -> None:
+        for index, layer in enumerate(self):
+            if isinstance(layer, KVCache) and layer.offset >= self.start:
+                self[index] = layer.to_quantized(self.group_size, self.bits)
+
+
+def settle(caches: Sequence[Cache]) -> None:
+    """Between the parts of a long prompt: compute keys and values, quantised where that is due."""
+    if isinstance(caches, QuantizingCaches):
+        caches.quantize()
+    mx.eval([layer.state for layer in caches])
 
 
 class RotatingKVCache:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..language.cache import Cache
+from ..language.cache import Cache, settle
 from ..language.decoder import LanguageModel
 from ..picture.image import Pixels, Strategy
 from ..text.prompt import Inputs
@@ -133,7 +133,7 @@ class VisionLanguageModel(nn.Module):
         length = embeddings.shape[1]
         for start in range(0, length - step_size, step_size):
             self.language_model(embeddings[:, start : start + step_size], cache, last_only=True)
-            mx.eval([layer.state for layer in cache])
+            settle(cache)
         rest = embeddings[:, (length - 1) // step_size * step_size :]
         logits = self.language_model(rest, cache, last_only=True)[:, -1]
         stages.mark("prefill", logits)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..language.cache import Cache
+from ..language.cache import Cache, settle
 from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
 from ..picture.image import MAX_PIXELS, Pixels, fit
@@ -128,7 +128,7 @@ class Model(VisionLanguageModel):
         embeddings = self.embed(inputs, stages)
         for start in range(0, embeddings.shape[1], step_size):
             if start:
-                mx.eval([layer.state for layer in cache])
+                settle(cache)
             part = embeddings[:, start : start + step_size]
             inside = (start <= inputs.visual) & (inputs.visual < start + part.shape[1])
             visual = inputs.visual[inside] - start

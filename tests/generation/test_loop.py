@@ -1,13 +1,15 @@
 """The generation loop, on a model that says what a script tells it to."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_edge import generate, stream_generate
+from mlx_vlm_edge import Options, generate, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import KVCache, RotatingKVCache
 from mlx_vlm_edge.text.prompt import Inputs
@@ -36,7 +38,8 @@ class Scripted:
     def __init__(self, script, context=100, near=None):
         self.script, self.near = list(script), near or {}
         self.config = SimpleNamespace(context=context)
-        self.steps, self.told, self.cache = 0, [], None
+        self.language_model = SimpleNamespace(config=SimpleNamespace(head_dim=WIDTH))
+        self.steps, self.told, self.cache, self.cached = 0, [], None, []
 
     def make_cache(self):
         return [KVCache()]
@@ -51,6 +54,7 @@ class Scripted:
 
     def feed(self, cache, length):
         self.cache = cache
+        self.cached.append((type(cache[0]).__name__, cache[0].offset))
         keys = mx.ones((1, 1, length, WIDTH))
         cache[0].update_and_fetch(keys, keys)
 
@@ -225,6 +229,34 @@ def test_repetition_penalty_sees_the_prompt_and_what_was_said(run):
     assert [p.token for p in pieces][:2] == [65, 66]
 
 
+def test_a_repetition_penalty_costs_the_same_for_every_token(run, monkeypatch):
+    joined = []
+    concatenate = mx.concatenate
+    monkeypatch.setattr(
+        mx,
+        "concatenate",
+        lambda arrays, *rest, **more: (
+            joined.append(sum(array.shape[0] for array in arrays))
+            or concatenate(arrays, *rest, **more)
+        ),
+    )
+    run([65] * 60, repetition_penalty=1.1, repetition_context_size=5, max_tokens=40)
+    assert joined == [5] + [6] * 39
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])
+def test_pieces_may_be_taken_by_different_threads(run, tokenizer, options):
+    """As a web server does with a generator."""
+    near = {66: 9.5, 67: 9.5, 68: 9.5}
+    options = {"max_tokens": 12, "repetition_penalty": 1.1, **options}
+    want = [piece.token for piece in run([65] * 60, near=near, **options)[0]]
+    model = Scripted([65] * 60, near=near)
+    stream = stream_generate(model, Prepared(tokenizer), "Hi", **options)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        pieces = [pool.submit(next, stream).result() for pool, _ in zip(cycle((one, two)), want)]
+    assert [piece.token for piece in pieces] == want
+
+
 def test_stages_are_measured_only_when_asked_for(run):
     assert run("abc")[0][-1].stages is None
     assert "first sample" in run("abc", verbose=True)[0][-1].stages
@@ -247,6 +279,23 @@ def test_a_quantised_cache(run):
     _, model = run("abcdef", kv_bits=8, quantized_kv_start=12)
     assert type(model.cache[0]).__name__ == "QuantizedKVCache"
     assert type(run("abc", kv_bits=8, quantized_kv_start=50)[1].cache[0]) is KVCache
+
+
+def test_a_cache_is_quantised_once_it_holds_the_start(run):
+    """As in mlx-lm: after the pass that fills it so far, the start itself included."""
+    _, model = run("abcdef", kv_bits=8, quantized_kv_start=12)
+    assert model.cached[:3] == [("KVCache", 0), ("KVCache", 10), ("KVCache", 11)]
+    assert {kind for kind, _ in model.cached[3:]} == {"QuantizedKVCache"}
+    assert Options().quantized_kv_start == 5000
+
+
+@pytest.mark.parametrize(("width", "remedy"), [(80, "leave kv_bits out"), (96, "can be 32")])
+def test_heads_that_groups_do_not_divide_are_refused_before_anything_runs(tokenizer, width, remedy):
+    model = Scripted([tiny.STOP, 1])
+    model.language_model.config.head_dim = width
+    with pytest.raises(UsageError, match=f"heads of {width} values.* groups of 64: .*{remedy}"):
+        generate(model, Prepared(tokenizer), "Hi", kv_bits=4, quantized_kv_start=0)
+    assert model.steps == 0
 
 
 @pytest.mark.parametrize(

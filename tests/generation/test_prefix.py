@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge import generate, load, stream_generate
 from mlx_vlm_edge.generation import prefix
 from mlx_vlm_edge.generation.prefix import PrefixCache, digest, position_keys, shared
-from mlx_vlm_edge.language.cache import KVCache
+from mlx_vlm_edge.language.cache import KVCache, QuantizedKVCache
 from mlx_vlm_edge.models.idefics3 import Tiles
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.text.prompt import Inputs
@@ -280,6 +280,58 @@ def test_a_quantised_cache_is_taken_over_as_it_was_before(models, monkeypatch, s
     assert second.encoded == 0
     assert second.reused > second.visual
     assert asker("What is it?", picture(1)).reused == second.length - 1
+
+
+def test_a_long_prompt_is_quantised_on_the_way(models, monkeypatch):
+    """Between its parts, as mlx-lm does: what comes after the start is never held in full."""
+    sizes, update = [], QuantizedKVCache.update_and_fetch
+
+    def watched(this, keys, values):
+        sizes.append((this.offset, keys.shape[2]))
+        return update(this, keys, values)
+
+    monkeypatch.setattr(QuantizedKVCache, "update_and_fetch", watched)
+    model, processor = models("llava")
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12, "prefill_step_size": 8}
+    pieces = list(stream_generate(model, processor, "Hi", [picture(1)], max_tokens=2, **options))
+    layers = len(model.language_model.model.layers)
+    assert sizes[: 2 * layers] == [(0, 16)] * layers + [(16, 8)] * layers
+    assert pieces[0].prompt_tokens > 24
+
+
+def test_a_request_that_fails_leaves_nothing_that_others_cannot_use(fastvlm, monkeypatch):
+    """An array that is not evaluated yet belongs to the thread that made it."""
+    model, processor = fastvlm
+    ask = {"prompt": "Is it red?", "images": [picture(1)], "max_tokens": 4}
+    want, store = generate(model, processor, **ask), PrefixCache()
+
+    def broken(this, *arguments):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as worker:
+        patch.setattr(type(model), "prefill", broken)
+        first = worker.submit(generate, model, processor, **ask, prefix_cache=store)
+        with pytest.raises(MemoryError):
+            first.result()
+    assert generate(model, processor, **ask, prefix_cache=store) == want
+
+
+def test_threads_that_ask_about_the_same_pictures_get_their_own_answers(fastvlm):
+    model, processor = fastvlm
+    questions = [
+        {"prompt": text, "images": [picture(seed)], "max_tokens": 4}
+        for seed in (1, 2, 3)
+        for text in ("Is it red?", "What is it?")
+    ]
+    want = [generate(model, processor, **ask) for ask in questions]
+    for _ in range(3):
+        store = PrefixCache()
+        with ThreadPoolExecutor(4) as workers:
+            answers = [
+                workers.submit(generate, model, processor, **ask, prefix_cache=store)
+                for ask in questions * 2
+            ]
+            assert [answer.result() for answer in answers] == want * 2
 
 
 def test_a_rotating_cache_that_holds_the_prompt_takes_over_and_hands_on(ask_fastvlm):

@@ -42,6 +42,12 @@ def test_top_p_keeps_the_smallest_set(top_p, expected):
     assert kept(keep_top_p(mx.array(LOGITS), top_p)) == expected
 
 
+def test_top_p_that_is_reached_exactly_keeps_no_more():
+    logits = mx.array([[0.0, math.log(0.5), math.log(0.5)]])
+    assert mx.softmax(logits).tolist() == [[0.5, 0.25, 0.25]]
+    assert kept(keep_top_p(logits, 0.5)) == [0]
+
+
 def test_top_p_of_random_logits():
     rng = np.random.default_rng(0)
     for scale in (0.1, 1, 30):
