@@ -23,7 +23,7 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
 
-from ...test_demo import EXAMPLES, SAMPLES
+from ...demo import IMAGES, KNOWN
 
 QWEN2 = TextConfig(
     hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
@@ -459,11 +459,11 @@ def test_the_demo_s_bundle_answers_its_questions_with_mlx_s_tokens(bundle):
     content = manifest.read(bundle)
     vision = Package(bundle / content["parts"]["vision"]["package"])
     run = Runner.open(bundle, content["parts"]["decoder"])
-    for name, question, right in SAMPLES[::3]:
-        picture = str(EXAMPLES / "images" / name)
+    for name, question, known, _ in KNOWN[::3]:
+        picture = str(IMAGES / name)
         inputs = processor(question, images=[picture])
         image = inputs.pixels[0].data.transpose(2, 0, 1)[None].astype(np.float32)
         (tokens,) = vision.run("main", {"image": image}).values()
         found = answer(run, inputs, tokens[0], processor.eos_ids, 32)
         assert found == greedy(model, processor, question, picture, 32)
-        assert processor.tokenizer.decode(found).strip() == right
+        assert processor.tokenizer.decode(found).strip() == known

@@ -1,0 +1,107 @@
+"""Write down what the bundled demo model knows, where tests and READMEs read it.
+
+python examples/demo_model/record.py
+
+The answers about the sample pictures go to tests/golden/demo_answers.json; the figures of
+evaluation.json, which evaluate.py wrote, go into the tables of the READMEs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from questions import answers
+from samples import samples
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ANSWERS = ROOT / "tests" / "golden" / "demo_answers.json"
+EVALUATION = HERE / "evaluation.json"
+READMES = (ROOT / "README.md", HERE / "README.md")
+BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+
+# Sample picture, category, one of the ways to ask.
+ASKED = (
+    ("text.png", "read", "What does it say?"),
+    ("text.png", "background", "What color is the background?"),
+    ("hello.png", "read", "Read the text."),
+    ("hello.png", "describe", "Describe the image."),
+    ("shapes.png", "count", "How many circles are there?"),
+    ("shapes.png", "describe", "What is this?"),
+    ("count.png", "count", "How many shapes are in the image?"),
+    ("count.png", "shape", "What shape is it?"),
+    ("position.png", "position", "Where is the star?"),
+    ("position.png", "colour", "What color is the star?"),
+    ("top.png", "position", "Where is it?"),
+    ("top.png", "shape", "What shape is this?"),
+    ("shapes.png", "describe", "Describe the image."),
+    ("shapes.png", "shape", "What shape is it?"),
+)
+HEADINGS = {
+    "read": "reads text", "count": "counts", "shape": "names the shape", "colour": "the colour",
+    "background": "the background", "position": "the position", "describe": "describes",
+}  # fmt: skip
+
+
+def known() -> list[dict[str, str]]:
+    """What the model says, greedily, beside what would be right."""
+    from mlx_vlm_edge import generate, load
+
+    model, processor = load("demo")
+    scenes = samples()
+    rows = []
+    for picture, category, question in ASKED:
+        image = ROOT / "examples" / "images" / picture
+        said = generate(model, processor, question, images=[image], max_tokens=40)
+        right = answers(scenes[picture])[category]
+        rows.append({"picture": picture, "question": question, "answer": said, "right": right})
+    return rows
+
+
+def percent(right: int, of: int) -> str:
+    share = 100 * right / of
+    return "100 %" if right == of else f"{share:.1f} %"
+
+
+def table(evaluation: dict[str, Any]) -> str:
+    """The shares of right answers, and how they were measured."""
+    shares = [
+        percent(evaluation["table"][name]["right"], evaluation["table"][name]["of"])
+        for name in HEADINGS
+    ]
+    rows = [list(HEADINGS.values()), ["---"] * len(HEADINGS), shares]
+    drawn = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lengths = evaluation["table"]["read"]["by_length"].items()
+    by_length = ", ".join(f"{length}: {percent(*counts)}" for length, counts in lengths)
+    on = evaluation["machine"]
+    return "\n".join([
+        drawn,
+        "",
+        f"Right answers to {evaluation['scenes']} freshly drawn pictures of each kind, at "
+        f"{evaluation['size']} px, exact match,",
+        f"greedy, weights as bundled. Texts by their length: {by_length}.",
+        f"Measured on {on['system']}, {on['cores']} CPU cores, MLX {on['mlx']}, by",
+        f"`{evaluation['command']}`.",
+    ])  # fmt: skip
+
+
+def put(readme: str, text: str) -> str:
+    """The README with `text` between its two marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{BEGIN} and {END} must stand in the README, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> None:
+    ANSWERS.write_text(json.dumps(known(), indent=1) + "\n")
+    figures = table(json.loads(EVALUATION.read_text()))
+    for readme in READMES:
+        readme.write_text(put(readme.read_text(), figures))
+
+
+if __name__ == "__main__":
+    main()
