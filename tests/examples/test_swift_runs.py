@@ -21,7 +21,8 @@ from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge.picture.image import fit, open_image
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
-from .test_coreml_answer import PICTURES, ROOT, example  # noqa: F401
+from ..demo import IMAGES, ROOT
+from .test_coreml_answer import example  # noqa: F401
 
 HERE = Path(__file__).parent
 SOURCES = ROOT / "examples" / "swift" / "Sources" / "EdgeVLM"
@@ -96,10 +97,10 @@ def test_swift_answers_as_python_does(
 ):  # fmt: skip
     folder = demo_bundles[form]
     python = example.Bundle(folder, lambda name: Package(folder / name))
-    expected = python.tokenizer.decode([*python.answer(PICTURES / picture, question, 24)])
+    expected = python.tokenizer.decode([*python.answer(IMAGES / picture, question, 24)])
     wanted = python.manifest["preprocessing"]
     size = (wanted["width"], wanted["height"])
-    np.asarray(fit(open_image(PICTURES / picture), size, "pad")).tofile(tmp_path / "picture")
+    np.asarray(fit(open_image(IMAGES / picture), size, "pad")).tofile(tmp_path / "picture")
     (tmp_path / "all.swift").write_text(program())
     for name in ("asked", "answered"):
         os.mkfifo(tmp_path / name)
