@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import base, family, fastvlm
 from mlx_vlm_edge.timings import Stages
@@ -319,15 +319,26 @@ FAULTS = {
 }
 
 
+@pytest.fixture(params=["as this device runs it", "as one graph"])
+def graph(request, monkeypatch):
+    """The tower operation by operation, and compiled whole, as a GPU runs it."""
+    if request.param == "as one graph" and kernels.on_cpu():
+        if not shutil.which("g++"):
+            pytest.skip("MLX's CPU back end compiles with g++, which is not installed")
+        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("graph")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(native, reference, picture, monkeypatch, fault):
+def test_a_fault_is_caught(native_folder, reference, picture, monkeypatch, fault):
+    """The model is loaded after the fault is planted: a graph compiled before has none of it."""
     from ..reference import fastvlm as theirs
 
     target, replacement = FAULTS[fault]
-    model, processor = native
     image = picture(1)
-    inputs = processor(QUESTION, images=[image])
     monkeypatch.setattr(f"mlx_vlm_edge.{target}", replacement)
+    model, processor = load(str(native_folder))
+    inputs = processor(QUESTION, images=[image])
     found = (
         distance(
             model.encode_image(inputs.pixels[0]), theirs.capture(reference, image).visual_tokens
