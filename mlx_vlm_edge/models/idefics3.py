@@ -166,12 +166,14 @@ class Processor(prompt.Processor):
         sampling = self.config.video
         if sampling is None:
             raise UsageError("this model was not trained on videos: use SmolVLM2 (smolvlm2-500m)")
-        clip = read_video(source, sampling.fps, sampling.max_frames)
-        stages.mark("image decode")
-        tiles = [single(frame, sampling.longest_edge, self.config.tile) for frame in clip.frames]
+        edge, tile = sampling.longest_edge, self.config.tile
+        clip = read_video(
+            source, sampling.fps, sampling.max_frames, lambda frame: single(frame, edge, tile)
+        )
+        stages.mark("image decode")  # frames are preprocessed as they come: no two are held
+        tiles = np.concatenate(clip.frames)
         stages.mark("preprocess")
-        size = clip.frames[0].size
-        return Frames(np.concatenate(tiles), size, None, tuple(clip.times), clip.duration)
+        return Frames(tiles, clip.size, None, tuple(clip.times), clip.duration)
 
     def draft_side(self) -> int:
         return self.config.longest_edge

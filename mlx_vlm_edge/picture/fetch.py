@@ -1,29 +1,49 @@
-"""A web address or data: URI -> bytes, with limits on size, time and redirects."""
+"""A web address, file: address or data: URI -> bytes, with limits on size, time and redirects."""
 
 import base64
 import binascii
 import http.client
+import io
+import socket
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UsageError
 
 MAX_DOWNLOAD = 64 * 2**20  # bytes
+MAX_ADDRESS = 1 << 14  # characters
 MAX_REDIRECTS = 5
 SOCKET_TIMEOUT = 15  # seconds without a byte
-DOWNLOAD_TIMEOUT = 60  # seconds in all
+DOWNLOAD_TIMEOUT = 60  # seconds in all: redirects, headers and body
+# What stands for itself in an address; everything else is percent-encoded as UTF-8.
+_PLAIN = "!#$%&'()*+,/:;=?@[]~"
 
 
-def fetch(address: str, name: str) -> bytes:
-    """The bytes behind an http(s) URL or in a data: URI; the mime type is not looked at.
+def fetch(address: str, name: str) -> bytes | Path:
+    """The bytes behind an http(s) URL or in a data: URI; the mime type is not looked at. The path
+    of a file: URL.
 
     name: how errors call it. Raises UsageError for another scheme, an answer other than 200, a
     limit passed, or bad base64.
     """
-    return read_data_uri(address) if address[:5].lower() == "data:" else download(address, name)
+    if address[:5].lower() == "data:":
+        return read_data_uri(address)
+    if address[:7].lower() == "file://":
+        return _local(address, name)
+    return download(address, name)
+
+
+def _local(address: str, name: str) -> Path:
+    host, slash, path = address[7:].partition("/")
+    if host.lower() not in ("", "localhost"):
+        raise UsageError(f"{name}: a file on another machine; file:///path names one here")
+    return Path(urllib.request.url2pathname(slash + path))
 
 
 def read_data_uri(uri: str) -> bytes:
@@ -40,6 +60,99 @@ def read_data_uri(uri: str) -> bytes:
         return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise UsageError("the data: URI is not valid base64") from None
+
+
+class _Limits:
+    """What one download may still take: seconds, and bytes of all its answers, headers included."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.end, self.left = time.monotonic() + DOWNLOAD_TIMEOUT, MAX_DOWNLOAD
+
+    def wait(self) -> float:
+        """Seconds that the next step may take."""
+        if (left := self.end - time.monotonic()) <= 0:
+            raise self.late()
+        return min(left, SOCKET_TIMEOUT)
+
+    def late(self) -> UsageError:
+        return UsageError(f"{self.name}: took longer than {DOWNLOAD_TIMEOUT} s to fetch")
+
+    def count(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise UsageError(f"{self.name}: is larger than {MAX_DOWNLOAD // 2**20} MB")
+
+
+class _Bytes(io.RawIOBase):
+    """What a server sends, within limits: every read of status, headers, chunks and body."""
+
+    def __init__(self, sock: socket.socket, limits: _Limits) -> None:
+        self._sock, self._limits = sock, limits
+        self._file = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._limits.wait()
+        self._sock.settimeout(seconds)
+        try:
+            size = self._file.readinto(buffer)
+        except TimeoutError:
+            if seconds < SOCKET_TIMEOUT:
+                raise self._limits.late() from None
+            raise
+        self._limits.count(size or 0)
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    def __init__(self, limits: _Limits, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Bytes(sock, limits))
+
+
+def _connection(kind: Callable[..., Any], limits: _Limits, *args: Any, **kwargs: Any) -> Any:
+    """An http(s) connection whose addresses are tried, and whose answers are read, in `limits`."""
+    connection = kind(*args, **kwargs)
+    connection.response_class = partial(_Answer, limits)
+    connection._create_connection = partial(_connect, limits)
+    return connection
+
+
+def _connect(
+    limits: _Limits, address: tuple[str, int], timeout: float, source: Any = None
+) -> socket.socket:
+    failure: OSError = OSError("the name has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(limits.wait())
+            sock.connect(place)
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return sock
+    raise failure
+
+
+class _Http(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def __init__(self, limits: _Limits) -> None:
+        urllib.request.HTTPSHandler.__init__(self)
+        self._limits = limits
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(partial(_connection, http.client.HTTPConnection, self._limits), req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(partial(_connection, http.client.HTTPSConnection, self._limits), req)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -60,33 +173,49 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def _check_scheme(url: str, name: str) -> None:
     if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
-        raise UsageError(f"{name}: only http and https addresses are fetched")
+        raise UsageError(f"{name}: only http, https and file addresses are read")
 
 
 def download(url: str, name: str) -> bytes:
+    """The body behind an http(s) URL. Raises UsageError as `fetch` does."""
+    if len(url) > MAX_ADDRESS:
+        raise UsageError(f"{name}: an address of {len(url):,} characters; give a shorter one")
+    limits = _Limits(name)
     try:
         _check_scheme(url, name)
-        request = urllib.request.Request(url, headers={"User-Agent": "mlx-vlm-edge"})
-        with urllib.request.build_opener(_Redirects).open(request, timeout=SOCKET_TIMEOUT) as reply:
-            return _read_capped(reply, name)
+        request = urllib.request.Request(ascii_url(url), headers={"User-Agent": "mlx-vlm-edge"})
+        opener = urllib.request.build_opener(_Redirects, _Http(limits))
+        with opener.open(request, timeout=limits.wait()) as reply:
+            return _body(reply, limits)
     except urllib.error.HTTPError as error:
         reason = error.reason.splitlines()[0] if error.reason else ""
-        raise UsageError(f"{name}: the server answered {error.code} {reason}") from None
+        raise UsageError(f"{name}: the server answered {error.code} {_plain(reason)}") from None
     except urllib.error.URLError as error:
-        raise UsageError(f"{name}: cannot be fetched: {error.reason}") from None
+        raise UsageError(f"{name}: cannot be fetched: {_plain(error.reason)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _plain(error) or type(error).__name__
         raise UsageError(f"{name}: cannot be fetched: {reason}") from None
 
 
-def _read_capped(reply: IO[bytes], name: str) -> bytes:
-    """The body, up to MAX_DOWNLOAD bytes and DOWNLOAD_TIMEOUT seconds."""
-    end, parts, size = time.monotonic() + DOWNLOAD_TIMEOUT, [], 0
-    while part := reply.read(2**16):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_DOWNLOAD:
-            raise UsageError(f"{name}: is larger than {MAX_DOWNLOAD // 2**20} MB")
-        if time.monotonic() > end:
-            raise UsageError(f"{name}: took longer than {DOWNLOAD_TIMEOUT} s to fetch")
+def _plain(reason: Any) -> str:
+    """One printable line of what a server or the system said."""
+    return "".join(x if x.isprintable() else "?" for x in " ".join(str(reason).split()))[:200]
+
+
+def ascii_url(url: str) -> str:
+    """An address as it is sent: the host in IDNA, the rest percent-encoded where it must be.
+
+    "http://bücher.example/ä b.png" -> "http://xn--bcher-kva.example/%C3%A4%20b.png"
+    """
+    parts = urllib.parse.urlsplit(url.strip())
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    rest = urllib.parse.urlunsplit(parts._replace(netloc="host"))
+    start = rest.index("host") + len("host")
+    return f"{parts.scheme}://{host}{urllib.parse.quote(rest[start:], safe=_PLAIN)}"
+
+
+def _body(reply: Any, limits: _Limits) -> bytes:
+    limits.count(max(reply.length or 0, 0))  # announced: refused before it is read
+    limits.left += max(reply.length or 0, 0)
+    parts = iter(partial(reply.read, 2**16), b"")
     return b"".join(parts)

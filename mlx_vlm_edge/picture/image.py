@@ -4,8 +4,6 @@ Pillow is imported at first use. Sizes are (width, height), arrays are (H, W, 3)
 """
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,25 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import UsageError
+from .pdf import Page, page_image
+from .rgb import DAMAGED, to_rgb, upright
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image, Resampling
 
+    from .resample import Axis
+
 Strategy = Literal["pad", "center_crop", "stretch"]
 Color = tuple[int, int, int]
 
 # Pillow's own hard limit (two times its MAX_IMAGE_PIXELS): 13,377 x 13,377, or 0.7 GB as Pillow
-# holds it. Checked on the header, before anything is decoded.
+# holds it, and as much again where it has to be converted to RGB or turned. Both limits are
+# checked on the header, before anything is decoded.
 MAX_PIXELS = 178_956_970
+MAX_SIDE = 1 << 20  # pixels; Pillow's table of weights for a longer side would fill the memory
 STRIP = 256  # rows resized at a time when padding
+ELONGATED = 4  # times more work than a part of the outputs costs: then it is that part alone
 SHOWN = 80  # characters of a source's name in an error
-ORIENTATION = 0x0112  # EXIF tag
 DRAFTED = "decoded at a part of its size"  # key of a picture's info
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-# What Pillow's decoders raise on damaged data (OSError includes UnidentifiedImageError).
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
-           AttributeError, OverflowError, struct.error, zlib.error)  # fmt: skip
+# What is read. Pillow knows more, such as EPS, for which it would start Ghostscript on the file's
+# program. The first are there at once, the others when Pillow imports all it has.
+COMMON = ("PNG", "JPEG", "GIF", "BMP", "PPM")
+FORMATS = ("WEBP", "TIFF", "HEIF", "AVIF", "JPEG2000", "TGA", "ICO", "DIB", "PCX", "QOI", "SGI")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +53,9 @@ class Pixels:
     mask: "np.ndarray | None" = None
 
 
-def open_image(
-    source: "str | Path | bytes | Image | np.ndarray", draft_side: int | None = None
-) -> "Image":
-    """A path, http(s) URL, data: URI, file content, Pillow image or uint8 array -> RGB image.
+def open_image(source: Any, draft_side: int | None = None) -> "Image":
+    """A path, http(s) or file URL, data: URI, file content, open file, page of a PDF, Pillow image
+    or uint8 array -> RGB image.
 
     Upright by its EXIF orientation, transparency on white, 16-bit grey scaled to 8 bits, the first
     frame of an animation. What the data is decides, never a file name or a mime type.
@@ -62,33 +66,59 @@ def open_image(
     """
     from PIL import Image
 
+    page = None
+    if isinstance(source, Page):
+        source, page = source.source, source.number
     if isinstance(source, Image.Image):
-        with reading("the Pillow image"):
-            return _upright_rgb(source)
-    if isinstance(source, str) and (source[:5].lower() == "data:" or "://" in source):
+        return _from_pillow(source)
+    if isinstance(source, str) and _is_address(source):
         from .fetch import fetch
 
-        name = "the data: URI" if source[:5].lower() == "data:" else _short(source)
-        return _decode(fetch(source, name), name, draft_side)
+        name = "the data: URI" if source[:5].lower() == "data:" else shown(source)
+        content = fetch(source, name)
+        if isinstance(content, bytes):
+            return _decode(content, name, draft_side, page)
+        source = content  # a file's path
     if isinstance(source, str | Path):
-        return _decode(_checked_path(source), _short(str(source)), draft_side)
+        return _decode(_checked_path(source), shown(str(source)), draft_side, page)
+    if callable(getattr(source, "read", None)):
+        with finding("the open file"):
+            source = source.read()
+        if isinstance(source, str):
+            raise UsageError("the open file gives text: open pictures with mode 'rb'")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the image data", draft_side)
+        return _decode(bytes(source), "the image data", draft_side, page)
     if hasattr(source, "__array_interface__"):
         return _from_array(source)
     raise UsageError(
         f"cannot read an image from {type(source).__name__}: "
-        "give a path, a URL, bytes, a Pillow image or a uint8 array"
+        "give a path, a URL, bytes, an open file, a Pillow image or a uint8 array"
     )
 
 
-def _short(name: str) -> str:
-    name = name.replace("\n", " ").replace("\r", " ")
-    return name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}...{name[-SHOWN // 2 :]}"
+def _is_address(source: str) -> bool:
+    return source[:5].lower() == "data:" or "://" in source
+
+
+def _from_pillow(image: "Image") -> "Image":
+    from PIL import EpsImagePlugin
+
+    if isinstance(image, EpsImagePlugin.EpsImageFile) and image.tile:  # not yet rendered
+        raise UsageError("the Pillow image is a PostScript program, which is not run: save as PNG")
+    with reading("the Pillow image"):
+        check_size(image.size, "the Pillow image")
+        return upright(image)
+
+
+def shown(name: str) -> str:
+    """A source's name as an error shows it: one line, not long, no control characters."""
+    if len(name) > SHOWN:
+        name = f"{name[: SHOWN // 2]}...{name[-SHOWN // 2 :]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _checked_path(source: str | Path) -> Path:
-    name = _short(str(source))
+    name = shown(str(source))
     if not name:
         raise UsageError("an image's name is empty; name a file")
     with finding(name):
@@ -138,29 +168,52 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _decode(source: Path | bytes, name: str, draft_side: int | None = None) -> "Image":
+def _decode(
+    source: Path | bytes, name: str, draft_side: int | None = None, page: int | None = None
+) -> "Image":
     import warnings
-
-    from PIL import Image
 
     if not (source if isinstance(source, bytes) else source.stat().st_size):
         raise UsageError(f"{name}: is empty (0 bytes); save or download it again")
+    head = source[:12] if isinstance(source, bytes) else _head(source)
+    if head.startswith(b"%PDF-"):
+        return page_image(source, name, page)
+    if page is not None:
+        raise UsageError(f"{name}: is not a PDF, which alone has pages: leave the page out")
     with reading(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
-        _learn_heif(source, name)
-        opened = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(opened) as image:
-            _check_size(image.size, name)
+        if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+            _learn_heif(name)
+        with opened(source) as image:
+            check_size(image.size, name)
             whole = image.size
             if draft_side:
                 image.draft(None, (draft_side, draft_side))
-            rgb = _upright_rgb(image)
-            if image.size != whole:
+            drafted = image.size != whole
+            rgb = upright(image, release=True)
+            if drafted:
                 rgb.info[DRAFTED] = True
             return rgb
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(12)
+
+
+def opened(source: Path | bytes) -> "Image":
+    """Pillow's image of a file or a file's content in one of the formats that are read."""
+    from PIL import Image, UnidentifiedImageError
+
+    content = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(content, formats=COMMON)
+    except UnidentifiedImageError:
+        Image.init()
+        return Image.open(content, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise UsageError(f"{name}: the image has no pixels ({width} x {height})")
@@ -169,74 +222,22 @@ def _check_size(size: tuple[int, int], name: str) -> None:
             f"{name}: {width:,} x {height:,} pixels are more than the limit of "
             f"{MAX_PIXELS // 10**6} million: make the image smaller"
         )
+    if max(size) > MAX_SIDE:
+        raise UsageError(
+            f"{name}: {width:,} x {height:,} pixels: no side may be longer than {MAX_SIDE:,}: "
+            "cut the image up"
+        )
 
 
-def _learn_heif(source: Path | bytes, name: str) -> None:
-    """Let Pillow read HEIC, when `source` is one. Raises UsageError without pillow-heif."""
-    if isinstance(source, bytes):
-        head = source[:12]
-    else:
-        with source.open("rb") as file:
-            head = file.read(12)
-    if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS:
-        return
+def _learn_heif(name: str) -> None:
+    """Let Pillow read HEIC. Raises UsageError without pi-heif."""
     try:
-        from pillow_heif import register_heif_opener
+        from pi_heif import register_heif_opener
     except ImportError:
         raise UsageError(
-            f"{name}: reading HEIC photos needs pillow-heif: pip install 'mlx-vlm-edge[heic]'"
+            f"{name}: reading HEIC photos needs pi-heif: pip install 'mlx-vlm-edge[heic]'"
         ) from None
     register_heif_opener()
-
-
-def _upright_rgb(image: "Image") -> "Image":
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    image.load()
-    rgb = _to_rgb(image)
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except DAMAGED:
-        orientation = None  # damaged EXIF does not spoil the picture
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _to_rgb(image: "Image") -> "Image":
-    from PIL import Image
-
-    if image.mode == "RGB" and image.info.get("transparency") is None:
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
-    if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_16_bit(image: "Image") -> "Image":
-    """Grey 0..65535 -> RGB 0..255, rounded; mode I holds the same range in 32 bits."""
-    import numpy as np
-    from PIL import Image
-
-    table = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    values = np.asarray(image)
-    if image.mode == "I":
-        values = np.clip(values, 0, 65535)
-    return Image.fromarray(table[values]).convert("RGB")
 
 
 def _from_array(source: Any) -> "Image":
@@ -253,8 +254,8 @@ def _from_array(source: Any) -> "Image":
             f"an image array must be uint8 (H, W), (H, W, 3) or (H, W, 4), "
             f"or uint16 (H, W), not {array.dtype} {array.shape}"
         )
-    _check_size((array.shape[1], array.shape[0]), "the image array")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    check_size((array.shape[1], array.shape[0]), "the image array")
+    return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
 def fit(
@@ -267,7 +268,6 @@ def fit(
     pad: centred on a canvas of the target's shape filled with `fill`, then resized (LLaVA's
     expand2square). center_crop: resized to cover the target, then cropped (CLIPImageProcessor).
     stretch: resized without keeping the shape.
-    Raises UsageError for an image so elongated that it can't be brought to the size in memory.
     """
     if strategy == "stretch":
         return image.resize(size, _filter(image))
@@ -293,7 +293,8 @@ def _pad(image: "Image", size: tuple[int, int], fill: Color) -> "Image":
     (width, height), (w, h) = image.size, size
     canvas_width, canvas_height = max(width, -(-height * w // h)), max(height, -(-width * h // w))
     left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
-    _check_elongation(image, w * canvas_height)
+    if max(canvas_width // width, canvas_height // height) > ELONGATED:
+        return _pad_thin(image, size, fill, (canvas_width, canvas_height))
     narrow = Image.new("RGB", (w, canvas_height), fill)
     if canvas_width == width:
         narrow.paste(image.resize((w, height), kind), (0, top))
@@ -306,18 +307,61 @@ def _pad(image: "Image", size: tuple[int, int], fill: Color) -> "Image":
     return narrow.resize(size, kind)
 
 
+def _pad_thin(
+    image: "Image", size: tuple[int, int], fill: Color, canvas: tuple[int, int]
+) -> "Image":
+    """The same for a long thin picture: only what its pixels touch is computed."""
+    import numpy as np
+    from PIL import Image
+
+    (width, height), (w, h), kind = image.size, size, _filter(image)
+    result = Image.new("RGB", size, fill)
+    if canvas[0] > width:
+        axis, lead = _axis(kind, canvas[0], w), (canvas[0] - width) // 2
+        first, last = axis.touched(lead, width)
+        columns = np.asarray(image).swapaxes(0, 1)
+        part = axis.resized(columns, lead, first, last, fill).swapaxes(0, 1)
+        result.paste(Image.fromarray(part).resize((last - first, h), kind), (first, 0))
+    else:
+        axis, lead = _axis(kind, canvas[1], h), (canvas[1] - height) // 2
+        first, last = axis.touched(lead, height)
+        rows = np.asarray(image.resize((w, height), kind))
+        result.paste(Image.fromarray(axis.resized(rows, lead, first, last, fill)), (0, first))
+    return result
+
+
+def _axis(kind: "Resampling", total: int, size: int) -> "Axis":
+    from PIL.Image import Resampling
+
+    from .resample import Axis, bicubic, hamming
+
+    kernel, reach = (hamming, 1.0) if kind == Resampling.HAMMING else (bicubic, 2.0)
+    return Axis(total, size, kernel, reach)
+
+
 def _center_crop(image: "Image", size: tuple[int, int]) -> "Image":
     (width, height), (w, h) = image.size, size
     wide = width * h > height * w
     cover = (int(h * width / height), h) if wide else (w, int(w * height / width))
-    _check_elongation(image, cover[0] * cover[1])
     left, top = (cover[0] - w) // 2, (cover[1] - h) // 2
+    if cover[0] * cover[1] > ELONGATED * w * h:
+        return _crop_thin(image, size, cover)
     return image.resize(cover, _filter(image)).crop((left, top, left + w, top + h))
 
 
-def _check_elongation(image: "Image", pixels: int) -> None:
-    if pixels > MAX_PIXELS:
-        raise UsageError(
-            f"an image of {image.width:,} x {image.height:,} pixels is too elongated: "
-            "crop it, or use the image strategy stretch"
-        )
+def _crop_thin(image: "Image", size: tuple[int, int], cover: tuple[int, int]) -> "Image":
+    """The same for a long thin picture: only what is left of it is computed."""
+    import numpy as np
+    from PIL import Image
+
+    (width, height), (w, h), kind = image.size, size, _filter(image)
+    if cover[0] > w:
+        axis, first = _axis(kind, width, cover[0]), (cover[0] - w) // 2
+        lead, end = axis.window(first)[0], axis.window(first + w - 1)[1]
+        columns = np.asarray(image.crop((lead, 0, end, height))).swapaxes(0, 1)
+        part = axis.resized(columns, lead, first, first + w, (0, 0, 0)).swapaxes(0, 1)
+        return Image.fromarray(part).resize(size, kind)
+    axis, first = _axis(kind, height, cover[1]), (cover[1] - h) // 2
+    lead, end = axis.window(first)[0], axis.window(first + h - 1)[1]
+    rows = np.asarray(image.crop((0, lead, width, end)).resize((w, end - lead), kind))
+    return Image.fromarray(axis.resized(rows, lead, first, first + h, (0, 0, 0)))

@@ -4,19 +4,21 @@ Which frames are taken follows SmolVLM2: transformers, models/smolvlm/video_proc
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import UsageError
-from .image import SHOWN, finding, open_image, reading
+from .image import SHOWN, check_size, finding, open_image, reading
+from .rgb import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FRAME_FILES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_FRAMES = 100_000  # of a film that is looked at, not of those that are taken
+MAX_GIF = 1 << 30  # pixels of all frames, each of which is decoded to get at the next
 SKIPPED = 1.0  # seconds left out at both ends of a video too long for the frames allowed
 DEFAULT_GIF_FRAME = 0.1  # seconds, where a GIF says 0, as viewers show it
 _ONES = (
@@ -48,12 +50,21 @@ class Video:
             )
 
 
-class Clip(NamedTuple):
-    """The frames that were taken, the second each is from, and the seconds the video lasts."""
+Prepare = Callable[["Image"], Any]  # what becomes of a frame before the next one is read
 
-    frames: list["Image"]
+
+class Clip(NamedTuple):
+    """The frames that were taken, as they were prepared, the second each is from, the seconds the
+    video lasts, and the (width, height) of its first frame."""
+
+    frames: list[Any]
     times: list[float]
     duration: float
+    size: tuple[int, int]
+
+
+def as_it_is(frame: "Image") -> "Image":
+    return frame
 
 
 def chosen_frames(total: int, duration: float, fps: float, limit: int) -> list[int]:
@@ -75,9 +86,10 @@ def chosen_frames(total: int, duration: float, fps: float, limit: int) -> list[i
     return [int(index) for index in spaced]
 
 
-def read_video(video: Video, fps: float, limit: int) -> Clip:
+def read_video(video: Video, fps: float, limit: int, prepare: Prepare = as_it_is) -> Clip:
     """Take frames of a video: `video.fps` or else `fps` per second, at most `limit` in all.
 
+    prepare: applied to each frame as it is read, so that no two large ones are held.
     Raises UsageError naming the video when it cannot be read or has no frames.
     """
     with finding(str(video.source)[:SHOWN]):
@@ -86,10 +98,10 @@ def read_video(video: Video, fps: float, limit: int) -> Clip:
             raise UsageError(f"{path}: no such file or folder; check the path")
         head = b"" if path.is_dir() else _head(path)
     if path.is_dir():
-        return _folder(path, video.fps or fps, limit)
+        return _folder(path, video.fps or fps, limit, prepare)
     if head in (b"GIF87a", b"GIF89a"):
-        return _gif(path, video.fps or fps, limit)
-    return _film(path, video.fps or fps, limit)
+        return _gif(path, video.fps or fps, limit, prepare)
+    return _film(path, video.fps or fps, limit, prepare)
 
 
 def _head(path: Path) -> bytes:
@@ -97,15 +109,16 @@ def _head(path: Path) -> bytes:
         return file.read(6)
 
 
-def _folder(path: Path, fps: float, limit: int) -> Clip:
+def _folder(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
     names = [item for item in path.iterdir() if item.suffix.lower() in FRAME_FILES]
     names.sort(key=lambda item: _by_number(item.name))
     if not names:
         raise UsageError(f"{path}: no frames in it; a folder as a video holds PNG or JPEG files")
     duration = len(names) / fps
     taken = chosen_frames(len(names), duration, fps, limit)
-    frames = [open_image(names[index]) for index in taken]
-    return Clip(frames, [index / fps for index in taken], duration)
+    first = open_image(names[taken[0]])
+    frames = [prepare(open_image(names[index]) if at else first) for at, index in enumerate(taken)]
+    return Clip(frames, [index / fps for index in taken], duration, first.size)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -114,23 +127,31 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _gif(path: Path, fps: float, limit: int) -> Clip:
+def _gif(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
     from PIL import Image, ImageSequence
 
-    with reading(str(path)), Image.open(path) as image:
-        starts = [0.0]
+    name = str(path)
+    with reading(name), Image.open(path, formats=("GIF",)) as image:
+        check_size(image.size, name)
+        size, starts = image.size, [0.0]
         for frame in ImageSequence.Iterator(image):
+            if len(starts) * size[0] * size[1] > MAX_GIF:
+                raise UsageError(
+                    f"{name}: its frames of {size[0]:,} x {size[1]:,} are more than "
+                    f"{MAX_GIF // 10**6:,} million pixels together: make them smaller"
+                )
             starts.append(starts[-1] + (frame.info.get("duration", 0) / 1000 or DEFAULT_GIF_FRAME))
         *starts, duration = starts
         taken = chosen_frames(len(starts), duration, fps, limit)
         frames = []
         for index in taken:
             image.seek(index)
-            frames.append(open_image(image.convert("RGBA")))
-    return Clip(frames, [starts[index] for index in taken], duration)
+            frame = to_rgb(image)
+            frames.append(prepare(frame.copy() if frame is image else frame))
+    return Clip(frames, [starts[index] for index in taken], duration, size)
 
 
-def _film(path: Path, fps: float, limit: int) -> Clip:
+def _film(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
     try:
         import av
     except ImportError:
@@ -150,25 +171,26 @@ def _film(path: Path, fps: float, limit: int) -> Clip:
                 )
             taken = chosen_frames(total, total / rate, fps, limit)
             container.seek(0)
-            frames = _pictures(container.decode(video=0), set(taken))
+            frames = _pictures(container.decode(video=0), set(taken), prepare)
+            size = (stream.width, stream.height)
     except (av.FFmpegError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as a video ({error})") from None
     if not frames:
         raise UsageError(f"{path}: none of its frames can be decoded")
     taken = taken[: len(frames)]
-    return Clip(frames, [index / rate for index in taken], total / rate)
+    return Clip(frames, [index / rate for index in taken], total / rate, size)
 
 
-def _pictures(decoded: Iterable[Any], wanted: set[int]) -> list["Image"]:
-    """The wanted frames of a film as images; the others are decoded but not kept."""
+def _pictures(decoded: Iterable[Any], wanted: set[int], prepare: Prepare) -> list[Any]:
+    """The wanted frames of a film, prepared; the others are decoded and let go."""
     last = max(wanted)
-    kept = []
+    pictures = []
     for index, frame in enumerate(decoded):
         if index in wanted:
-            kept.append(frame.to_image().convert("RGB"))
+            pictures.append(prepare(frame.to_image().convert("RGB")))
         if index >= last:
             break
-    return kept
+    return pictures
 
 
 def number_in_words(number: int) -> str:

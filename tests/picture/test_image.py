@@ -148,7 +148,7 @@ def test_truncated_and_damaged_files_never_pass_or_crash(form, tmp_path):
 
 
 def test_heic_names_the_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    monkeypatch.setitem(__import__("sys").modules, "pi_heif", None)
     assert "pip install" in message(b"\0\0\0\x18ftypheic" + bytes(100))
 
 
@@ -335,12 +335,47 @@ def test_targets_that_are_not_square():
     assert np.array_equal(np.asarray(fit(picture, (128, 64), "stretch")), np.asarray(direct))
 
 
-def test_hopelessly_elongated_images_are_refused():
-    thread = Image.new("RGB", (3_000_000, 1))
-    for strategy in ("pad", "center_crop"):
-        with pytest.raises(UsageError, match="elongated"):
-            fit(thread, (1024, 1024), strategy)
-    assert fit(thread, (64, 64), "stretch").size == (64, 64)
+THIN = [(3, 700), (700, 3), (1, 2000), (40, 900), (1, 30), (30, 1), (5000, 11)]
+
+
+@pytest.mark.parametrize("size", THIN)
+@pytest.mark.parametrize("drafted", [False, True])
+def test_long_thin_pictures_are_padded_and_cropped_pixel_for_pixel(size, drafted):
+    """What is never computed for them is padding, or cut off again."""
+    picture = Image.fromarray(noise(*size, seed=5))
+    kind = Image.Resampling.HAMMING if drafted else Image.Resampling.BICUBIC
+    if drafted:
+        picture.info[image.DRAFTED] = True
+    for side in (64, 91):
+        padded = expand2square(picture, CLIP_FILL).resize((side, side), kind)
+        ours = fit(picture, (side, side), "pad", CLIP_FILL)
+        assert np.array_equal(np.asarray(ours), np.asarray(padded))
+        width, height = size
+        wide = width > height
+        cover = (int(side * width / height), side) if wide else (side, int(side * height / width))
+        left, top = (cover[0] - side) // 2, (cover[1] - side) // 2
+        whole = picture.resize(cover, kind)
+        cropped = whole.crop((left, top, left + side, top + side))
+        ours = fit(picture, (side, side), "center_crop")
+        assert np.array_equal(np.asarray(ours), np.asarray(cropped))
+
+
+@pytest.mark.parametrize("strategy", ["pad", "center_crop"])
+def test_a_thread_of_a_million_pixels_costs_what_its_pixels_cost(strategy, monkeypatch):
+    """In proportion to its length, not to the square of it: no canvas, nothing enlarged whole."""
+    sizes = []
+    new = Image.Image._new
+
+    def counted(self, core):
+        sizes.append(core.size[0] * core.size[1])
+        return new(self, core)
+
+    for size in ((300_000, 1), (1, 300_000)):
+        thread = Image.new("RGB", size, (255, 0, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "_new", counted)
+            assert fit(thread, (336, 336), strategy, CLIP_FILL).size == (336, 336)
+    assert max(sizes) <= 8 * 300_000
 
 
 @pytest.mark.parametrize(("side", "want"), [(64, (150, 100)), (200, (300, 200)), (201, (600, 400))])

@@ -1,0 +1,48 @@
+"""A page of a PDF -> an RGB image, by the extra [pdf]."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LONGEST = 2048  # pixels of a rendered page's longer side
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a PDF, to give in the place of an image; pages are counted from 1."""
+
+    source: Any
+    number: int
+
+    def __post_init__(self) -> None:
+        if type(self.number) is not int or self.number < 1:
+            raise UsageError(f"page {self.number!r}: pages are counted from 1")
+
+
+def page_image(source: Path | bytes, name: str, number: int | None) -> "Image":
+    """The page of that number; None for the only one. Raises UsageError without the extra, for a
+    damaged PDF, and where several pages leave a choice."""
+    try:
+        import pypdfium2
+    except ImportError:
+        raise UsageError(
+            f"{name}: reading PDF pages needs pypdfium2: pip install 'mlx-vlm-edge[pdf]'"
+        ) from None
+    try:
+        with pypdfium2.PdfDocument(source) as document:
+            count = len(document)
+            if number is None and count > 1:
+                raise UsageError(f"{name}: has {count:,} pages: choose with --page N")
+            if not 1 <= (number or 1) <= count:
+                raise UsageError(f"{name}: has {count:,} pages, no page {number or 1}")
+            page = document[(number or 1) - 1]
+            scale = LONGEST / max(page.get_size())
+            image: Image = page.render(scale=scale).to_pil()
+            return image.convert("RGB")
+    except (pypdfium2.PdfiumError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UsageError(f"{name}: cannot be read as a PDF ({error})") from None
