@@ -69,6 +69,10 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
         help="images or their URLs, in order; - reads standard input",
     )  # fmt: skip
     group.add_argument(
+        "--page", type=int, nargs="+", action="extend", default=[], metavar="N",
+        help="pages of a PDF given with --image, each as a picture",
+    )  # fmt: skip
+    group.add_argument(
         "--video", action="append", default=[], metavar="PATH",
         help="an animated GIF, a film or a folder of frames, after the images (SmolVLM2)",
     )  # fmt: skip
@@ -140,10 +144,23 @@ def _read(args: argparse.Namespace) -> tuple[str, list[Any]]:
         raise UsageError("--image - can read standard input only once")
     if sys.stdin is None and "-" in (args.prompt, *args.image):
         raise UsageError("standard input is closed: name a file or a text instead of -")
+    if "-" in args.image and sys.stdin.isatty():
+        raise UsageError("--image - reads a picture from standard input: pipe or redirect one in")
     text = args.prompt
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    return text, [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+    images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+    return text, _pages(images, args.page) if args.page else images
+
+
+def _pages(images: list[Any], numbers: list[int]) -> list[Any]:
+    """The images, each PDF among them as those of its pages that were asked for."""
+    from ..picture.pdf import Page, is_pdf
+
+    if not any(map(is_pdf, images)):
+        raise UsageError("--page is for PDFs: name one with --image")
+    pages = [[Page(item, n) for n in numbers] if is_pdf(item) else [item] for item in images]
+    return [item for part in pages for item in part]
 
 
 def run(args: argparse.Namespace) -> int:

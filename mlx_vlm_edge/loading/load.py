@@ -29,6 +29,7 @@ from ..text.tokenizer import Tokenizer
 from .steps import Steps
 
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
+MAX_RESOLUTION = 8192  # pixels of a side that any model might be asked for
 GROUP_SIZE = 64  # of quantisation at load
 
 
@@ -64,6 +65,10 @@ class Options:
         if self.resolution is not None and type(self.resolution) is not int:
             raise UsageError(
                 f"resolution must be a whole number of pixels, not {self.resolution!r}"
+            )
+        if (self.resolution or 0) > MAX_RESOLUTION:
+            raise UsageError(
+                f"image size {self.resolution:,}: give at most {MAX_RESOLUTION:,} pixels"
             )
 
 

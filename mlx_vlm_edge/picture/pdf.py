@@ -24,6 +24,13 @@ class Page:
             raise UsageError(f"page {self.number!r}: pages are counted from 1")
 
 
+def is_pdf(source: Any) -> bool:
+    """Whether a file's name or content says that it is a PDF."""
+    if isinstance(source, bytes):
+        return source.startswith(b"%PDF-")
+    return str(source).lower().partition("?")[0].endswith(".pdf")
+
+
 def page_image(source: Path | bytes, name: str, number: int | None) -> "Image":
     """The page of that number; None for the only one. Raises UsageError without the extra, for a
     damaged PDF, and where several pages leave a choice."""

@@ -84,6 +84,31 @@ def test_an_image_from_standard_input(generate, monkeypatch, picture_file):
     assert generate("--image", "-", "--max-tokens", 5) == want
 
 
+def test_a_terminal_is_not_waited_for(generate, monkeypatch, picture_file):
+    stdin = io.TextIOWrapper(io.BytesIO(b""))
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert "pipe or redirect" in generate("--image", "-")[2]
+
+
+def test_pages_of_a_pdf(generate, tmp_path, picture_file):
+    pytest.importorskip("pypdfium2", reason="PDF pages need pypdfium2 (the `pdf` extra)")
+    path = tmp_path / "two.pdf"
+    sheets = [Image.new("RGB", (200, 100), color) for color in ("red", "blue")]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:])
+    said = json.loads(generate("--image", path, "--page", 2, 1, "--json", "--max-tokens", 1)[1])
+    both = generate("--image", picture_file, picture_file, "--json", "--max-tokens", 1)[1]
+    assert said["visual_tokens"] == json.loads(both)["visual_tokens"]
+    assert "2 pages: choose with --page" in generate("--image", path)[2]
+    assert "--page is for PDFs" in generate("--image", picture_file, "--page", 1)[2]
+
+
+def test_a_resolution_beyond_any_model(generate, picture_file):
+    code, out, err = generate("--image", picture_file, "--resolution", 1_000_000)
+    assert (code, out) == (2, "")
+    assert "give at most 8,192 pixels" in err
+
+
 def test_raw(generate, native_folder, picture_file):
     options = {"images": [str(picture_file)], "raw": True, "max_tokens": 5}
     want = answer(native_folder, "a <image> b", **options)
