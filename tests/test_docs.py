@@ -1,9 +1,11 @@
 """What the documents tell a reader to type: it parses, it runs, and its links lead somewhere."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -12,8 +14,13 @@ from PIL import Image
 
 from mlx_vlm_edge.cli import Parser
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/README.md")]
+from .demo import KNOWN, ROOT
+
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(path for folder in ("docs", "examples", "benchmarks", "mlx_vlm_edge", "tests")
+      for path in sorted((ROOT / folder).rglob("*.md"))),
+]  # fmt: skip
 PICTURES = ("photo.jpg", "before.jpg", "after.jpg")
 
 
@@ -23,10 +30,11 @@ def blocks(path: Path, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
-def commands() -> list[str]:
+def commands(program: str) -> list[str]:
+    """The lines of the documents' shell blocks that run this program."""
     lines = [line for path in DOCUMENTS for block in blocks(path, "bash", "", "sh")
-             for line in block.splitlines()]  # fmt: skip
-    return sorted({line for line in lines if line.startswith("mlx-vlm-edge ")})
+             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+    return sorted({line for line in lines if line.startswith(f"{program} ")})
 
 
 @pytest.fixture
@@ -37,10 +45,11 @@ def pictures(tmp_path):
 
 
 def test_there_are_commands_to_check():
-    assert len(commands()) > 2
+    assert len(commands("mlx-vlm-edge")) > 2
+    assert len(commands("python")) > 2
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands("mlx-vlm-edge"))
 def test_a_command_parses(command):
     _, verb, *arguments = shlex.split(command, comments=True)
     parser = Parser(prog=verb)
@@ -55,11 +64,70 @@ def test_every_make_target_exists():
     assert asked <= targets
 
 
+@pytest.mark.parametrize("command", commands("python"))
+def test_a_script_is_there_and_has_these_options(command):
+    script, *arguments = shlex.split(command, comments=True)[1:]
+    source = (ROOT / script).read_text()
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    assert [flag for flag in flags if f'"{flag}"' not in source] == []
+
+
+def test_every_extra_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [path.read_text() for path in DOCUMENTS]
+    asked = {name for text in texts for name in re.findall(r"(?:\.|edge)\[([\w,]+)\]['\"]", text)}
+    assert asked
+    assert {name for names in asked for name in names.split(",")} <= {
+        *extras["optional-dependencies"]
+    }
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name after its #: the headings as a browser of the repository spells them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files(path):
-    links = re.findall(r"\]\(([^)#]+)", path.read_text())
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+def test_links_lead_to_files_and_headings(path):
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    wrong = []
+    for link in (link for link in links if "://" not in link):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"])
+def test_the_files_that_the_map_names_are_there(path):
+    """`folder/file.py` from the root or a package's; <family> is for the reader to fill in."""
+    named = re.findall(r"`([\w<>./-]+/[\w<>.-]*)`", path.read_text())
+    roots = [ROOT, *(ROOT / name for name in ("mlx_vlm_edge", "convert", "benchmarks"))]
+    assert named
+    assert [name for name in named if "<" not in name
+            and not any((root / name).exists() for root in roots)] == []  # fmt: skip
+
+
+def test_no_answer_of_the_demo_model_is_quoted():
+    """They stand in tests/golden/demo_answers.json, which a newly trained model writes anew."""
+    answers = {row.answer for row in KNOWN if " " in row.answer}
+    assert answers
+    folders = ("docs", "examples", "tests", "benchmarks", "mlx_vlm_edge", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")
+             if path.suffix in {".md", ".py", ".swift", ".yml"}]  # fmt: skip
+    texts = {path: path.read_text() for path in [*files, *ROOT.glob("*.md")]}
+    assert [path for path, text in texts.items() if any(said in text for said in answers)] == []
+
+
+def test_the_demo_s_figures_are_the_recorded_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo_model"))
+    import record
+
+    figures = record.table(json.loads(record.EVALUATION.read_text()))
+    for path in record.READMES:
+        assert record.put(path.read_text(), figures) == path.read_text(), path
 
 
 def test_the_python_of_the_readme_runs(native_folder, pictures, monkeypatch, capsys):

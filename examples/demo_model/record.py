@@ -12,9 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from questions import answers
-from samples import samples
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ANSWERS = ROOT / "tests" / "golden" / "demo_answers.json"
@@ -47,6 +44,9 @@ HEADINGS = {
 
 def known() -> list[dict[str, str]]:
     """What the model says, greedily, beside what would be right."""
+    from questions import answers
+    from samples import samples
+
     from mlx_vlm_edge import generate, load
 
     model, processor = load("demo")
@@ -73,15 +73,16 @@ def table(evaluation: dict[str, Any]) -> str:
     ]
     rows = [list(HEADINGS.values()), ["---"] * len(HEADINGS), shares]
     drawn = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    lengths = evaluation["table"]["read"]["by_length"].items()
-    by_length = ", ".join(f"{length}: {percent(*counts)}" for length, counts in lengths)
+    lengths = evaluation["table"]["read"]["by_length"]
+    by_length = ", ".join(percent(*counts) for counts in lengths.values())
     on = evaluation["machine"]
     return "\n".join([
         drawn,
         "",
         f"Right answers to {evaluation['scenes']} freshly drawn pictures of each kind, at "
-        f"{evaluation['size']} px, exact match,",
-        f"greedy, weights as bundled. Texts by their length: {by_length}.",
+        f"{evaluation['size']} px: exact",
+        "match, greedy, weights as bundled. Texts by their length, "
+        f"{min(lengths)} to {max(lengths)} characters: {by_length}.",
         f"Measured on {on['system']}, {on['cores']} CPU cores, MLX {on['mlx']}, by",
         f"`{evaluation['command']}`.",
     ])  # fmt: skip
