@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, read_json
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config
+from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import FAMILIES, family
@@ -53,6 +54,7 @@ def native_checkpoint(folder: Path) -> tuple[dict[str, Any], Arrays]:
 def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
     """The native config and weights of a model folder in any published layout, lazily.
 
+    config: as `read_config` gives it, with what the folder says about preprocessing.
     Raises UsageError for what is missing, damaged, unknown or contradictory.
     """
     for key in _BLOCKS:
@@ -62,7 +64,7 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     foreign = (config.get("quantization_config") or {}).get("quant_method")
     if foreign and not module.is_native(weights):
         raise UsageError(f"{folder}: quantised with {foreign}; convert the full-precision model")
-    preprocessor = read_json(folder / "preprocessor_config.json")
+    preprocessor = config.get(PREPROCESSOR) or {}
     native: tuple[dict[str, Any], Arrays] = module.to_native(config, weights, preprocessor)
     return native
 
@@ -91,16 +93,19 @@ def convert(
         raise UsageError(f"{target} is the source; name another folder to write to")
     if target.resolve() in folder.resolve().parents:
         raise UsageError(f"{target} has the source in it; name another folder to write to")
-    config, weights = to_native(folder, read_config(folder))
+    read = read_config(folder)
+    config, weights = to_native(folder, read)
     module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config["model_type"]), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
     with new_folder(target, overwrite=overwrite) as partial:
         copied = copy_files(folder, partial)
+        if read[PREPROCESSOR]:  # wherever it stood: a file of its own is what all readers know
+            save_json(partial / PREPROCESSOR_CONFIG, read[PREPROCESSOR])
         module.write_files(partial, config)
         beside = {key: value for key, value in config.items() if key != PREPROCESSOR}
-        save_json(partial / "config.json", beside)
+        save_json(partial / CONFIG, beside)
         save_weights(partial, weights, report=say)
         if verify:
             say("comparing the written model with the source")

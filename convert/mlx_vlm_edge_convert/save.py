@@ -14,28 +14,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.config import read_json
+from mlx_vlm_edge.checkpoint.files import CONFIG, SAFETENSORS, beside, read_json
 from mlx_vlm_edge.errors import UsageError
 
 from .rules import Arrays
 
 SHARD_BYTES = 5 << 30
 _SPARE_BYTES = 64 << 20
-# What a model folder has beside its config and weights; the first that exist are copied.
-COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "README.md",
-)  # fmt: skip
 
 Report = Callable[[str], None]
 
 
 @contextmanager
-def new_folder(
-    target: Path, *, overwrite: bool = False, holds: str = "config.json"
-) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool = False, holds: str = CONFIG) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
 
     With `overwrite` a folder that has the file `holds`, a model's, is replaced, and no other one
@@ -95,16 +86,16 @@ def save_weights(
     shards = _shards(weights, shard_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors"
+        file = SAFETENSORS.single
         if len(shards) > 1:
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = f"{SAFETENSORS.stem}-{number:05}-of-{len(shards):05}{SAFETENSORS.endings[0]}"
         if report:
             size = sum(weights[name].nbytes for name in names)
             report(f"writing {file} ({size / 1e6:,.1f} MB)")
         _save(folder / file, {name: weights.pop(name) for name in names})
         index |= dict.fromkeys(names, file)
     written = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    save_json(folder / "model.safetensors.index.json", written)
+    save_json(folder / SAFETENSORS.index, written)
 
 
 def _save(path: Path, weights: Arrays) -> None:
@@ -158,8 +149,8 @@ def clip_preprocessor(size: int, mean: tuple[float, ...], std: tuple[float, ...]
 
 
 def copy_files(source: Path, folder: Path) -> list[str]:
-    """Copy what COPIED names and the source has; the names copied."""
-    found = [name for name in COPIED if (source / name).is_file()]
-    for name in found:
+    """Copy what a model folder has beside its config and weights; the names copied."""
+    names = [name for name in beside(source) if (source / name).is_file()]
+    for name in names:
         shutil.copyfile(source / name, folder / name)
-    return found
+    return names

@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import read_config
-from mlx_vlm_edge.checkpoint.weights import find_shards, read_safetensors
+from mlx_vlm_edge.checkpoint.files import SAFETENSORS, weight_files
+from mlx_vlm_edge.checkpoint.weights import read_safetensors
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.decoder import LanguageModel
 from mlx_vlm_edge.models import family
@@ -102,7 +103,7 @@ def verify(
 
 
 def _read(folder: Path) -> Native:
-    return read_config(folder), read_safetensors(find_shards(folder))
+    return read_config(folder), read_safetensors(weight_files(folder, [SAFETENSORS]))
 
 
 def _build(native: Native) -> VisionLanguageModel:

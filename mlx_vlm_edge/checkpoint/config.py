@@ -1,26 +1,13 @@
-"""JSON files of a model folder, and their values held against the types of a dataclass."""
+"""The configs of a model folder as one, and their values held against the types of a dataclass."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
+from .files import CONFIG, GENERATION_CONFIG, read_json, read_preprocessor
 
 PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file. Raises UsageError for any other content."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -28,16 +15,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     What the folder says about preprocessing is under PREPROCESSOR, {} when it says nothing.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"{folder}: no config.json; name a folder with a model in it")
     config = read_json(path)
-    generation = read_json(folder / "generation_config.json")
+    generation = read_json(folder / GENERATION_CONFIG)
     if (more := generation.get("eos_token_id")) is not None:
         config["eos_token_id"] = _joined(config.get("eos_token_id"), more)
-    whole = read_json(folder / "processor_config.json")  # where transformers 5 puts all of it
-    own = read_json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
-    return {**config, PREPROCESSOR: own}
+    return {**config, PREPROCESSOR: read_preprocessor(folder)}
 
 
 def _joined(ids: Any, more: Any) -> Any:

@@ -77,29 +77,6 @@ def _checked(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
     return TensorInfo(dtype, shape, nbytes)
 
 
-def read_index(index: Path) -> list[Path]:
-    """The shards named by an index file, in order. Raises UsageError when one is missing."""
-    try:
-        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index}: not a readable shard index; download it again") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UsageError(f"{index.parent}: shard {missing[0]} is missing; download it again")
-    return [index.parent / name for name in names]
-
-
-def find_shards(folder: Path) -> list[Path]:
-    """The .safetensors files of a model folder, by its index where it has one; [] when none."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return read_index(index)
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
-
-
 def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
     """All arrays of the given shards, lazily: the data is read when an array is first evaluated."""
     weights: dict[str, mx.array] = {}

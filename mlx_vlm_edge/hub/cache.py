@@ -1,19 +1,16 @@
 """What is on this machine: the Hub cache, read without huggingface_hub."""
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.files import CONFIG, lacking, read_json
 from ..errors import UsageError
+from . import published
 
 _REVISION = re.compile(r"[\w./-]+")
-_WEIGHTS = {
-    "model.safetensors.index.json": (".safetensors",),
-    "pytorch_model.bin.index.json": (".bin", ".pth"),
-}
 
 
 @dataclass(frozen=True)
@@ -38,59 +35,59 @@ def cache_folder() -> Path:
     return cache / "huggingface" / "hub"
 
 
+def repository_folder(repo: str) -> Path:
+    """Where the cache has a repository, if it has it."""
+    return cache_folder() / ("models--" + repo.replace("/", "--"))
+
+
 def local_snapshot(repo: str, revision: str | None = None) -> Path | None:
     """The folder of a complete snapshot in the Hub cache, None when there is none.
 
     revision: a branch, a tag or a whole commit hash; the main branch by default.
     """
-    wanted = revision or "main"
-    if not _REVISION.fullmatch(wanted) or ".." in wanted:
-        raise UsageError(f"revision {wanted!r} is not a branch, a tag or a commit")
-    home = cache_folder() / _cache_name(repo)
-    reference = home / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
-    snapshot = home / "snapshots" / commit
+    snapshot = snapshot_folder(repo, revision)
     return snapshot if is_complete(snapshot) else None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder has a config and all its weights: every shard of its index, or a file."""
-    if not (folder / "config.json").is_file():
-        return False
-    for index, suffixes in _WEIGHTS.items():
-        if (folder / index).is_file():
-            try:
-                shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return False
-            return all((folder / str(shard)).is_file() for shard in shards)
-        if any(path.suffix in suffixes and path.is_file() for path in folder.iterdir()):
-            return True
-    return False
+def snapshot_folder(repo: str, revision: str | None = None) -> Path:
+    """Where the cache has a snapshot, whole or not, or would have it."""
+    wanted = revision or "main"
+    if not _REVISION.fullmatch(wanted) or ".." in wanted:
+        raise UsageError(f"revision {wanted!r} is not a branch, a tag or a commit")
+    home = repository_folder(repo)
+    reference = home / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    return home / "snapshots" / commit
 
 
-def cached_models() -> Iterator[CachedModel]:
-    """Every model in the Hub cache that a family of ours can read, or that is not all there."""
+def is_complete(snapshot: Path) -> bool:
+    """Whether a snapshot is a whole model, and has every file that its repository has of one."""
+    files = published.read(snapshot)
+    return not (published.absent(snapshot, files) or lacking(snapshot, as_published=bool(files)))
+
+
+def cached_models(named: Container[str] = ()) -> Iterator[CachedModel]:
+    """Every model in the Hub cache that a family of ours can read, or that was pulled by us.
+
+    named: repositories that count without a config as well, which a download may not have reached.
+    """
     cache = cache_folder()
     for home in sorted(cache.glob("models--*--*")) if cache.is_dir() else []:
         repo = home.name.removeprefix("models--").replace("--", "/", 1)
         snapshots = sorted((home / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
-        if not snapshots or not _supported(snapshots[-1]):
+        latest = snapshots[-1] if snapshots else home / "snapshots" / "none"
+        if not (published.recorded(home) or _supported(latest, repo in named)):
             continue
         blobs = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]
         nbytes = sum(path.stat().st_size for path in blobs)
-        yield CachedModel(repo, home, nbytes, is_complete(snapshots[-1]))
+        yield CachedModel(repo, home, nbytes, is_complete(latest))
 
 
-def _supported(snapshot: Path) -> bool:
+def _supported(snapshot: Path, without_config: bool) -> bool:
     from ..models import FAMILIES
 
     try:
-        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in FAMILIES
-
-
-def _cache_name(repo: str) -> str:
-    return "models--" + repo.replace("/", "--")
+        config = read_json(snapshot / CONFIG)
+    except UsageError:
+        return without_config
+    return config.get("model_type") in FAMILIES if config else without_config

@@ -1,39 +1,46 @@
-"""Downloads from the Hugging Face Hub: sizes first, then only the files a model needs.
+"""Downloads from the Hugging Face Hub: sizes first, then only the files a model needs, checked.
 
 The one module that imports huggingface_hub; progress goes to stderr.
 """
 
+import errno
+import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
 from ..errors import UsageError
-from .cache import cache_folder, is_complete
+from . import published
+from .cache import cache_folder, repository_folder
+from .published import PublishedFile
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-_WANTED = (".json", ".jinja", ".txt", ".model")
-_NAMED = ("LICENSE", "NOTICE", "README")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SPARE_BYTES = 256 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A model on the Hub: the files that would be downloaded, with their sizes, and its licence."""
+    """A model on the Hub: its commit, the files that would be downloaded, and its licence."""
 
     repo: str
-    files: dict[str, int]
+    commit: str
+    files: Mapping[str, PublishedFile]
     licence: str
 
     @property
     def nbytes(self) -> int:
         """What a download takes."""
-        return sum(self.files.values())
+        return sum(file.size for file in self.files.values())
 
 
 def describe(repo: str, revision: str | None = None) -> Remote:
@@ -41,48 +48,96 @@ def describe(repo: str, revision: str | None = None) -> Remote:
     with _explained(repo, revision):
         from huggingface_hub import HfApi
 
-        found = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    sizes = {item.rfilename: item.size or 0 for item in found.siblings or []}
-    return Remote(repo, needed(sizes), _licence(found))
+        model = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    siblings = {item.rfilename: item for item in model.siblings or []}
+    names = needed(siblings)
+    if CONFIG not in names or not any(form.among(names) for form in FORMATS):
+        raise UsageError(f"{repo} is not a model: it has no {CONFIG} with weights beside it")
+    try:
+        files = {name: _published(siblings[name]) for name in names}
+        if not _COMMIT.fullmatch(str(model.sha)):
+            raise ValueError(f"commit {model.sha!r}")
+    except ValueError as error:
+        raise UsageError(f"{repo}: the Hub's answer cannot be used ({error})") from error
+    return Remote(repo, str(model.sha), files, _licence(model))
 
 
 def download(repo: str, revision: str | None = None) -> Path:
     """Download what is missing of a model, with progress; the snapshot's folder.
 
-    Says name and size first. Raises UsageError when the model is not there or out of reach, when
-    the disk is too small, and when what came is not a model.
+    Says name and size first. What comes is held to the Hub's hashes, and what is here with other
+    bytes is fetched again. Raises UsageError when the model is not there or out of reach, when the
+    cache cannot be written or the disk is too small, and when what came is not a model.
     """
-    remote = describe(repo, revision)
     target = cache_folder()
-    free = shutil.disk_usage(_existing(target)).free
-    if remote.nbytes + _SPARE_BYTES > free:
-        raise UsageError(
-            f"{repo} takes {gigabytes(remote.nbytes)}, {target} has {gigabytes(free)} free"
-        )
-    size = gigabytes(remote.nbytes)
-    print(f"downloading {repo}: {size}, licence {remote.licence}", file=sys.stderr)
     with _explained(repo, revision):
-        from huggingface_hub import snapshot_download
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    remote = describe(repo, revision)
+    snapshot = repository_folder(repo) / "snapshots" / remote.commit
+    _check_room(remote, target)
+    with _explained(repo, revision):
+        published.write(snapshot, remote.files)
+        for _ in range(2):
+            wrong = _fetch(remote, revision, target)
+            if not wrong:
+                break
+            print(f"{', '.join(wrong)}: not the Hub's bytes", file=sys.stderr)
+            for name in wrong:
+                _forget(snapshot / name)
+    if wrong:
+        raise UsageError(f"{repo}: {wrong[0]} does not come as the Hub says it is: try again later")
+    if reason := lacking(snapshot, as_published=True):
+        raise UsageError(f"{repo} is not a whole model: {reason}")
+    _clear(repository_folder(repo) / "blobs", remote.files)
+    return snapshot
 
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(remote.files), cache_dir=target
-        )
-    if not is_complete(Path(folder)):
-        raise UsageError(f"{repo} has no config.json with weights beside it")
-    return Path(folder)
+
+def _fetch(remote: Remote, revision: str | None, target: Path) -> list[str]:
+    """Download what is missing; the files whose bytes are not the Hub's."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        remote.repo, revision=revision, allow_patterns=list(remote.files), cache_dir=target
+    )
+    if Path(folder).name != remote.commit:
+        raise UsageError(f"{remote.repo} was changed meanwhile: pull it again")
+    return published.differing(Path(folder), remote.files)
 
 
-def needed(sizes: dict[str, int]) -> dict[str, int]:
-    """Of a repository's files, those a model needs: no other framework's weights, no subfolders.
+def _forget(file: Path) -> None:
+    """Remove a file of a snapshot, and the blob that it links to."""
+    blob = file.resolve()
+    file.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
 
-    PyTorch's own weights count only where there are no safetensors.
-    """
-    top = {name: size for name, size in sizes.items() if "/" not in name}
-    weights = [name for name in top if name.endswith(".safetensors")]
-    if not weights:
-        weights = [name for name in top if name.endswith((".bin", ".pth"))]
-    kept = [name for name in top if name.startswith(_NAMED) or name.endswith(_WANTED)]
-    return {name: top[name] for name in sorted({*weights, *kept})}
+
+def _clear(blobs: Path, files: Mapping[str, PublishedFile]) -> None:
+    """Remove what earlier downloads left of files that are whole now."""
+    for leftover in blobs.glob("*.incomplete"):
+        if any(file.hash and leftover.name.startswith(file.hash) for file in files.values()):
+            leftover.unlink(missing_ok=True)
+
+
+def _check_room(remote: Remote, target: Path) -> None:
+    """Say what is downloaded. Raises UsageError when the disk has too little room for it."""
+    blobs = repository_folder(remote.repo) / "blobs"
+    missing = sum(
+        file.size
+        for file in remote.files.values()
+        if not (file.hash and (blobs / file.hash).is_file())
+    )
+    free, size = shutil.disk_usage(target).free, gigabytes(missing)
+    rest = "" if missing == remote.nbytes else f" more of {gigabytes(remote.nbytes)}"
+    if missing + _SPARE_BYTES > free:
+        raise UsageError(f"{remote.repo} takes {size}{rest}, {target} has {gigabytes(free)} free")
+    print(f"downloading {remote.repo}: {size}{rest}, licence {remote.licence}", file=sys.stderr)
+
+
+def _published(sibling: "RepoSibling") -> PublishedFile:
+    """What the Hub says of a file: an LFS file's sha256, git's hash of any other."""
+    return published.checked(sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
 
 
 def gigabytes(nbytes: int) -> str:
@@ -90,16 +145,11 @@ def gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def _licence(found: "ModelInfo") -> str:
-    card = found.card_data
-    named = [tag.removeprefix("license:") for tag in found.tags or [] if tag.startswith("license:")]
+def _licence(model: "ModelInfo") -> str:
+    card = model.card_data
+    named = [tag.removeprefix("license:") for tag in model.tags or [] if tag.startswith("license:")]
     own = card.get("license_name") if card else None
     return str(own or (named[0] if named else "not stated"))
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest parent that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 @contextmanager
@@ -125,6 +175,11 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except unreachable as error:
         reason = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, OSError) and (error.filename or error.errno in _FULL):
+            raise UsageError(
+                f"{cache_folder()}: cannot be written ({error.strerror}); HF_HUB_CACHE names "
+                "another folder to keep models in"
+            ) from error
         raise UsageError(
             f"{repo}{at} is not on this machine and the Hub cannot be reached ({reason}); "
             "connect to the network, or name a folder that has the model"

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint.config import says_tied
-from ..checkpoint.weights import Weights, check_names, find_shards, read_safetensors
+from ..checkpoint.files import SAFETENSORS, weight_files
+from ..checkpoint.weights import Weights, check_names, read_safetensors
 from ..errors import UsageError
 from . import family
 from .base import VisionLanguageModel
@@ -20,7 +21,7 @@ Quantization = Mapping[str, Any]
 
 def read_native(folder: Path, config: Mapping[str, Any]) -> dict[str, mx.array] | None:
     """The weights of a folder in the native layout, lazily; None where its layout is another."""
-    shards = find_shards(folder)
+    shards = weight_files(folder, [SAFETENSORS])
     if not shards:
         return None
     arrays = read_safetensors(shards)

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.config import read_json
+from ..checkpoint import files
 from ..errors import UsageError
 from . import sentencepiece
 
@@ -43,7 +43,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.config: Mapping[str, Any] = config or {}
-        self.chat_template: str | None = _template_of(self.config.get("chat_template"))
+        self.chat_template: str | None = self.config.get("chat_template")
         added = backend.get_added_tokens_decoder()
         self.special = {token.content: id for id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
@@ -59,20 +59,21 @@ class Tokenizer:
 
         Raises UsageError when there is none, or one of the files is damaged.
         """
-        config = read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
-            backend = _from_file(folder / "tokenizer.json")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _qwen2(folder, config)
-        elif (folder / "tokenizer.model").is_file():
-            backend = sentencepiece.backend(folder / "tokenizer.model")
-        else:
-            raise UsageError(
-                f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
-                "copy the tokenizer's files from the original model"
-            )
+        config = files.read_json(folder / files.TOKENIZER_CONFIG)
+        match files.tokenizer_files(folder):
+            case files.TOKENIZER_JSON:
+                backend = _from_file(folder / files.TOKENIZER_JSON[0])
+            case files.VOCAB_AND_MERGES:
+                backend = _qwen2(folder, config)
+            case files.TOKENIZER_MODEL:
+                backend = sentencepiece.backend(folder / files.TOKENIZER_MODEL[0])
+            case _:
+                raise UsageError(
+                    f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
+                    "copy the tokenizer's files from the original model"
+                )
         _add_missing_tokens(backend, config, folder)
-        return cls(backend, config | _template_files(folder))
+        return cls(backend, config | {"chat_template": files.read_chat_template(folder)})
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -163,7 +164,7 @@ def _qwen2(folder: Path, config: Mapping[str, Any]) -> "Backend":
             "tokenizer.json: save it once with transformers' save_pretrained"
         )
     try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        model = models.BPE.from_file(*(str(folder / name) for name in files.VOCAB_AND_MERGES))
     except Exception as error:  # noqa: BLE001  (the package raises the plain class)
         raise UsageError(
             f"{folder}: vocab.json or merges.txt is damaged ({str(error)[:80]}): fetch them again"
@@ -273,18 +274,3 @@ class _WindowText:
             self._shown = self._waiting if text and before else self._shown + self._waiting
         self._waiting = []
         return text
-
-
-def _template_of(entry: Any) -> str | None:
-    """A chat template: text, or a list of named ones of which "default" is taken."""
-    if isinstance(entry, list):
-        named = {item["name"]: item["template"] for item in entry}
-        entry = named.get("default")
-    return entry if isinstance(entry, str) else None
-
-
-def _template_files(folder: Path) -> dict[str, Any]:
-    """The chat template of its own file, which goes before tokenizer_config.json's."""
-    if (folder / "chat_template.jinja").is_file():
-        return {"chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
-    return read_json(folder / "chat_template.json")

@@ -210,7 +210,7 @@ def test_a_worker_that_ends_is_quoted(tmp_path):
 
 
 def test_the_view_of_a_checkpoint_changes_the_picture_size_only(folder):
-    from mlx_vlm_edge.checkpoint.config import read_json
+    from mlx_vlm_edge.checkpoint.files import read_json
 
     assert read_json(folder / "config.json")["vision_config"]["image_size"] == 128
     assert read_json(folder / "preprocessor_config.json")["crop_size"]["height"] == 128

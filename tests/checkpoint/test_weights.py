@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 from mlx_vlm_edge.checkpoint.weights import (
     Weights,
     check_names,
-    find_shards,
     read_header,
     read_safetensors,
 )
@@ -86,20 +85,6 @@ def test_a_weight_in_two_shards(tmp_path):
         save_file({"w": np.ones(2, np.float32)}, each)
     with pytest.raises(UsageError, match="w is in another shard"):
         read_safetensors(paths)
-
-
-def test_shards_without_an_index(tmp_path):
-    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
-        save_file({"w": np.ones(2, np.float32)}, tmp_path / name)
-    found = [path.name for path in find_shards(tmp_path)]
-    assert found == ["model-1.safetensors", "model-2.safetensors"]
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 5}}'])
-def test_an_index_that_cannot_be(tmp_path, text):
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UsageError):
-        find_shards(tmp_path)
 
 
 def test_arrays_are_handed_out_once():

@@ -9,6 +9,9 @@ import pytest
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.models import licence
 from mlx_vlm_edge.hub import models as hub
+from mlx_vlm_edge.hub.published import PublishedFile
+
+from ..reference import tokenizer
 
 REPO = hub.ALIASES["fastvlm-0.5b"]
 
@@ -22,6 +25,7 @@ def cached(golden, tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     shutil.copyfile(golden / "config_apple_llava.json", snapshot / "config.json")
     shutil.copyfile(golden / "model_apple_llava.safetensors", snapshot / "model.safetensors")
+    tokenizer.save(snapshot)
     (snapshot / "README.md").write_text("---\nlicense: apple-amlr\ntags: []\n---\n# FastVLM\n")
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("c0ffee")
@@ -73,7 +77,8 @@ def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
 
     assert main(["models", "show", "fastvlm-7b", "--offline"]) == 2
     assert "not on this machine" in capsys.readouterr().err
-    remote = download.Remote("apple/FastVLM-7B", {"a": 15_500_000_000}, "apple-amlr")
+    weights = PublishedFile(15_500_000_000, "")
+    remote = download.Remote("apple/FastVLM-7B", "c0ffee", {"a": weights}, "apple-amlr")
     monkeypatch.setattr(download, "describe", lambda repo, revision: remote)
     assert main(["models", "show", "fastvlm-7b"]) == 0
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.checkpoint import find_torch_files, read_checkpoint
+from mlx_vlm_edge_convert.checkpoint import read_checkpoint
 from mlx_vlm_edge_convert.torch_zip import read_torch
 
 from mlx_vlm_edge.errors import UsageError
@@ -245,7 +245,7 @@ def test_shards_are_found_by_the_index(tmp_path):
     assert set(read_checkpoint(tmp_path)) == {"a", "b"}
     (tmp_path / names["b"]).unlink()
     with pytest.raises(UsageError, match="00002-of-00002"):
-        find_torch_files(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_name_in_two_shards_and_a_folder_without_weights(tmp_path):

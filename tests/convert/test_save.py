@@ -8,7 +8,8 @@ import pytest
 from mlx_vlm_edge_convert import convert, pipeline, reparam, verify
 from mlx_vlm_edge_convert.save import new_folder, save_weights
 
-from mlx_vlm_edge.checkpoint.weights import find_shards, read_header
+from mlx_vlm_edge.checkpoint.files import weight_files
+from mlx_vlm_edge.checkpoint.weights import read_header
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading.load import read_checkpoint
@@ -57,13 +58,29 @@ def test_processor_files_name_what_mlx_swift_lm_looks_for(apple, tmp_path):
     assert json.loads((out / "processor_config.json").read_text())["patch_size"] == 64
 
 
+@pytest.mark.parametrize("file", ["preprocessor_config", "processor_config"])
+def test_settings_of_either_file_reach_the_converted_model(file, transformers_folder, tmp_path):
+    """transformers 5 writes them into processor_config.json; the loader reads both."""
+    settings = {"do_pad": True, "crop_size": {"height": 256, "width": 256}, "own": 1}
+    content = settings if file == "preprocessor_config" else {"image_processor": settings}
+    (transformers_folder / f"{file}.json").write_text(json.dumps(content))
+    loaded, _ = read_checkpoint(transformers_folder)
+    out = convert(transformers_folder, tmp_path / "out")
+    for config in (loaded, read_checkpoint(out)[0]):
+        assert config["image_aspect_ratio"] == "pad"
+        assert config["vision_config"]["image_size"] == 256
+    written = json.loads((out / "preprocessor_config.json").read_text())
+    assert written["own"] == 1
+    assert written["crop_size"] == {"height": 256, "width": 256}
+
+
 def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
     weights = {f"w{i}": mx.full((100,), i, dtype=mx.float32) for i in range(10)}
     weights["big"] = mx.zeros((1000,))
     want = dict(weights)
     save_weights(tmp_path, weights, shard_bytes=1000)
     assert weights == {}
-    shards = find_shards(tmp_path)
+    shards = weight_files(tmp_path)
     assert [path.name for path in shards][:2] == [
         "model-00001-of-00006.safetensors",
         "model-00002-of-00006.safetensors",
@@ -86,7 +103,7 @@ def test_a_sharded_folder_loads_as_one(apple, tmp_path, monkeypatch):
         pipeline.save_weights, "__kwdefaults__", {"shard_bytes": 500_000, "report": None}
     )
     out = convert(apple, tmp_path / "out", verify=True)
-    assert len(find_shards(out)) > 2
+    assert len(weight_files(out)) > 2
 
 
 def test_an_existing_folder_is_kept_unless_told(apple, tmp_path):

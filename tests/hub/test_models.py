@@ -1,9 +1,13 @@
 """Names become folders; what is on the machine needs neither network nor huggingface_hub."""
 
+import errno
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,9 +29,12 @@ def cache(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def put(
-    cache: Path, repo: str = REPO, reference: str = "main", files=("model.safetensors",)
-) -> Path:
+CONFIG = json.dumps({"model_type": "llava_qwen2"})
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+WHOLE = ("model.safetensors", *TOKENIZER)
+
+
+def put(cache: Path, repo: str = REPO, reference: str = "main", files=WHOLE) -> Path:
     """A snapshot in the cache's layout, its files links to blobs."""
     home = cache / ("models--" + repo.replace("/", "--"))
     snapshot = home / "snapshots" / COMMIT
@@ -35,7 +42,7 @@ def put(
     (home / "blobs").mkdir(exist_ok=True)
     for name in ("config.json", *files):
         blob = home / "blobs" / f"blob-{name}"
-        blob.write_text(json.dumps({"model_type": "llava_qwen2"}))
+        blob.write_text(CONFIG)
         (snapshot / name).symlink_to(blob)
     path = home / "refs" / reference
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +93,7 @@ def test_the_environment_names_the_cache_as_huggingface_hub_does(cache, tmp_path
 def test_an_incomplete_snapshot_is_not_found(kind, cache):
     stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
     shards = [f"{stem}-0000{i}-of-00002.{kind}" for i in (1, 2)]
-    snapshot = put(cache, files=shards)
+    snapshot = put(cache, files=(*shards, *TOKENIZER))
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     (snapshot / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
     assert hub_cache.local_snapshot(REPO) == snapshot
@@ -150,36 +157,69 @@ def test_offline_names_the_model_the_cause_and_the_remedy(variable, cache, monke
     assert not cache.exists()
 
 
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub:
-    """A stand-in for huggingface_hub's network: two calls, recorded."""
+    """A stand-in for huggingface_hub's network: two calls, recorded, files as the Hub has them.
 
-    sizes: dict[str, int] = {  # noqa: RUF012
-        "config.json": 10, "model.safetensors": 1_500_000_000, "pytorch_model.bin": 1_500_000_000,
-        "tokenizer.json": 7_000_000, "README.md": 5, "LICENSE": 5, "onnx/model.onnx": 10**10,
-        "fastvithd.mlpackage/data": 10**9, "picture.png": 10, "merges.txt": 3,
-    }  # fmt: skip
+    breaks: after how many files the connection does. wrong: files whose bytes come changed, and
+    how often. sizes: what it says instead of the truth.
+    """
 
-    def __init__(self, cache: Path, error: Exception | None = None) -> None:
-        self.cache, self.error, self.asked = cache, error, {}
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.asked, self.sent = cache, {}, []
+        self.error: Exception | None = None
+        self.breaks, self.wrong, self.sizes = 99, {}, {}
+        self.large = {"model.safetensors": b"w" * 1_510_000, "pytorch_model.bin": b"p" * 9}
+        small = ("config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE",
+                 "onnx/model.onnx", "fastvithd.mlpackage/data", "picture.png", "merges.txt",
+                 "generation_config.json")  # fmt: skip
+        self.files = self.large | {name: f'{{"model_type": "{name}"}}'.encode() for name in small}
+        self.files["config.json"] = CONFIG.encode()
+
+    def hash(self, name: str) -> str:
+        content = self.files[name]
+        return hashlib.sha256(content).hexdigest() if name in self.large else git_hash(content)
 
     def model_info(self, repo, revision=None, files_metadata=False):
         if self.error:
             raise self.error
-
-        class Sibling:
-            def __init__(self, name: str, size: int) -> None:
-                self.rfilename, self.size = name, size
-
-        class Found:
-            siblings = [Sibling(*item) for item in self.sizes.items()]  # noqa: RUF012
-            tags = ["license:other"]  # noqa: RUF012
-            card_data = {"license_name": "apple-amlr"}  # noqa: RUF012
-
-        return Found()
+        siblings = []
+        for name, content in self.files.items():
+            size, hash = self.sizes.get(name, len(content)), self.hash(name)
+            lfs = SimpleNamespace(sha256=hash) if name in self.large else None
+            siblings.append(SimpleNamespace(rfilename=name, size=size, blob_id="0" * 40, lfs=lfs))
+            if lfs is None:
+                siblings[-1].blob_id = hash
+        return SimpleNamespace(
+            siblings=siblings, sha=COMMIT, tags=["license:other"],
+            card_data={"license_name": "apple-amlr"},
+        )  # fmt: skip
 
     def snapshot_download(self, repo, **asked):
+        """Blobs by their hash, links to them; what is there already is not sent again."""
         self.asked = asked
-        return str(put(self.cache, repo))
+        home = self.cache / ("models--" + repo.replace("/", "--"))
+        snapshot = home / "snapshots" / COMMIT
+        for folder in (snapshot, home / "blobs", home / "refs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / "main").write_text(COMMIT)
+        for name in asked["allow_patterns"]:
+            blob = home / "blobs" / self.hash(name)
+            if not blob.exists():
+                if len(self.sent) == self.breaks:
+                    raise ConnectionError("connection lost")
+                self.sent.append(name)
+                content = self.files[name]
+                if self.wrong.get(name, 0) > 0:
+                    self.wrong[name] -= 1
+                    content = b"?" + content[1:]
+                blob.write_bytes(content)
+            if not (snapshot / name).exists():
+                (snapshot / name).symlink_to(blob)
+        return str(snapshot)
 
 
 @pytest.fixture
@@ -196,24 +236,157 @@ def test_a_named_model_is_downloaded_after_saying_how_much(online, cache, capsys
     folder = hub.locate("fastvlm-0.5b", revision="main")
     assert hub_cache.is_complete(folder)
     said = capsys.readouterr()
-    assert "downloading apple/FastVLM-0.5B: 1.51 GB, licence apple-amlr" in said.err
+    assert "downloading apple/FastVLM-0.5B: 2 MB, licence apple-amlr" in said.err
     assert said.out == ""
     assert online.asked["revision"] == "main"
     assert set(online.asked["allow_patterns"]) == {
-        "config.json", "model.safetensors", "tokenizer.json", "README.md", "LICENSE", "merges.txt",
+        "config.json", "model.safetensors", *TOKENIZER, "generation_config.json", "README.md",
+        "LICENSE", "merges.txt",
     }  # fmt: skip
     online.asked = {}
     hub.locate("fastvlm-0.5b")
     assert online.asked == {}, "what is here is not asked for again"
 
 
+@pytest.mark.parametrize("breaks", range(8))
+def test_a_download_that_died_is_known_and_resumed(breaks, online, cache, capsys):
+    """Wherever it ended: listed, not taken for whole, finished by the same command."""
+    online.breaks = breaks
+    with pytest.raises(UsageError, match="connection lost"):
+        hub.locate("fastvlm-0.5b")
+    assert hub_cache.local_snapshot(REPO) is None
+    assert [(m.repo, m.complete) for m in hub_cache.cached_models()] == [(REPO, False)]
+    with pytest.raises(UsageError, match="not on this machine"):
+        hub.locate("fastvlm-0.5b", offline=True)
+    online.breaks = 99
+    capsys.readouterr()
+    folder = hub.locate("fastvlm-0.5b")
+    assert len(online.sent) == len({*online.sent}) == 8, "nothing is sent twice"
+    assert hub_cache.local_snapshot(REPO) == folder
+    more = "more of 2 MB" in capsys.readouterr().err
+    assert more is (breaks > 0)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "merges.txt", "LICENSE", *WHOLE])
+def test_what_the_repository_has_is_part_of_the_whole(name, online):
+    folder = hub.locate("fastvlm-0.5b")
+    (folder / name).unlink()
+    assert hub_cache.local_snapshot(REPO) is None
+    assert hub.locate("fastvlm-0.5b") == folder
+    assert (folder / name).is_file()
+    os.truncate(folder / name, 1)  # of another size, then
+    assert hub_cache.local_snapshot(REPO) is None
+    hub.pull("fastvlm-0.5b")
+    assert hub_cache.local_snapshot(REPO) == folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_wrong_bytes_of_the_right_size_are_fetched_again(name, online, capsys):
+    online.wrong = {name: 1}
+    folder = hub.locate("fastvlm-0.5b")
+    assert f"{name}: not the Hub's bytes" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == online.files[name]
+    assert sorted(online.sent).count(name) == 2
+
+
+def test_wrong_bytes_that_come_again_are_not_kept(online):
+    online.wrong = {"model.safetensors": 2}
+    with pytest.raises(UsageError, match=r"model\.safetensors does not come as the Hub says"):
+        hub.locate("fastvlm-0.5b")
+    assert hub_cache.local_snapshot(REPO) is None
+    assert hub_cache.is_complete(hub.locate("fastvlm-0.5b"))
+
+
+def test_bytes_that_went_wrong_on_the_disk_heal_at_the_next_pull(online):
+    folder = hub.locate("fastvlm-0.5b")
+    path = folder / "model.safetensors"
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    hub.pull("fastvlm-0.5b")
+    assert path.read_bytes() == online.files["model.safetensors"]
+
+
+def test_leftovers_of_files_that_came_are_removed(online):
+    online.breaks = 2
+    with pytest.raises(UsageError):
+        hub.locate("fastvlm-0.5b")
+    blobs = hub_cache.repository_folder(REPO) / "blobs"
+    ours = blobs / f"{online.hash('model.safetensors')}.5cd1.incomplete"
+    other = blobs / f"{'0' * 64}.5cd1.incomplete"
+    ours.touch()
+    other.touch()
+    online.breaks = 99
+    hub.locate("fastvlm-0.5b")
+    assert not ours.exists()
+    assert other.exists(), "of another revision, which may be on its way"
+
+
+def test_what_is_not_a_model_is_said_before_the_download(online):
+    del online.files["config.json"]
+    with pytest.raises(UsageError, match=r"is not a model: it has no config\.json"):
+        hub.pull("fastvlm-0.5b")
+    assert online.asked == {}
+
+
+@pytest.mark.parametrize("name", TOKENIZER[:1])
+def test_a_repository_without_a_tokenizer_is_said(name, online):
+    del online.files[name]
+    with pytest.raises(UsageError, match="not a whole model: a tokenizer"):
+        hub.pull("fastvlm-0.5b")
+
+
+@pytest.mark.parametrize("size", [None, "12", -1, 1.5])
+def test_sizes_that_cannot_be(size, online):
+    online.sizes = {"config.json": size}
+    with pytest.raises(UsageError, match="the Hub's answer cannot be used"):
+        hub.pull("fastvlm-0.5b")
+
+
 def test_too_little_disk_is_said_before_the_download(online, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage("/")
+    online.sizes = {"model.safetensors": 1_510_000_000}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
     with pytest.raises(UsageError, match=r"takes 1\.51 GB, .* has 1\.00 GB free"):
         hub.pull("fastvlm-0.5b")
+    assert online.asked == {}
+
+
+def test_resuming_asks_for_room_for_what_is_missing(online, monkeypatch):
+    import shutil
+
+    usage, spare = shutil.disk_usage("/"), 256 << 20
+    folder = hub.locate("fastvlm-0.5b")
+    for name, room, enough in (
+        ("model.safetensors", 1_509_999, False),
+        ("model.safetensors", 1_510_000, True),
+        ("LICENSE", len(online.files["LICENSE"]), True),
+    ):
+        (folder / name).resolve().unlink(missing_ok=True)
+        free = usage._replace(free=room + spare)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+        if enough:
+            assert hub.locate("fastvlm-0.5b") == folder
+            continue
+        with pytest.raises(UsageError, match=r"takes 2 MB more of 2 MB, .* has 270 MB free"):
+            hub.locate("fastvlm-0.5b")
+
+
+def test_a_place_that_cannot_be_written_is_not_called_the_network(online, cache, monkeypatch):
+    def read_only(*_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(cache))
+
+    said = "cannot be written .Read-only file system.; HF_HUB_CACHE"
+    for method in ("mkdir", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, read_only)
+            with pytest.raises(UsageError, match=said) as caught:
+                hub.pull("fastvlm-0.5b")
+        assert str(cache) in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(UsageError, match=r"cannot be written .Permission denied"):
+            hub.pull("fastvlm-0.5b")
     assert online.asked == {}
 
 
@@ -239,10 +412,13 @@ def test_errors_of_the_hub_are_one_line_each(online):
 def test_cached_models_lists_ours_alone_with_their_sizes(cache):
     put(cache)
     other = put(cache, repo="someone/llama")
+    put(cache, repo="someone/weights", files=()).joinpath("config.json").unlink()
     (other / "config.json").resolve().write_text('{"model_type": "llama"}')
     put(cache, repo="apple/FastVLM-7B", files=())
     found = {model.repo: model for model in hub_cache.cached_models()}
+    more = {model.repo for model in hub_cache.cached_models(["someone/weights", "someone/llama"])}
+    assert more - set(found) == {"someone/weights"}, "named, and nobody knows what it is"
     assert set(found) == {REPO, "apple/FastVLM-7B"}
     assert found[REPO].complete
     assert not found["apple/FastVLM-7B"].complete
-    assert found[REPO].nbytes == 2 * len('{"model_type": "llava_qwen2"}') + len(COMMIT)
+    assert found[REPO].nbytes == 4 * len(CONFIG) + len(COMMIT)

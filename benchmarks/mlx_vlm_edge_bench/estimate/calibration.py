@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge.checkpoint import configs
-from mlx_vlm_edge.checkpoint.config import read_json
+from mlx_vlm_edge.checkpoint.files import read_json
 
 from . import chips, decoder, roofline, vision
 from .decoder import Decoder

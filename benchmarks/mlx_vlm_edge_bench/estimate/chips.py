@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_edge.checkpoint.config import read_json
+from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
 _FILE = Path(__file__).parent / "chips.json"

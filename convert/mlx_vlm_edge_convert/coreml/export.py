@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_vlm_edge import __version__
+from mlx_vlm_edge.checkpoint.files import CONFIG, TOKENIZER_JSON, tokenizer_files
 from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
@@ -35,7 +36,6 @@ from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
 
 PARTS = ("vision", "connector", "decoder")
-TOKENIZER = ("tokenizer.json", "tokenizer.model")
 Report = Callable[[str], None]
 
 
@@ -79,11 +79,16 @@ def export(
                 asset = path.with_suffix(".aimodel")
                 entries[part.name]["coreai"] = write_asset(part, asset, verify, say)
         _copy(folder, processor, partial)
+        prompt = prompt_entry(processor)
+        if processor is None:
+            say(f"{folder} has no tokenizer: the bundle is without tokenizer and prompt")
+        elif prompt is None:
+            say("the bundle is without a prompt: this family's is not text around one picture")
         content = {
             "model": _model_entry(model, folder),
             "parts": entries,
             "tokens": _tokens(model, processor),
-            "prompt": prompt_entry(processor),
+            "prompt": prompt,
             "context": options.context if "decoder" in entries else None,
         }
         if pixels is not None:
@@ -100,7 +105,7 @@ def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Proc
     for name, part in model.children().items():
         if name != "language_model" and isinstance(part, nn.Module):
             part.apply(_float32)
-    if not any((folder / name).is_file() for name in TOKENIZER) and "decoder" not in parts:
+    if not tokenizer_files(folder) and "decoder" not in parts:
         return model, None
     processor: Processor = module.Processor(model.config, Tokenizer.from_folder(folder))
     return model, processor
@@ -149,9 +154,10 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
 def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
     """The tokenizer, as tokenizer.json in any case, and what its readers look up elsewhere."""
     copied = copy_files(folder, partial)
-    shutil.copyfile(folder / "config.json", partial / "config.json")
-    if processor is not None and "tokenizer.json" not in copied:
-        processor.tokenizer.backend.save(str(partial / "tokenizer.json"))
+    shutil.copyfile(folder / CONFIG, partial / CONFIG)
+    (tokenizer,) = TOKENIZER_JSON
+    if processor is not None and tokenizer not in copied:
+        processor.tokenizer.backend.save(str(partial / tokenizer))
 
 
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UsageError
-from ..config import read_json
+from ..files import read_json
 
 _FOLDER = Path(__file__).parent
 

@@ -13,11 +13,13 @@ from mlx_vlm_edge_convert.coreml.check import lint
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
+from tokenizers import Tokenizer as Backend
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 
+from ...reference import tokenizer as tiny
 from . import planted
 
 DEMO = ("vision", "connector")
@@ -51,6 +53,41 @@ def test_the_bundle_is_what_its_manifest_says(bundle):
         assert part["largest_activation"] < 65504
     assert "tokenizer.json" in content["files"]
     assert any("(graph): relative error" in line for line in said)
+
+
+def vocab_and_merges(folder):
+    """The reference's tokenizer as its two files, in place of tokenizer.json."""
+    (folder / "tokenizer.json").unlink()
+    tiny.build().model.save(str(folder))
+    path = folder / "tokenizer_config.json"
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    names = enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"), tiny.END)
+    added = {str(id): {"content": name, "special": True, **flags} for id, name in names}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+
+
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab and merges", "none"])
+def test_a_bundle_has_tokenizer_and_prompt_or_says_what_is_missing(
+    tokenizer, tools, native_folder, tmp_path
+):
+    folder = shutil.copytree(native_folder, tmp_path / "model")
+    if tokenizer == "vocab and merges":
+        vocab_and_merges(folder)
+    if tokenizer == "none":
+        (folder / "tokenizer.json").unlink()
+    said = []
+    out = exporting.export(
+        folder, tmp_path / "out", parts=["connector"], verify=False, report=said.append
+    )
+    content = manifest.read(out)
+    lines = [line for line in said if "without tokenizer and prompt" in line]
+    assert bool(lines) is (tokenizer == "none") is (content["prompt"] is None)
+    assert (out / "tokenizer.json").is_file() is (tokenizer != "none")
+    if tokenizer != "none":
+        assert tiny.STOP in content["tokens"]["eos"]
+        whole = Backend.from_file(str(out / "tokenizer.json"))
+        text = content["prompt"]["before_question"] + "What?<|im_end|>"
+        assert whole.encode(text).ids == tiny.build().encode(text).ids
 
 
 def test_its_packages_give_the_model_s_visual_tokens(bundle, examples):

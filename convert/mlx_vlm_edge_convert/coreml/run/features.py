@@ -21,11 +21,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import read_config
-from mlx_vlm_edge.checkpoint.weights import find_shards
+from mlx_vlm_edge.checkpoint.files import weight_files
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.base import VisionLanguageModel
 
-from ...checkpoint import find_torch_files
 from ...save import new_folder
 from ..check.interpreter import Package
 from ..emit.toolkit import tools
@@ -56,7 +55,7 @@ def identity(folder: Path) -> str:
 
     Names, sizes and times of the files, since reading gigabytes would take longer than answering.
     """
-    files = [path.resolve() for path in find_shards(folder) or find_torch_files(folder)]
+    files = [path.resolve() for path in weight_files(folder)]
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     told = json.dumps([read_config(folder), weights], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
