@@ -207,12 +207,99 @@ def test_broken_files_are_refused_in_a_line_naming_them(tmp_path):
     for changes in ({"data/0": b"1234"}, {"data/0": None}):
         with pytest.raises(UsageError, match="the data of w is damaged"):
             read_torch(rewrite(whole, changes))
-    with pytest.raises(UsageError, match="the data of w is damaged"):
-        read_torch(rewrite(whole, {}, compress=True))
     with pytest.raises(UsageError, match="big-endian"):
         read_torch(rewrite(whole, {"byteorder": b"big"}))
     with pytest.raises(UsageError, match="not a PyTorch checkpoint"):
         read_torch(rewrite(whole, {"data.pkl": None}))
+
+
+def test_deflated_files_and_expanded_tensors_are_read(tmp_path):
+    state = {"w": torch.arange(1000.0), "row": torch.arange(3.0).expand(4, 3)}
+    whole = save(tmp_path / "m.bin", state)
+    for path in (whole, rewrite(whole, {}, compress=True)):
+        got = read_torch(path)
+        assert np.array_equal(np.array(got["w"]), state["w"].numpy())
+        assert np.array_equal(np.array(got["row"]), state["row"].numpy())
+    content = bytearray(rewrite(whole, {}, compress=True).read_bytes())
+    start = content.index(b"data/0") + 60
+    content[start : start + 40] = bytes(40)
+    damaged = tmp_path / "damaged.bin"
+    damaged.write_bytes(content)
+    with pytest.raises(UsageError, match="the data of w is damaged"):
+        read_torch(damaged)
+
+
+def test_a_sign_that_torch_left_for_later(tmp_path):
+    """A view with the neg bit: its storage holds the numbers with the other sign."""
+    tensor = torch._neg_view(torch.arange(4.0))
+    assert tensor.is_neg()
+    half = torch._neg_view(torch.arange(4.0).bfloat16())
+    got = read_torch(save(tmp_path / "m.bin", {"w": tensor, "half": half}))
+    assert got["w"].tolist() == [-0.0, -1, -2, -3]
+    assert got["half"].tolist() == [-0.0, -1, -2, -3]
+    complex_view = torch.view_as_complex(torch.arange(8.0).reshape(4, 2)).conj().imag
+    assert complex_view.is_neg()
+    got = read_torch(save(tmp_path / "n.bin", {"w": complex_view}))
+    assert got["w"].tolist() == [-1, -3, -5, -7]
+
+
+def deep(levels: int) -> bytes:
+    """A tuple in a tuple in a tuple ..., as a key of a dict."""
+    return b"\x80\x02})" + b"\x85" * levels + b"K\x01s."
+
+
+def shared(levels: int, close: bytes) -> bytes:
+    """A tuple of the tuple before, twice, each time: two to the power of `levels` in all."""
+    return b"\x80\x04}" + b")\x94" + b"2\x86\x94" * levels + close
+
+
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (deep(400_000), "a key that is no text"),
+        (shared(60, b"K\x01s."), "DUP"),
+        (b"\x80\x02}(K\x00q\x000" + b"h\x00h\x00\x86q\x000" * 60 + b"h\x00h\x00\x86K\x01s.", "a damaged pickle"),
+        (b"\x80\x04(\x91.", "FROZENSET"),
+        (b"\x80\x02" + b"]" * 1_100_000 + b".", "operations"),
+        (b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b".", "damaged"),
+    ],
+    ids=["deep", "shared", "memo", "set", "operations", "long"],
+)  # fmt: skip
+def test_hostile_pickles_cost_nothing(pickled, says, tmp_path):
+    """The first ended the process, the second and third ran for ever, in hash and in repr."""
+    path = rewrite(save(tmp_path / "m.bin", {"w": torch.ones(2)}), {"data.pkl": pickled})
+    with pytest.raises(UsageError, match=says):
+        read_torch(path)
+
+
+def test_a_word_that_unpacks_to_gigabytes_is_not_read(tmp_path):
+    whole = save(tmp_path / "m.bin", {"w": torch.ones(2)})
+    path = rewrite(whole, {"byteorder": b"little" + b" " * 3_000_000}, compress=True)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(UsageError, match="big-endian"):
+        read_torch(path)
+
+
+def test_thousands_of_views_of_one_storage_are_counted(tmp_path):
+    base = torch.zeros(200_000)
+    state = {f"w{i}": base[i : i + 150_000] for i in range(300)}
+    with pytest.raises(UsageError, match="180,000,000 bytes of weights"):
+        read_torch(save(tmp_path / "m.bin", state))
+
+
+def test_damaged_zips_are_one_line(tmp_path):
+    whole = save(tmp_path / "m.bin", {"w": torch.arange(64.0), "v": torch.ones(3, 3)})
+    content = np.frombuffer(whole.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = content.copy()
+        damaged[rng.integers(0, len(content), 4)] = rng.integers(0, 256, 4)
+        path = tmp_path / "damaged.bin"
+        path.write_bytes(damaged.tobytes()[: rng.choice([len(content), len(content) - 300])])
+        try:
+            read_torch(path)
+        except UsageError as error:
+            assert str(error).isprintable()  # noqa: PT017  (either outcome is right)
 
 
 def test_the_old_format_and_torchscript_say_how_to_convert(tmp_path):
