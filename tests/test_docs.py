@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from mlx_vlm_edge.cli import Parser
@@ -21,6 +24,7 @@ DOCUMENTS = [
     *(path for folder in ("docs", "examples", "benchmarks", "mlx_vlm_edge", "tests")
       for path in sorted((ROOT / folder).rglob("*.md"))),
 ]  # fmt: skip
+WORKFLOW = ROOT / ".github" / "workflows" / "macos.yml"
 PICTURES = ("photo.jpg", "before.jpg", "after.jpg")
 
 
@@ -30,10 +34,18 @@ def blocks(path: Path, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
+def workflow_steps() -> list[dict[str, Any]]:
+    """What the macOS workflow does, step by step."""
+    (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
+    return job["steps"]
+
+
 def commands(program: str) -> list[str]:
-    """The lines of the documents' shell blocks that run this program."""
-    lines = [line for path in DOCUMENTS for block in blocks(path, "bash", "", "sh")
-             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+    """The lines of the documents' shell blocks, and of the workflow, that run this program."""
+    shell = [block for path in DOCUMENTS for block in blocks(path, "bash", "", "sh")]
+    shell += [step["run"] for step in workflow_steps() if "run" in step]
+    lines = [line.strip() for block in shell for line in block.splitlines()]
+    lines = [re.split(r" (?:2>&1 )?[|&<>]", line)[0] for line in lines]
     return sorted({line for line in lines if line.startswith(f"{program} ")})
 
 
@@ -67,14 +79,36 @@ def test_every_make_target_exists():
 @pytest.mark.parametrize("command", commands("python"))
 def test_a_script_is_there_and_has_these_options(command):
     script, *arguments = shlex.split(command, comments=True)[1:]
+    if script == "-c":
+        compile(arguments[0], "<command>", "exec")
+        return
+    if script == "-m":
+        assert find_spec(arguments[0])
+        return
     source = (ROOT / script).read_text()
     flags = [argument for argument in arguments if argument.startswith("--")]
     assert [flag for flag in flags if f'"{flag}"' not in source] == []
 
 
+def test_the_workflow_uses_what_is_there_and_keeps_what_it_saw():
+    steps = workflow_steps()
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    script = "\n".join(step.get("run", "") for step in steps)
+    named = re.findall(r"(?:examples|benchmarks|tests)/[\w./-]+", script)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    for verb in ("generate", "export", "bench"):
+        assert f"mlx-vlm-edge {verb} " in script
+    written = set(re.findall(r"(?:tee(?: -a)?|--json|--junitxml) ([\w./-]+)", script))
+    assert written
+    assert all(name.startswith("results/") for name in written), written
+    assert steps[-1]["if"] == "${{ always() }}"
+    assert steps[-1]["with"]["path"] == "results"
+
+
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    texts = [path.read_text() for path in DOCUMENTS]
+    texts = [path.read_text() for path in (*DOCUMENTS, WORKFLOW)]
     asked = {name for text in texts for name in re.findall(r"(?:\.|edge)\[([\w,]+)\]['\"]", text)}
     assert asked
     assert {name for names in asked for name in names.split(",")} <= {

@@ -1,14 +1,17 @@
 """Write down what the bundled demo model knows, where tests and READMEs read it.
 
-python examples/demo_model/record.py
+python examples/demo_model/record.py [--check]
 
 The answers about the sample pictures go to tests/golden/demo_answers.json; the figures of
-evaluation.json, which evaluate.py wrote, go into the tables of the READMEs.
+evaluation.json, which evaluate.py wrote, go into the tables of the READMEs. --check writes nothing:
+it asks again, on this machine's device, and fails when an answer is another.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +45,45 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def known() -> list[dict[str, str]]:
-    """What the model says, greedily, beside what would be right."""
-    from questions import answers
-    from samples import samples
-
+def asked(questions: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """What the model says, greedily, to (picture, question)."""
     from mlx_vlm_edge import generate, load
 
     model, processor = load("demo")
-    scenes = samples()
-    rows = []
-    for picture, category, question in ASKED:
+    for picture, question in questions:
         image = ROOT / "examples" / "images" / picture
-        said = generate(model, processor, question, images=[image], max_tokens=40)
-        right = answers(scenes[picture])[category]
-        rows.append({"picture": picture, "question": question, "answer": said, "right": right})
-    return rows
+        yield generate(model, processor, question, images=[image], max_tokens=40)
+
+
+def known() -> list[dict[str, str]]:
+    """Every answer beside what would be right."""
+    from questions import answers
+    from samples import samples
+
+    scenes = samples()
+    said = asked((picture, question) for picture, _, question in ASKED)
+    return [
+        {
+            "picture": picture,
+            "question": question,
+            "answer": answer,
+            "right": answers(scenes[picture])[category],
+        }
+        for (picture, category, question), answer in zip(ASKED, said, strict=True)
+    ]
+
+
+def check() -> bool:
+    """Whether the answers are those that are written down; prints each."""
+    rows = json.loads(ANSWERS.read_text())
+    same = True
+    for row, answer in zip(
+        rows, asked((row["picture"], row["question"]) for row in rows), strict=True
+    ):
+        same &= answer == row["answer"]
+        verdict = "as recorded" if answer == row["answer"] else f"recorded: {row['answer']}"
+        print(f"{row['picture']} {row['question']} {answer} ({verdict})")
+    return same
 
 
 def percent(right: int, of: int) -> str:
@@ -97,12 +123,15 @@ def put(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def main() -> None:
+def main() -> int:
+    if "--check" in sys.argv[1:]:
+        return 0 if check() else 1
     ANSWERS.write_text(json.dumps(known(), indent=1) + "\n")
     figures = table(json.loads(EVALUATION.read_text()))
     for readme in READMES:
         readme.write_text(put(readme.read_text(), figures))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
