@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.files import CONFIG, SAFETENSORS, beside, read_json
+from mlx_vlm_edge.checkpoint.weights import not_finite
 from mlx_vlm_edge.errors import UsageError
 
 from .rules import Arrays
@@ -76,7 +77,7 @@ def save_weights(
     """Write shards and their index, emptying `weights` so that each shard's memory is freed.
 
     An array larger than `shard_bytes` gets a shard of its own. Raises UsageError when the disk
-    has too little room.
+    has too little room, and for values that are not finite, as float16 makes of large ones.
     """
     total = sum(array.nbytes for array in weights.values())
     free = shutil.disk_usage(folder).free
@@ -99,6 +100,9 @@ def save_weights(
 
 
 def _save(path: Path, weights: Arrays) -> None:
+    for name in not_finite(weights):
+        kind = str(weights[name].dtype).removeprefix("mlx.core.")
+        raise UsageError(f"{name} has values that are not finite in {kind}: nothing was written")
     try:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
     except RuntimeError as error:

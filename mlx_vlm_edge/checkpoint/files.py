@@ -153,11 +153,14 @@ def tokenizer_files(folder: Path) -> tuple[str, ...]:
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """What a folder says about preprocessing, in either of its places; {} when nothing."""
+    """What a folder says about preprocessing, {} when nothing.
+
+    Where both files do, the processor's counts, as in transformers 5, which alone writes it.
+    """
     nested = read_json(folder / PROCESSOR_CONFIG).get("image_processor") or {}
     if not isinstance(nested, dict):
         raise UsageError(f"{folder / PROCESSOR_CONFIG}: image_processor is not a JSON object")
-    return read_json(folder / PREPROCESSOR_CONFIG) or nested
+    return nested or read_json(folder / PREPROCESSOR_CONFIG)
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ Nothing here converts: a folder in the native layout is read as it stands.
 import json
 import operator
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +91,13 @@ def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
                 f"{path}: MLX cannot read it ({str(error).splitlines()[0]})"
             ) from error
     return weights
+
+
+def not_finite(arrays: Mapping[str, mx.array]) -> Iterator[str]:
+    """Names of arrays that have infinities or NaN; the arrays are read one after the other."""
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            yield name
 
 
 def _some(names: Iterable[str]) -> str:

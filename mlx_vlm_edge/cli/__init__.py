@@ -17,7 +17,7 @@ PROGRAM = "mlx-vlm-edge"
 VERBS = {
     "generate": "answer a question about images",
     "estimate": "what a model would take on a chip, without running it",
-    "models": "list, pull, show and remove models",
+    "models": "list, pull, show, verify and remove models",
     "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
     "export": "export a model to Core ML packages for an app",

@@ -1,4 +1,4 @@
-"""`mlx-vlm-edge models list | pull | show | rm`: the models of this machine and how to get more."""
+"""`mlx-vlm-edge models list | pull | show | verify | rm`: the models here and how to get more."""
 
 import argparse
 import json
@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub.cache import cache_folder, cached_models, local_snapshot
-from ..hub.models import ALIASES, expanded, pull, repo_id
+from ..hub.cache import cache_folder, cached_models, local_snapshot, snapshot_folder
+from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
 
-HELP = "List, pull, show and remove models."
+HELP = "List, pull, show, verify and remove models."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="list | pull | show | rm")
+    verbs = parser.add_subparsers(
+        dest="action", required=True, metavar="list | pull | show | verify | rm"
+    )
     listing = verbs.add_parser("list", help="what is on this machine, with its size")
     listing.add_argument("--json", action="store_true", help="print JSON")
     pulling = verbs.add_parser("pull", help="download a model")
     showing = verbs.add_parser("show", help="what a model is: parts, sizes, licence")
-    showing.add_argument("--json", action="store_true", help="print JSON")
+    verifying = verbs.add_parser("verify", help="whether a model's files are whole and unchanged")
+    for verb in (showing, verifying):
+        verb.add_argument("--json", action="store_true", help="print JSON")
     showing.add_argument("--offline", action="store_true", help="never touch the network")
-    for verb in (pulling, showing):
-        verb.add_argument("name", help="alias or Hub id (show: or a folder)")
+    for verb in (pulling, showing, verifying):
+        verb.add_argument("name", help="alias or Hub id (show, verify: or a folder)")
         verb.add_argument("--revision", help="branch, tag or commit of a Hub model")
     removing = verbs.add_parser("rm", help="remove a downloaded model")
     removing.add_argument("name", help="alias or Hub id")
@@ -30,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"list": _list, "pull": _pull, "show": _show, "rm": _remove}
+    actions = {
+        "list": _list, "pull": _pull, "show": _show, "verify": _verify, "rm": _remove,
+    }  # fmt: skip
     return actions[args.action](args)
 
 
@@ -38,24 +44,27 @@ def _list(args: argparse.Namespace) -> int:
     from ..hub.download import gigabytes
 
     names = {repo: alias for alias, repo in ALIASES.items()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": names.get(model.repo, model.repo),
             "repo": model.repo,
             "bytes": model.nbytes,
             "complete": model.complete,
         }
-        for model in cached_models()
+        for model in cached_models(names)
     ]
+    here = {row["name"] for row in rows}
+    bundled = sum(path.stat().st_size for path in locate(DEMO).iterdir() if path.is_file())
+    rows.append({"name": DEMO, "repo": None, "bytes": bundled, "complete": True})
     if args.json:
         print(json.dumps(rows))
         return 0
     for row in rows:
         note = "" if row["complete"] else "  incomplete: pull it again"
-        print(f"{row['name']:32} {gigabytes(int(str(row['bytes']))):>9}{note}")
-    here = {row["name"] for row in rows}
+        note = note if row["repo"] else "  bundled"
+        print(f"{row['name']:32} {gigabytes(row['bytes']):>9}{note}")
     if more := [alias for alias in ALIASES if alias not in here]:
-        print(f"in {cache_folder()}; bundled: demo; to pull: {', '.join(more)}", file=sys.stderr)
+        print(f"in {cache_folder()}; to pull: {', '.join(more)}", file=sys.stderr)
     return 0
 
 
@@ -70,8 +79,6 @@ def _show(args: argparse.Namespace) -> int:
     if folder is None:
         folder = local_snapshot(repo_id(args.name), args.revision)
     elif args.name == "demo" and not path.is_dir():
-        from ..hub.models import locate
-
         folder = locate("demo")
     facts = _remote_facts(args) if folder is None else _local_facts(folder)
     if args.json:
@@ -80,6 +87,31 @@ def _show(args: argparse.Namespace) -> int:
     for key, value in facts.items():
         print(f"{key + ':':18} {value}")
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..hub.verify import known_files, problems
+
+    path = expanded(args.name)
+    if path.is_dir() or args.name == DEMO:
+        folder = locate(args.name, revision=args.revision)
+    else:
+        folder = snapshot_folder(repo_id(args.name), args.revision)
+        if not folder.is_dir():
+            raise UsageError(f"{repo_id(args.name)} is not on this machine: there is nothing here")
+    files = known_files(folder)
+    wrong = list(problems(folder, files))
+    if args.json:
+        print(json.dumps({"folder": str(folder), "hashes": len(files), "problems": wrong}))
+        return 1 if wrong else 0
+    for line in wrong:
+        print(line)
+    if not wrong:
+        held = f"{len(files)} files are the Hub's" if files else "whole; no hashes to hold it to"
+        print(f"{folder}: {held}; its weights are finite")
+    elif files:
+        print(f"`mlx-vlm-edge models pull {args.name}` mends it", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,10 +204,9 @@ def _remove(args: argparse.Namespace) -> int:
     from ..hub.download import gigabytes
 
     repo = repo_id(args.name)
-    found = [model for model in cached_models() if model.repo == repo]
-    if not found:
+    model = next((model for model in cached_models([repo]) if model.repo == repo), None)
+    if model is None:
         raise UsageError(f"{repo} is not among the downloaded models (`mlx-vlm-edge models list`)")
-    model = found[0]
     if not args.yes and not _confirmed(f"remove {repo} ({gigabytes(model.nbytes)})? [y/N] "):
         print("kept", file=sys.stderr)
         return 1

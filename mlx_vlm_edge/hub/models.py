@@ -8,8 +8,9 @@ import os
 import re
 from pathlib import Path
 
+from ..checkpoint.files import CONFIG
 from ..errors import UsageError
-from .cache import local_snapshot
+from .cache import local_snapshot, snapshot_folder
 
 ALIASES: dict[str, str] = {
     "fastvlm-0.5b": "apple/FastVLM-0.5B",
@@ -52,8 +53,8 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     if name == DEMO:
         return _DEMO_FOLDER
     if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{name}: no config.json in it; name a folder with a model")
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"{name}: no {CONFIG} in it; name a folder with a model")
         return path
     if path.is_file():
         raise UsageError(f"{name} is a file; name the folder it is in")
@@ -61,8 +62,9 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     if found := local_snapshot(repo, revision):
         return found
     if offline or _forbidden():
+        state = "not all" if snapshot_folder(repo, revision).is_dir() else "not"
         raise UsageError(
-            f"{repo} is not on this machine and downloads are off; without --offline "
+            f"{repo} is {state} on this machine and downloads are off; without --offline "
             f"(and HF_HUB_OFFLINE), `mlx-vlm-edge models pull {name}` gets it"
         )
     from .download import download

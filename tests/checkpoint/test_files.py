@@ -11,6 +11,8 @@ from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config
 from mlx_vlm_edge.checkpoint.files import SAFETENSORS, TORCH, lacking, needed, weight_files
 from mlx_vlm_edge.errors import UsageError
 
+from ..reference import torchvision_shim
+
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 TORCH_SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
 
@@ -157,6 +159,18 @@ def test_either_file_tells_about_preprocessing(file, tmp_path):
     fill(tmp_path, *WHOLE, config={"model_type": "idefics3"}, **{file: written})
     assert lacking(tmp_path) == ""
     assert read_config(tmp_path)[PREPROCESSOR] == settings
+
+
+def test_the_processor_s_settings_go_before_an_older_file_s(tmp_path):
+    torchvision_shim.install()
+    from transformers import CLIPImageProcessor
+
+    kind = {"image_processor_type": "CLIPImageProcessor"}
+    older, newer = ({"size": {"shortest_edge": edge}, **kind} for edge in (224, 336))
+    fill(tmp_path, preprocessor_config=older, processor_config={"image_processor": newer})
+    theirs = CLIPImageProcessor.from_pretrained(tmp_path)
+    assert files.read_preprocessor(tmp_path) == newer
+    assert theirs.size["shortest_edge"] == 336
 
 
 def test_a_file_that_is_linked_and_gone_is_missed(tmp_path):

@@ -1,14 +1,18 @@
-"""`models list | pull | show | rm`, and what each prints where."""
+"""`models list | pull | show | verify | rm`, and what each prints where."""
 
+import hashlib
 import io
 import json
+import re
 import shutil
 
+import mlx.core as mx
 import pytest
 
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.models import licence
 from mlx_vlm_edge.hub import models as hub
+from mlx_vlm_edge.hub import published
 from mlx_vlm_edge.hub.published import PublishedFile
 
 from ..reference import tokenizer
@@ -35,13 +39,81 @@ def cached(golden, tmp_path, monkeypatch):
 def test_list(cached, capsys):
     assert main(["models", "list"]) == 0
     shown = capsys.readouterr()
-    name, size, unit = shown.out.split()
+    (name, size, unit), (bundled, *_, word) = (line.split() for line in shown.out.splitlines())
     assert (name, unit) == ("fastvlm-0.5b", "MB")
     assert int(size) == 2
-    assert "bundled: demo; to pull: fastvlm-1.5b, fastvlm-7b" in shown.err
+    assert (bundled, word) == ("demo", "bundled")
+    assert "to pull: fastvlm-1.5b, fastvlm-7b" in shown.err
     assert main(["models", "list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["repo"], row["complete"]) for row in rows] == [(REPO, True)]
+    assert [(row["repo"], row["complete"]) for row in rows] == [(REPO, True), (None, True)]
+
+
+def test_list_on_a_fresh_machine(tmp_path, capsys, monkeypatch):
+    """There is a model to try, and the answer says so where answers are."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    assert main(["models", "list"]) == 0
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"demo +\d+ MB  bundled\n", shown.out)
+    assert "to pull: fastvlm-0.5b" in shown.err
+
+
+def test_a_download_that_died_before_the_config_is_listed_and_removed(cached, capsys):
+    shutil.rmtree(cached / "snapshots")
+    assert main(["models", "list"]) == 0
+    assert "fastvlm-0.5b" in (shown := capsys.readouterr().out)
+    assert "incomplete: pull it again" in shown
+    assert main(["models", "rm", "fastvlm-0.5b", "--yes"]) == 0
+    assert not cached.exists()
+
+
+def test_verify(cached, capsys):
+    """By the hashes that name the blobs of a cache that others filled, and by our own record."""
+    snapshot = cached / "snapshots" / "c0ffee"
+    assert main(["models", "verify", "fastvlm-0.5b"]) == 0
+    assert "no hashes to hold it to; its weights are finite" in capsys.readouterr().out
+    (cached / "blobs").mkdir()
+    for path in list(snapshot.iterdir()):
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.symlink_to(path.rename(cached / "blobs" / sha))
+    assert main(["models", "verify", "fastvlm-0.5b"]) == 0
+    assert "5 files are the Hub's; its weights are finite" in capsys.readouterr().out
+    files = {path.name: (path.stat().st_size, path.resolve().name) for path in snapshot.iterdir()}
+    published.write(snapshot, files | {"generation_config.json": (2, "")})
+    readme = snapshot / "README.md"
+    readme.write_text(readme.read_text().replace("FastVLM", "fastvlm"))
+    assert main(["models", "verify", "fastvlm-0.5b"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == (
+        "README.md: not the bytes of the Hub\ngeneration_config.json: missing or cut off\n"
+    )
+    assert "models pull fastvlm-0.5b` mends it" in shown.err
+    assert main(["models", "verify", "fastvlm-0.5b", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 2
+    assert main(["models", "list"]) == 0
+    assert "incomplete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_verify_reads_the_weights(value, cached, capsys):
+    path = cached / "snapshots" / "c0ffee" / "model.safetensors"
+    weights = mx.load(str(path))
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = mx.where(mx.arange(weights[name].size).reshape(weights[name].shape) == 77,
+                             value, weights[name])  # fmt: skip
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+    assert main(["models", "verify", str(path.parent)]) == 1
+    assert f"model.safetensors: {name} has values that are not finite" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-9])
+    assert main(["models", "verify", str(path.parent)]) == 1
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_verify_of_the_demo_and_of_what_is_not_here(cached, capsys):
+    assert main(["models", "verify", "demo"]) == 0
+    assert main(["models", "verify", "fastvlm-7b"]) == 2
+    assert "not on this machine" in capsys.readouterr().err
 
 
 def test_list_says_what_is_incomplete(cached, capsys):

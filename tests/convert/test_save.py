@@ -150,6 +150,19 @@ def test_a_failed_overwrite_keeps_the_old_folder(tmp_path):
     assert names(out) == {"old"}
 
 
+def test_values_that_leave_the_range_of_a_type_are_not_written(apple, tmp_path):
+    path = apple / "model.safetensors"
+    weights = mx.load(str(path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name] * 1e7
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+    convert(apple, tmp_path / "bfloat16", dtype="bfloat16")
+    with pytest.raises(UsageError, match=r"up_proj\.weight has values .* not finite in float16"):
+        convert(apple, tmp_path / "out", dtype="float16")
+    assert names(tmp_path) == {"apple", "bfloat16"}
+
+
 def test_too_little_disk_is_said_before_writing(apple, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)

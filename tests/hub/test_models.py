@@ -256,7 +256,7 @@ def test_a_download_that_died_is_known_and_resumed(breaks, online, cache, capsys
         hub.locate("fastvlm-0.5b")
     assert hub_cache.local_snapshot(REPO) is None
     assert [(m.repo, m.complete) for m in hub_cache.cached_models()] == [(REPO, False)]
-    with pytest.raises(UsageError, match="not on this machine"):
+    with pytest.raises(UsageError, match="is not all on this machine"):
         hub.locate("fastvlm-0.5b", offline=True)
     online.breaks = 99
     capsys.readouterr()
