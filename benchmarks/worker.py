@@ -35,8 +35,10 @@ class Ours:
 
     def at(self, side: int | None) -> None:
         """Take pictures at this side from now on."""
-        config = self.model.config.adapted(None, side or self.native)
-        self.model.config = self.processor.config = config
+        from mlx_vlm_edge.picture.preprocessing import Preprocessing
+
+        asked = Preprocessing(resolution=side or self.native)
+        self.processor = type(self.processor)(self.model.config, self.processor.tokenizer, asked)
 
     def ids(self, question: str, image: str) -> list[int]:
         return self.processor(question, images=[image]).input_ids[0].tolist()

@@ -12,7 +12,7 @@ from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, locate
-from mlx_vlm_edge.models import FAMILIES, family
+from mlx_vlm_edge.models import family, family_name
 from mlx_vlm_edge.models.build import build, read_native
 
 from . import verify as verification
@@ -24,24 +24,16 @@ from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
 
 _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
-# Published layouts that share their model_type with another family.
-ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
 
 
 def source_family(config: Mapping[str, Any]) -> ModuleType:
     """The converter's file of a family: `families/<the runtime's name of it>.py`.
 
-    It offers to_native(config, weights, preprocessor), is_native(weights), write_files(folder,
-    config) for what a model folder has beside weights and config, and probe(config), pixels for
-    `--verify`.
+    It offers to_native(config, weights, preprocessor), write_files(folder, config) for what a model
+    folder has beside weights and config, and probe(config), pixels for `--verify`.
     Raises UsageError for a model_type this version does not know.
     """
-    kind = config.get("model_type")
-    named = next(iter(config.get("architectures") or ()), None)
-    name = ARCHITECTURES.get(str(named)) or FAMILIES.get(str(kind))
-    if name is None:
-        raise UsageError(f"config.json: model_type {kind!r} is not one of {', '.join(FAMILIES)}")
-    return import_module(f".families.{name}", __package__)
+    return import_module(f".families.{family_name(config)}", __package__)
 
 
 def native_checkpoint(folder: Path) -> tuple[dict[str, Any], Arrays]:
@@ -62,7 +54,7 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
             raise UsageError(f"{folder}/config.json: {key} is not an object")
     module, weights = source_family(config), read_checkpoint(folder)
     foreign = (config.get("quantization_config") or {}).get("quant_method")
-    if foreign and not module.is_native(weights):
+    if foreign and not family(config).is_native(weights):
         raise UsageError(f"{folder}: quantised with {foreign}; convert the full-precision model")
     preprocessor = config.get(PREPROCESSOR) or {}
     native: tuple[dict[str, Any], Arrays] = module.to_native(config, weights, preprocessor)
@@ -97,7 +89,7 @@ def convert(
     config, weights = to_native(folder, read)
     module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
-    build(family(config["model_type"]), config, weights)  # strict, and evaluates nothing
+    build(family(config), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
     with new_folder(target, overwrite=overwrite) as partial:
         copied = copy_files(folder, partial)

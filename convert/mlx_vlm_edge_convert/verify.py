@@ -109,7 +109,7 @@ def _read(folder: Path) -> Native:
 def _build(native: Native) -> VisionLanguageModel:
     """The model of native config and weights, which nothing else then holds."""
     config, weights = native
-    return build(family(config["model_type"]), config, weights)
+    return build(family(config), config, weights)
 
 
 def _branch_error(unmerged: Mapping[str, mx.array], written: Mapping[str, mx.array]) -> Error:

@@ -8,12 +8,13 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import blas
 from ..checkpoint.config import read_config
@@ -24,6 +25,9 @@ from ..kernels import on_cpu, quantized
 from ..models import family
 from ..models.base import VisionLanguageModel
 from ..models.build import Quantization, build, read_native
+from ..models.contract import Family
+from ..picture.image import open_image
+from ..picture.preprocessing import Preprocessing
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
 from .steps import Steps
@@ -31,6 +35,7 @@ from .steps import Steps
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 MAX_RESOLUTION = 8192  # pixels of a side that any model might be asked for
 GROUP_SIZE = 64  # of quantisation at load
+BLANK = 64  # side of a picture whose size as the model takes it is asked for
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Options:
     max_tiles: int | None = None
     jpeg_draft: bool = False
     vision_backend: str = "mlx"
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(self.image_strategy, self.resolution, self.max_tiles)
 
     def check(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -93,54 +102,57 @@ def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Proces
     folder = locate(name, revision=options.revision, offline=options.offline)
     if on_cpu():
         steps = Steps(_read(folder, options))
-        module, model = steps.wait(BUILT)
+        kind, model = steps.wait(BUILT)
         model.arriving = lambda: steps.wait(WHOLE)
         tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
         steps.wait(ENCODES)
     else:
         parsing = Steps(Tokenizer.from_folder(item) for item in (folder,))
-        *_, (module, model) = _read(folder, options)
+        *_, (kind, model) = _read(folder, options)
         tokenizer = parsing.wait(0)
+    processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     if options.vision_backend != "mlx":
-        use_backend(model, folder, options.vision_backend)
-    processor: Processor = module.Processor(model.config, tokenizer)
+        use_backend(model, processor, folder, options.vision_backend)
     if options.jpeg_draft:
         processor.draft_side()  # or a clear line
         processor.jpeg_draft = True
     return model, processor
 
 
-def _read(folder: Path, options: Options) -> Iterator[tuple[ModuleType, VisionLanguageModel]]:
+def _read(folder: Path, options: Options) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
     """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
     config, arrays = read_checkpoint(folder)
-    module = family(config.get("model_type"))
-    model = build(module, config, arrays)
-    model.config = model.config.adapted(
-        options.image_strategy, options.resolution, options.max_tiles
-    )
+    kind = family(config)
+    model = build(kind, config, arrays)
+    model.config.adapted(options.preprocessing)  # or a clear line
     if options.quantize is not None:
         quantize_language_model(model, config, options.quantize)
     _cast(model, options.dtype)
     del arrays  # so that nothing is held twice
-    yield module, model
+    yield kind, model
     # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
     # thread cannot use an array that this one leaves unevaluated.
     mx.eval([part.state for name, part in _parts(model) if name != "language_model"])
     mx.eval(model.language_model.model.embed_tokens.state)  # where Fuyu has its newline
-    yield module, model
+    yield kind, model
     arrange(model)
-    yield module, model
+    yield kind, model
 
 
-def use_backend(model: VisionLanguageModel, weights: Path | str, setting: str) -> None:
+def use_backend(
+    model: VisionLanguageModel, processor: Processor, weights: Path | str, setting: str
+) -> None:
     """Have image features computed by another back end; notes of a first export go to stderr.
 
-    weights: the checkpoint's folder, or a name for weights that have none.
+    weights: the checkpoint's folder, or a name for weights that have none. The package for the
+    size of the processor's pictures is there when this returns.
     """
     from mlx_vlm_edge_convert.coreml.run.features import attach, identity
 
     name = identity(weights) if isinstance(weights, Path) else weights
-    attach(model, name, setting, lambda line: print(line, file=sys.stderr, flush=True))
+    pixels = processor.preprocess(open_image(np.zeros((BLANK, BLANK, 3), np.uint8)))
+    size = pixels.data.shape[-3], pixels.data.shape[-2]
+    attach(model, name, setting, partial(print, file=sys.stderr, flush=True), size)
 
 
 def arrange(model: VisionLanguageModel) -> None:

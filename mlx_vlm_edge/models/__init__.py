@@ -1,10 +1,15 @@
-"""Families: one file each, found by the `model_type` of a checkpoint's config.json."""
+"""Families: one file each, named by a checkpoint's config.json."""
 
+from collections.abc import Mapping
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 
+if TYPE_CHECKING:
+    from .contract import Family
+
+# `model_type` -> the family's file, here and in the converter.
 FAMILIES = {
     "llava_qwen2": "fastvlm",
     "fast_vlm": "fastvlm",
@@ -19,13 +24,25 @@ FAMILIES = {
     "llava_onevision": "llava_onevision",
     "llava_qwen": "llava_onevision",
 }
+# Published layouts that share their model_type with another family (lmms-lab's OneVision: "llava").
+ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
 
 
-def family(model_type: str | None) -> ModuleType:
-    """The module of a family. Raises UsageError for a model_type this version does not know."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+def family_name(config: Mapping[str, Any]) -> str:
+    """Which family a config.json belongs to, published or native.
+
+    Raises UsageError for a model_type this version does not know.
+    """
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = ARCHITECTURES.get(str(named)) or FAMILIES.get(str(kind))
+    if name is None:
         known = ", ".join(sorted(FAMILIES))
-        raise UsageError(
-            f"config.json: model_type {model_type!r} is not supported (known: {known})"
-        )
-    return import_module(f".{FAMILIES[model_type]}", __name__)
+        raise UsageError(f"config.json: model_type {kind!r} is not supported (known: {known})")
+    return name
+
+
+def family(config: Mapping[str, Any]) -> "Family[Any]":
+    """The family of a config.json. Raises UsageError for one this version does not know."""
+    found: Family[Any] = import_module(f".{family_name(config)}", __name__).FAMILY
+    return found

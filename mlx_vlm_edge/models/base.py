@@ -8,36 +8,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.weights import Weights
-from ..errors import UsageError
 from ..language.cache import Cache, settle
 from ..language.decoder import LanguageModel
-from ..picture.image import Pixels, Strategy
+from ..picture.image import Pixels
 from ..text.prompt import Inputs
 from ..timings import Stages
-
-# LLaVA's names for what is done to a picture that is not square -> ours. "square" is its image
-# processor's own resize and crop.
-STRATEGIES: dict[str, Strategy] = {
-    "pad": "pad",
-    "center_crop": "center_crop",
-    "square": "center_crop",
-    "stretch": "stretch",
-}
-
-
-def image_strategy(config: Mapping[str, Any]) -> Strategy:
-    """What config.json asks for. Raises UsageError for an image_aspect_ratio that is not known."""
-    aspect = config.get("image_aspect_ratio") or "square"
-    if not isinstance(aspect, str) or aspect not in STRATEGIES:
-        raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
-    return STRATEGIES[aspect]
-
-
-def chosen_strategy(name: str) -> Strategy:
-    """What the user asks for. Raises UsageError for a name that is not known."""
-    if name not in STRATEGIES:
-        raise UsageError(f"image strategy {name!r} is not one of pad, center_crop, stretch")
-    return STRATEGIES[name]
 
 
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -71,19 +46,31 @@ def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) 
     return embeddings
 
 
-def refuse_max_tiles(max_tiles: int | None) -> None:
-    """For the families that do not cut images up. Raises UsageError when a limit is given."""
-    if max_tiles is not None:
-        raise UsageError("this model takes an image as one tile: use resolution, not max tiles")
-
-
 class VisionLanguageModel(nn.Module):
     """Base of the families' models; they supply the parts and `features`, or `encode_image` where
-    visual tokens are made otherwise."""
+    visual tokens are made otherwise.
 
+    The tower and the connector go by the checkpoint's names, `tower_name` and `connector_name`.
+    encoder: what computes image features in the tower's place, another back end. config: the
+    checkpoint's; what pictures are made into is the processor's, and stands in their pixels.
+    """
+
+    config: Any
     language_model: LanguageModel
-    mm_projector: Any  # features [B, N, C] -> visual tokens [B, N', D]
+    tower_name = "vision_tower"
+    connector_name: str | None = "mm_projector"
+    encoder: Callable[..., mx.array] | None = None
     arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
+
+    @property
+    def tower(self) -> Any:
+        """Pixels -> image features, or the embedding of patches that stands in for that."""
+        return self[self.tower_name]
+
+    @property
+    def connector(self) -> Any:
+        """Image features [B, N, C] -> visual tokens [B, N', D]; None where they are the same."""
+        return self[self.connector_name] if self.connector_name else None
 
     def arrive(self) -> None:
         """Wait until all weights are here. Raises UsageError when they cannot be read."""
@@ -94,14 +81,18 @@ class VisionLanguageModel(nn.Module):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
         stages = stages or Stages()
-        features = self.features(pixels.data[None])
+        features = self.image_features(pixels.data[None])
         stages.mark("vision", features)
-        tokens: mx.array = self.mm_projector(features)[0]
+        tokens: mx.array = self.connector(features)[0]
         stages.mark("connector", tokens)
         return tokens
 
+    def image_features(self, *pictures: Any) -> mx.array:
+        """`features` of the same, by `encoder` where there is one."""
+        return (self.encoder or self.features)(*pictures)
+
     def features(self, pictures: np.ndarray) -> mx.array:
-        """uint8 [B, H, W, 3] -> image features [B, N, C]: what another back end may compute."""
+        """uint8 [B, H, W, 3] -> image features [B, N, C] by the tower."""
         raise NotImplementedError
 
     def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:

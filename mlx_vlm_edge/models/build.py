@@ -1,8 +1,7 @@
 """A family's native config and weights -> its model; every weight used, every parameter filled."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +14,7 @@ from ..checkpoint.weights import Weights, check_names, read_safetensors
 from ..errors import UsageError
 from . import family
 from .base import VisionLanguageModel
+from .contract import Family
 
 Quantization = Mapping[str, Any]
 
@@ -25,20 +25,20 @@ def read_native(folder: Path, config: Mapping[str, Any]) -> dict[str, mx.array] 
     if not shards:
         return None
     arrays = read_safetensors(shards)
-    return arrays if family(config.get("model_type")).is_native(arrays) else None
+    return arrays if family(config).is_native(arrays) else None
 
 
 def build(
-    module: ModuleType, config: Mapping[str, Any], arrays: Mapping[str, mx.array]
+    kind: Family[Any], config: Mapping[str, Any], arrays: Mapping[str, mx.array]
 ) -> VisionLanguageModel:
     """A family's model from its native config and weights; nothing is evaluated yet."""
-    native = Weights({module.rename(name): array for name, array in arrays.items()})
+    native = Weights({kind.rename(name): array for name, array in arrays.items()})
     tied = "language_model.lm_head.weight" not in arrays and says_tied(config)
-    parsed = module.Config.from_dict({**config, "tie_word_embeddings": tied})
-    weights = module.fold(native, parsed)
+    parsed = kind.Config.from_dict({**config, "tie_word_embeddings": tied})
+    weights = kind.fold(native, parsed)
     native.finish()
-    model: VisionLanguageModel = module.Model(parsed)
-    _place_quantized_layers(model, module, config.get("quantization"), weights)
+    model = kind.Model(parsed)
+    _place_quantized_layers(model, kind.rename, config.get("quantization"), weights)
     expected = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
     check_names(expected, weights)
     model.update(tree_unflatten(list(weights.items())))
@@ -48,7 +48,7 @@ def build(
 
 def _place_quantized_layers(
     model: nn.Module,
-    module: ModuleType,
+    rename: Callable[[str], str],
     quantization: Quantization | None,
     weights: Mapping[str, mx.array],
 ) -> None:
@@ -61,13 +61,13 @@ def _place_quantized_layers(
     defaults = {
         key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization
     }
-    own = {module.rename(f"{path}."): kind for path, kind in quantization.items()}
+    own = {rename(f"{path}."): kind for path, kind in quantization.items()}
 
     def kind(path: str, _: nn.Module) -> bool | dict[str, Any]:
         if path not in quantised:
             return False
         short = path.removeprefix("language_model.")  # some published configs leave it out
-        found = own.get(f"{path}.", own.get(f"{short}."))
-        return found if isinstance(found, dict) else defaults
+        named = own.get(f"{path}.", own.get(f"{short}."))
+        return named if isinstance(named, dict) else defaults
 
     nn.quantize(model, class_predicate=kind)

@@ -9,7 +9,7 @@ Source: baaivision/EVE, EVEv1.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,18 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
+from ..picture.preprocessing import Preprocessing, refuse_max_tiles
 from ..vision.eve import PatchConfig, PatchEmbedding
 from . import llava
-from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
+from .base import VisionLanguageModel, eos_ids
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PARTS = ("vision_tower.", "mm_projector.", "language_model.")
 PATCH, WINDOW = 14, 2
-CLIP_SIZE = (
-    336  # pixels of the CLIP teacher's longer side, whose grid the picture's is a multiple of
-)
+CLIP_SIZE = 336  # the CLIP teacher's longer side, whose grid the picture's is a multiple of
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,11 @@ class Config:
         """The pixels that both sides of a resized picture are multiples of."""
         return self.vision.patch * self.ratio
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
-        refuse_max_tiles(max_tiles)
-        refuse_strategy(image_strategy)
+        refuse_max_tiles(asked)
+        refuse_strategy(asked)
+        resolution = asked.resolution
         if resolution is None:
             return self
         if resolution < self.step or resolution % self.step:
@@ -107,15 +106,15 @@ def named_size(config: Mapping[str, Any], pattern: str) -> int:
     raise UsageError(f"config.json: mm_vision_tower {name!r} is not known, so no image size is")
 
 
-def refuse_strategy(image_strategy: str | None) -> None:
+def refuse_strategy(asked: Preprocessing) -> None:
     """Raises UsageError when the user wants pictures made square."""
-    if image_strategy is not None:
+    if asked.strategy is not None:
         raise UsageError("EVE keeps a picture's shape: leave the image strategy out")
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are the weight names of the native layout."""
-    return any(name.startswith("vision_tower.") for name in names)
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these are weights of the native layout."""
+    return any(name.startswith("vision_tower.") for name in weights)
 
 
 def rename(name: str) -> str:
@@ -161,3 +160,6 @@ class Processor(llava.Processor):
         stride = self.config.vision.stride
         height, width = pixels.data.shape[:2]
         return 1 + height // stride * (width // stride + 1)
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

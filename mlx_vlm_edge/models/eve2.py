@@ -23,19 +23,20 @@ from ..language.cache import Cache, settle
 from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
 from ..picture.image import MAX_PIXELS, Pixels, fit
+from ..picture.preprocessing import Preprocessing, refuse_max_tiles
 from ..text import prompt
 from ..text.prompt import Inputs
 from ..timings import Stages
 from ..vision.eve import ConvPatchEmbedding, PatchConfig
 from . import eve, llava
-from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
+from .base import VisionLanguageModel, eos_ids
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PATCH, WINDOW = 16, 2
 MOE_PART = "layernorm-self_attn-mlp"
-is_native = eve.is_native
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,11 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
-        refuse_max_tiles(max_tiles)
-        eve.refuse_strategy(image_strategy)
+        refuse_max_tiles(asked)
+        eve.refuse_strategy(asked)
+        resolution = asked.resolution
         if resolution is None:
             return self
         if resolution < self.vision.stride:
@@ -102,6 +102,7 @@ def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
 
 class Model(VisionLanguageModel):
     language_model: LanguageModel
+    connector_name = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class Model(VisionLanguageModel):
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
-        tokens = self.features(pixels.data[None])[0]
+        tokens = self.image_features(pixels.data[None])[0]
         (stages or Stages()).mark("vision", tokens)
         return tokens
 
@@ -166,3 +167,6 @@ class Processor(eve.Processor):
         counts = [self.visual_tokens(image) for image in pixels]
         placeholder = self.config.image_token_index
         return prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, eve.is_native)

@@ -6,7 +6,7 @@ Native layout: mlx-vlm's (`vision_tower.vision_model.*`, `mm_projector.*`, `lang
 Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen_2), mm_utils.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,17 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, Strategy, fit
+from ..picture.preprocessing import (
+    Preprocessing,
+    chosen_strategy,
+    image_strategy,
+    refuse_max_tiles,
+)
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
-from .base import (
-    VisionLanguageModel,
-    chosen_strategy,
-    eos_ids,
-    image_strategy,
-    refuse_max_tiles,
-    with_tower,
-)
+from .base import VisionLanguageModel, eos_ids, with_tower
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,13 +83,11 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
-        refuse_max_tiles(max_tiles)
-        strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
-        size = self.image_size if resolution is None else resolution
+        refuse_max_tiles(asked)
+        strategy = chosen_strategy(asked, self.image_strategy)
+        size = self.image_size if asked.resolution is None else asked.resolution
         return replace(self, image_strategy=strategy, image_size=size)
 
 
@@ -103,9 +101,9 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are the weight names of the native layout."""
-    return any(name.startswith(f"{VISION}patch_embed.blocks.") for name in names)
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these are weights of the native layout."""
+    return any(name.startswith(f"{VISION}patch_embed.blocks.") for name in weights)
 
 
 def rename(name: str) -> str:
@@ -157,3 +155,6 @@ class Processor(prompt.Processor):
         counts = [self.visual_tokens(image) for image in pixels]
         placeholder = self.config.image_token_index
         return prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

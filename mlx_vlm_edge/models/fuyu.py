@@ -8,7 +8,7 @@ Native layout: the published one (`vision_embed_tokens.*`, `language_model.*`).
 Source: transformers, models/fuyu (image_processing_pil_fuyu.py, processing_fuyu.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..language.persimmon import LanguageModel, TextConfig
 from ..picture.image import Pixels
+from ..picture.preprocessing import AS_PUBLISHED, Preprocessing, refuse_max_tiles
 from ..picture.tiling import fit_within
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
 from ..timings import Stages
-from .base import VisionLanguageModel, eos_ids, refuse_max_tiles
+from .base import VisionLanguageModel, eos_ids
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,16 +80,15 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing; `resolution` limits the picture's longer side.
 
         Raises UsageError for values that cannot be.
         """
-        refuse_max_tiles(max_tiles)
-        if image_strategy is not None:
+        refuse_max_tiles(asked)
+        if asked.strategy is not None:
             raise UsageError("Fuyu takes pictures in their own shape: leave the image strategy out")
+        resolution = asked.resolution
         if resolution is None:
             return self
         patch = self.patch_size
@@ -97,9 +98,9 @@ class Config:
         return replace(self, image_size=(min(width, resolution), min(height, resolution)))
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are the weight names of the native layout."""
-    return any(name.startswith("language_model.model.") for name in names)
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these are weights of the native layout."""
+    return any(name.startswith("language_model.model.") for name in weights)
 
 
 def rename(name: str) -> str:
@@ -122,6 +123,8 @@ def patchify(x: mx.array, patch: int) -> mx.array:
 
 
 class Model(VisionLanguageModel):
+    tower_name, connector_name = "vision_embed_tokens", None
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -150,8 +153,10 @@ class Processor(prompt.Processor):
 
     stop_tokens = ("|ENDOFTEXT|",)
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer)
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
+    ) -> None:
+        super().__init__(config, tokenizer, asked)
         self._known(IMAGE_TOKEN, config.image_token_id)
         self._known(NEWLINE_TOKEN, config.image_newline_id)
         self._known(ANSWER)
@@ -216,3 +221,6 @@ class Processor(prompt.Processor):
         visual = np.arange(len(ids), dtype=np.int32)
         text = segments[0] + ANSWER if pixels else segments[0]
         return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -8,7 +8,7 @@ Native layout: mlx-vlm's (`vision_model.*`, `connector.modality_projection.proj`
 Source: transformers, models/idefics3 and models/smolvlm.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -22,7 +22,8 @@ from ..connectors.pixel_shuffle import PixelShuffle
 from ..errors import UsageError
 from ..language.llama import LanguageModel
 from ..picture.image import Pixels
-from ..picture.tiling import affordable_edge, single, split, split_grid
+from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
 from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
 from ..text.chat_template import render_chat_template
@@ -32,6 +33,7 @@ from ..vision.positions import patch_mask, position_ids
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel
+from .contract import Family
 from .idefics3_config import MARKED, Config
 
 if TYPE_CHECKING:
@@ -41,15 +43,15 @@ IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 END = "<end_of_utterance>"
 BATCH_BYTES = 512 << 20  # activations of the vision tower that are held at once, about
 PARAMETERS = {
-    "connector.modality_projection.proj.": "connector.proj.",
+    "connector.": "",
     "language_model.lm_head.": "language_model.lm_head.",
     "language_model.": "language_model.model.",
 }
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are the weight names of the native layout."""
-    return any(name.startswith("vision_model.embeddings.") for name in names)
+def is_native(weights: Mapping[str, mx.array]) -> bool:
+    """Whether these are weights of the native layout."""
+    return any(name.startswith("vision_model.embeddings.") for name in weights)
 
 
 def rename(name: str) -> str:
@@ -65,17 +67,9 @@ def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     vision = fold_vision(weights, "vision_model.", config.vision)
     return {
         **{f"vision_model.{name}": array for name, array in vision.items()},
-        **weights.take_prefix("connector."),
+        **weights.take_prefix("modality_projection."),
         **weights.take_prefix("language_model."),
     }
-
-
-@dataclass(frozen=True, eq=False)
-class Tiles(Pixels):
-    """An image's tiles, row by row, and the whole image last; 0 rows when that is all there is."""
-
-    rows: int = 0
-    columns: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +82,14 @@ class Frames(Pixels):
 
 
 class Model(VisionLanguageModel):
+    tower_name, connector_name = "vision_model", "modality_projection"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         width = config.vision.hidden_size
         self.vision_model = ViT(config.vision)
-        self.connector = PixelShuffle(width, config.text.hidden_size, config.scale_factor)
+        self.modality_projection = PixelShuffle(width, config.text.hidden_size, config.scale_factor)
         self.language_model = LanguageModel(config.text)
 
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
@@ -109,7 +105,7 @@ class Model(VisionLanguageModel):
             mx.eval(tokens[-1:])
             part = slice(start, start + step)
             mask = None if pixels.mask is None else pixels.mask[part]
-            features = self.features(pixels.data[part], mask)
+            features = self.image_features(pixels.data[part], mask)
             stages.mark("vision", features)
             tokens.append(self.connector(features).reshape(-1, self.config.text.hidden_size))
             stages.mark("connector", tokens[-1])
@@ -149,8 +145,10 @@ class Processor(prompt.Processor):
 
     stop_tokens = (END,)
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer)
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
+    ) -> None:
+        super().__init__(config, tokenizer, asked)
         image, around = tokenizer.token_id(IMAGE), tokenizer.token_id(AROUND)
         if image is None or around is None:
             raise UsageError(f"the tokenizer has no {IMAGE} or no {AROUND}: it is another model's")
@@ -268,3 +266,6 @@ def _text_of(pixels: Pixels) -> str:
 def _clock(seconds: float) -> str:
     """65.4 -> "01:05"."""
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -8,6 +8,7 @@ from ..checkpoint.config import check
 from ..checkpoint.configs.defaults import IDEFICS3_VISION, LLAMA
 from ..errors import UsageError
 from ..language.llama import TextConfig
+from ..picture.preprocessing import Preprocessing
 from ..vision.vit import ViTConfig
 from .base import eos_ids
 
@@ -91,31 +92,30 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be.
 
-        image_strategy: "split" cuts an enlarged image up, "no-upscale" leaves small ones small,
+        strategy: "split" cuts an enlarged image up, "no-upscale" leaves small ones small,
         "stretch" makes one tile of any. resolution: the longest edge of an image before it is cut.
         """
-        if image_strategy not in (None, *STRATEGIES):
+        if asked.strategy not in (None, *STRATEGIES):
             raise UsageError(
-                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}, which "
+                f"image strategy {asked.strategy!r} is not one of {', '.join(STRATEGIES)}, which "
                 "are what Idefics3 and SmolVLM have"
             )
-        if resolution is not None and not 1 <= resolution <= MARKED * self.tile:
+        resolution, limit = asked.resolution, MARKED * self.tile
+        if resolution is not None and not 1 <= resolution <= limit:
             raise UsageError(
                 f"image size {resolution}: this model's tiles are {self.tile} pixels wide, and it "
-                f"knows {MARKED} of them side by side: give at most {MARKED * self.tile}"
+                f"knows {MARKED} of them side by side: give at most {limit}"
             )
-        if max_tiles is not None and max_tiles < 1:
-            raise UsageError(f"max tiles {max_tiles}: an image is at least one tile")
+        if asked.max_tiles is not None and asked.max_tiles < 1:
+            raise UsageError(f"max tiles {asked.max_tiles}: an image is at least one tile")
         return replace(
             self,
-            strategy=image_strategy or self.strategy,
+            strategy=asked.strategy or self.strategy,
             longest_edge=resolution or self.longest_edge,
-            max_tiles=max_tiles,
+            max_tiles=asked.max_tiles,
         )
 
 

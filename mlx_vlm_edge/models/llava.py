@@ -10,7 +10,7 @@ Source: haotian-liu/LLaVA, llava/model/llava_arch.py, conversation.py (vicuna_v1
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,17 +22,17 @@ from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, Strategy, fit
+from ..picture.preprocessing import (
+    Preprocessing,
+    chosen_strategy,
+    image_strategy,
+    refuse_max_tiles,
+)
 from ..text import prompt
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
-from .base import (
-    VisionLanguageModel,
-    chosen_strategy,
-    eos_ids,
-    image_strategy,
-    refuse_max_tiles,
-    with_tower,
-)
+from .base import VisionLanguageModel, eos_ids, with_tower
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ class Config:
     source: Mapping[str, Any] = field(repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
         if (activation := config.get("projector_hidden_act", "gelu")) != "gelu":
             raise UsageError(f"config.json: projector_hidden_act {activation!r} is not known")
@@ -94,17 +94,13 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> Self:
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
-        refuse_max_tiles(max_tiles)
-        if resolution not in (None, self.vision.image_size):
-            raise UsageError(
-                f"image size {resolution}: this vision tower takes {self.vision.image_size} only"
-            )
-        strategy = chosen_strategy(image_strategy) if image_strategy else self.image_strategy
-        return replace(self, image_strategy=strategy)
+        refuse_max_tiles(asked)
+        side = self.vision.image_size
+        if asked.resolution not in (None, side):
+            raise UsageError(f"image size {asked.resolution}: this vision tower takes {side} only")
+        return replace(self, image_strategy=chosen_strategy(asked, self.image_strategy))
 
 
 def keeps_class_token(feature: str) -> bool:
@@ -199,3 +195,6 @@ class Processor(prompt.Processor):
         if ids[:1] == [self.config.bos_token_id]:  # written out in a raw prompt
             return ids, visual
         return [self.config.bos_token_id, *ids], visual + 1
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -22,12 +22,14 @@ from ..errors import UsageError
 from ..kernels import resize_bilinear
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
-from ..picture.tiling import Box, Size, anyres_tiles, best_resolution, capped, unpad
+from ..picture.preprocessing import Preprocessing
+from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..text import prompt
 from ..timings import Stages
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids
+from .contract import Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,22 +107,21 @@ class Config:
             source=config,
         )
 
-    def adapted(
-        self, image_strategy: str | None, resolution: int | None, max_tiles: int | None = None
-    ) -> "Config":
+    def adapted(self, asked: Preprocessing) -> "Config":
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
-        if image_strategy not in (None, *STRATEGIES):
+        if asked.strategy not in (None, *STRATEGIES):
             raise UsageError(
-                f"image strategy {image_strategy!r} is not one of {', '.join(STRATEGIES)}, which "
+                f"image strategy {asked.strategy!r} is not one of {', '.join(STRATEGIES)}, which "
                 "is what LLaVA-OneVision has"
             )
-        if resolution not in (None, self.vision.image_size):
+        side = self.vision.image_size
+        if asked.resolution not in (None, side):
             raise UsageError(
-                f"image size {resolution}: LLaVA-OneVision's tiles are {self.vision.image_size} "
-                "pixels wide; make the image smaller for fewer of them"
+                f"image size {asked.resolution}: LLaVA-OneVision's tiles are {side} pixels "
+                " wide; make the image smaller for fewer of them"
             )
-        chosen = replace(self, image_strategy=image_strategy or self.image_strategy)
-        return chosen if max_tiles is None else chosen.limited(max_tiles)
+        chosen = replace(self, image_strategy=asked.strategy or self.image_strategy)
+        return chosen if asked.max_tiles is None else chosen.limited(asked.max_tiles)
 
     def limited(self, tiles: int) -> "Config":
         """The same without the grids that make more than `tiles` tiles, the whole image included.
@@ -171,26 +172,22 @@ def _max_tiles(aspect: str) -> int:
 class Packing(NamedTuple):
     """How the features of an image's tiles become rows of tokens.
 
-    tiles: rows and columns of them. picture: where the image is in their features. kept: the rows
-    and columns that remain of it, before a newline ends each row.
+    picture: where the image is in them. remaining: its rows and columns after it is shrunk, before
+    a newline ends each row.
     """
 
-    tiles: Size
     picture: Box
-    kept: Size
+    remaining: Size
 
 
-def packing(size: Size, config: Config) -> Packing:
-    """The packing of a tiled image of `size`.
+def packing(pixels: Tiles, config: Config) -> Packing:
+    """Where an image is in its tiles' features, and how many of those remain.
 
-    640 x 480 in tiles of 384: 2 x 2 tiles, 54 x 54 features, 40 x 54 of them are the picture.
+    640 x 480 in 2 x 2 tiles of 384: 54 x 54 features, 40 x 54 of them are the picture.
     """
-    side, grid = config.vision.image_size, config.vision.grid
-    width, height = best_resolution(size, config.resolutions)
-    rows, columns = height // side, width // side
-    picture = unpad(size, (rows * grid, columns * grid))
-    kept = capped(picture.height, picture.width, config.max_tiles * grid**2)
-    return Packing((rows, columns), picture, kept)
+    grid = config.vision.grid
+    picture = unpad(pixels.size, (pixels.rows * grid, pixels.columns * grid))
+    return Packing(picture, capped(picture.height, picture.width, config.max_tiles * grid**2))
 
 
 def is_native(weights: Mapping[str, mx.array]) -> bool:
@@ -217,6 +214,8 @@ def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
 
 
 class Model(VisionLanguageModel):
+    connector_name = "multi_modal_projector"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -228,9 +227,9 @@ class Model(VisionLanguageModel):
     def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
         """Pixels of one image, uint8 [tiles, side, side, 3] -> visual tokens [N, D]."""
         stages = stages or Stages()
-        features = self.features(pixels.data)
+        features = self.image_features(pixels.data)
         stages.mark("vision", features)
-        tokens = self.pack(self.multi_modal_projector(features), pixels.size)
+        tokens = self.pack(self.connector(features), pixels)
         stages.mark("connector", tokens)
         return tokens
 
@@ -245,22 +244,22 @@ class Model(VisionLanguageModel):
             features.append(self.vision_tower(x.astype(dtype)))
         return mx.concatenate(features)
 
-    def pack(self, tokens: mx.array, size: Size) -> mx.array:
-        """Tokens [tiles, N, D] of an image of `size` -> [N + rows * (columns + 1), D].
+    def pack(self, tokens: mx.array, pixels: Pixels) -> mx.array:
+        """Tokens [tiles, N, D] of an image -> [N + rows * (columns + 1), D].
 
         The whole image's, then the picture row by row with a newline after each; a lone tile's,
         then one newline.
         """
         newline = self.image_newline.astype(tokens.dtype)[None]
-        if len(tokens) == 1:
+        if not isinstance(pixels, Tiles):
             return mx.concatenate([tokens[0], newline])
-        n, (tiles, picture, kept) = self.config.vision.grid, packing(size, self.config)
-        (rows, columns), (top, left, height, width) = tiles, picture
-        grid = tokens[1:].reshape(rows, columns, n, n, -1).swapaxes(1, 2)
+        n, rows, columns = self.config.vision.grid, pixels.rows, pixels.columns
+        (top, left, height, width), remaining = packing(pixels, self.config)
+        grid = tokens[1:].reshape(rows, columns, n, n, -1).swapaxes(1, 2)  # [rows, n, columns, n]
         grid = grid.reshape(rows * n, columns * n, -1)[top : top + height, left : left + width]
-        if kept != (height, width):
-            grid = resize_bilinear(grid, *kept)
-        newlines = mx.broadcast_to(newline, (kept[0], 1, newline.shape[1]))
+        if remaining != (height, width):
+            grid = resize_bilinear(grid, *remaining)
+        newlines = mx.broadcast_to(newline, (remaining[0], 1, newline.shape[1]))
         lines = mx.concatenate([grid, newlines], axis=1)
         return mx.concatenate([tokens[0], lines.flatten(0, 1)])
 
@@ -280,8 +279,10 @@ class Processor(prompt.Processor):
 
     def preprocess(self, image: "Image") -> Pixels:
         """uint8 [1 + tiles, side, side, 3]: the whole image, then its parts."""
-        side = self.config.vision.image_size
-        return Pixels(anyres_tiles(image, side, self.config.resolutions), image.size)
+        side, resolutions = self.config.vision.image_size, self.config.resolutions
+        width, height = best_resolution(image.size, resolutions)
+        tiles = anyres_tiles(image, side, resolutions)
+        return Tiles(tiles, image.size, rows=height // side, columns=width // side)
 
     def single_tile(self, image: "Image") -> Pixels:
         """uint8 [1, side, side, 3]: padded to a square with grey."""
@@ -293,12 +294,15 @@ class Processor(prompt.Processor):
 
     def visual_tokens(self, pixels: Pixels) -> int:
         whole: int = self.config.vision.grid**2
-        if len(pixels.data) == 1:
+        if not isinstance(pixels, Tiles):
             return whole + 1
-        rows, columns = packing(pixels.size, self.config).kept
+        rows, columns = packing(pixels, self.config).remaining
         return whole + rows * (columns + 1)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         counts = [self.visual_tokens(image) for image in pixels]
         placeholder = self.config.image_token_index
         return prompt.expand_around_images(segments, counts, self.tokenizer, placeholder)
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -8,7 +8,7 @@ Source: Meituan-AutoML/MobileVLM, mobilevlm/model/{mobilevlm,vision_projector}.p
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +18,11 @@ from ..connectors.ldp import LDP, POOLED, LDPv2
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..picture.image import Pixels
+from ..picture.preprocessing import image_strategy
 from ..vision.vit import ViTConfig
 from . import llava
-from .base import eos_ids, image_strategy
+from .base import eos_ids
+from .contract import Family
 
 CONNECTORS = {"ldpnet": LDP, "ldpnetv2": LDPv2}
 # Beginnings of the connectors' published names -> our parameters'. LDP's lists count from 1, since
@@ -49,7 +51,7 @@ PROJECTOR = "mm_projector."
 
 class Config(llava.Config):
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a native config.json. Raises UsageError for a missing key or an unknown value."""
         projector = config.get("mm_projector_type")
         if projector not in CONNECTORS:
@@ -73,11 +75,6 @@ class Config(llava.Config):
             projector=projector,
             source=config,
         )
-
-
-def is_native(weights: Mapping[str, mx.array]) -> bool:
-    """Whether these weights are in the native layout: its names, and channels last."""
-    return llava.is_native(weights)
 
 
 def rename(name: str) -> str:
@@ -113,3 +110,6 @@ def visual_tokens(projector: str, side: int) -> int:
 class Processor(llava.Processor):
     def visual_tokens(self, pixels: Pixels) -> int:
         return visual_tokens(self.config.projector, self.config.vision.grid)
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, llava.is_native)

@@ -11,9 +11,12 @@ models/idefics3/image_processing_idefics3.py (its Pillow form).
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from .image import Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 MAX_EDGE = 4096  # pixels, of an image that Idefics3 cuts up
 SHRINK_ABOVE = 1.1  # of the allowed length of a side; below it, features are left as they are
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Pixels):
+    """An image's tiles, row by row, and the whole image, which is all there is of 0 rows."""
+
+    rows: int = 0
+    columns: int = 0
 
 
 class Box(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..picture.image import Pixels, open_image
+from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.video import Video
 from ..timings import Stages
 from .tokenizer import GUARD, Tokenizer
@@ -58,8 +59,11 @@ class Processor(ABC):
     stop_tokens: tuple[str, ...] = ()
     jpeg_draft = False
 
-    def __init__(self, config: Any, tokenizer: Tokenizer) -> None:
-        self.config = config
+    def __init__(
+        self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
+    ) -> None:
+        """asked: what is to be done to pictures in the place of what the checkpoint says."""
+        self.config = config.adapted(asked)
         self.tokenizer = tokenizer
         named = (tokenizer.token_id(token) for token in self.stop_tokens)
         extra = {token for token in named if token is not None}

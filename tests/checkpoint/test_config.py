@@ -74,7 +74,7 @@ def test_no_value_of_a_config_is_a_traceback():
             place = written if len(path) == 1 else written["vision_config"]
             place[path[-1]] = value
             try:
-                family(written["model_type"])
+                family(written)
                 fastvlm.Model(fastvlm.Config.from_dict(written))
             except UsageError as error:
                 errors.append(str(error))

@@ -15,7 +15,7 @@ from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
-from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models import family, family_name
 from mlx_vlm_edge.models.build import build
 
 from ..reference import published_keys as published
@@ -92,14 +92,14 @@ def test_a_config_says_where_it_is_from_and_its_family_takes_it(alias):
     origin = configs.origin(alias)
     assert origin.source
     assert not [key for key in config if key.startswith("_")]
-    module = family(config["model_type"])
-    parsed = module.Config.from_dict(config)
+    kind = family(config)
+    parsed = kind.Config.from_dict(config)
     assert parsed.source == config
     assert parsed.eos_token_ids
     for key in filter(None, origin.unconfirmed.split(", ")):
         said = json.dumps(config)
         assert key.split(" ")[0] in said or "left out" in key, key
-    assert (PREPROCESSOR in config) == (module.__name__.endswith("idefics3"))
+    assert (PREPROCESSOR in config) == (family_name(config) == "idefics3")
 
 
 @pytest.mark.parametrize("alias", LISTED)
@@ -107,7 +107,7 @@ def test_a_listed_checkpoint_fits_its_config(alias):
     """`build` refuses a tensor without a place, a place without one, and any other shape."""
     shapes = listed(LISTED[alias])
     config = configs.read(alias)
-    model = build(family(config["model_type"]), config, native(config, shapes))
+    model = build(family(config), config, native(config, shapes))
     if not alias.startswith("fastvlm"):  # whose tower is folded
         assert count(model) == sum(math.prod(shape) for shape in shapes.values())
     head = "language_model.lm_head.weight"
@@ -121,7 +121,7 @@ def test_a_llama_checkpoint_fits_its_config(alias):
     shapes = published.tower() | connector(hidden)
     shapes |= published.decoder(hidden, inner, layers, vocabulary)
     config = configs.read(alias)
-    model = build(family(config["model_type"]), config, native(config, shapes))
+    model = build(family(config), config, native(config, shapes))
     unused = 12_596_224 + 2 * 1024  # the tower's last layer and final norm: never loaded
     assert count(model) == sum(math.prod(shape) for shape in shapes.values()) - unused
 
@@ -129,8 +129,8 @@ def test_a_llama_checkpoint_fits_its_config(alias):
 @pytest.mark.parametrize("alias", COUNTED)
 def test_the_others_have_the_published_size(alias):
     config = configs.read(alias)
-    module = family(config["model_type"])
-    model = module.Model(module.Config.from_dict(config))
+    kind = family(config)
+    model = kind.Model(kind.Config.from_dict(config))
     assert count(model) / 1e6 == pytest.approx(COUNTED[alias], rel=0.005)
 
 
@@ -142,7 +142,7 @@ def test_eve_v2_fits_what_its_original_builds():
     config = configs.read("eve-7b-hd-v2")
     with torch.device("meta"):
         shapes = {name: tuple(x.shape) for name, x in theirs.Eve2(config).state_dict().items()}
-    build(family("eve-qwen2"), config, native(config, shapes))
+    build(family(config), config, native(config, shapes))
 
 
 def test_a_wrong_size_is_found():
@@ -150,7 +150,7 @@ def test_a_wrong_size_is_found():
     config["text_config"]["num_hidden_layers"] += 1
     weights = native(config, listed("smolvlm_256m"))
     with pytest.raises(UsageError, match=r"lacks language_model\.model\.layers\.30"):
-        build(family("idefics3"), config, weights)
+        build(family(config), config, weights)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_the_training_form_inside_the_transformers_layout(apple, unfused):
 def test_native_weights_build_the_model(layout, request):
     config, weights = native(request.getfixturevalue(layout))
     assert fastvlm.is_native(weights)
-    model = build(family(config["model_type"]), config, weights)
+    model = build(family(config), config, weights)
     assert model.config.image_size == 192
 
 

@@ -13,8 +13,8 @@ from mlx_vlm_edge import generate, load, stream_generate
 from mlx_vlm_edge.generation import prefix
 from mlx_vlm_edge.generation.prefix import PrefixCache, digest, position_keys, shared
 from mlx_vlm_edge.language.cache import KVCache, QuantizedKVCache
-from mlx_vlm_edge.models.idefics3 import Tiles
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.picture.tiling import Tiles
 from mlx_vlm_edge.text.prompt import Inputs
 
 from ..conftest import GOLDEN

@@ -281,7 +281,7 @@ def test_published_names_become_native_ones_and_back(folder, loaded, tmp_path):
     out = convert(folder, tmp_path / "out", verify=True)
     assert read_config(out)["model_type"] == "eve-qwen2"
     names = set(mx.load(str(out / "model.safetensors")))
-    assert eve2.is_native(names)
+    assert eve2.FAMILY.is_native(names)
     assert "language_model.model.layers.2.self_attn.moe_q_proj.bias" in names
     written = json.loads((out / "preprocessor_config.json").read_text())
     assert (written["max_size"], written["patch_stride"], written["dense_stride"]) == (160, 16, 2)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models import base, family, fastvlm
+from mlx_vlm_edge.models import base, fastvlm
 from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.vision.fastvit import Stem
 
@@ -374,12 +374,6 @@ def test_a_config_that_cannot_be_run_is_refused(change, message):
     config = {key: value for key, value in config.items() if value is not None}
     with pytest.raises(UsageError, match=message):
         fastvlm.Config.from_dict(config)
-
-
-def test_families_are_found_by_model_type():
-    assert family("llava_qwen2") is family("fast_vlm") is fastvlm
-    with pytest.raises(UsageError, match="'bert'"):
-        family("bert")
 
 
 def test_an_encoder_with_every_branch_apart(hf_folder, reference, picture, tmp_path):

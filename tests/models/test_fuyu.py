@@ -18,7 +18,7 @@ from mlx_vlm_edge.generation.loop import Options, make_cache
 from mlx_vlm_edge.hub.models import repo_id
 from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.language import persimmon
-from mlx_vlm_edge.models import family, fuyu
+from mlx_vlm_edge.models import fuyu
 from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.timings import Stages
 
@@ -338,8 +338,7 @@ def test_the_resolution_limits_the_longer_side(folders, reference, theirs):
     assert distance(model(inputs)[0], logits) < FLOAT32
 
 
-def test_it_is_found_by_its_names():
-    assert family("fuyu") is fuyu
+def test_its_alias():
     assert repo_id("fuyu-8b") == "adept/fuyu-8b"
 
 

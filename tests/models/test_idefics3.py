@@ -7,7 +7,7 @@ from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models import family, idefics3
+from mlx_vlm_edge.models import idefics3
 from mlx_vlm_edge.picture.image import Pixels
 
 from ..parity import FLOAT32, distance
@@ -370,7 +370,3 @@ def test_late_positions_are_caught(built, theirs, monkeypatch):
     assert distance(model.encode_image(masked), tokens) > 20 * FLOAT32
     monkeypatch.undo()
     assert distance(model.encode_image(masked), tokens) < FLOAT32
-
-
-def test_both_model_types_are_one_family():
-    assert family("idefics3") is family("smolvlm") is idefics3

@@ -15,7 +15,7 @@ from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.connectors import mlp
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import quantized
-from mlx_vlm_edge.models import family, llava
+from mlx_vlm_edge.models import llava
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.vision import vit
 
@@ -223,10 +223,6 @@ def test_connector_time_is_a_stage_of_its_own(loaded):
 
 
 # Layouts, towers, configs.
-
-
-def test_families_are_found_by_both_of_llavas_names():
-    assert family("llava") is family("llava_llama") is llava
 
 
 def test_without_its_tower_and_the_tower_not_here_it_says_how_to_get_it(

@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import gelu, resize_bilinear
-from mlx_vlm_edge.models import family, llava_onevision
+from mlx_vlm_edge.models import llava_onevision
 from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.picture import tiling
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.picture.tiling import Tiles, best_resolution
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
@@ -431,7 +432,9 @@ COUNTS = {
 def test_token_counts_of_the_published_size(loaded, size):
     config = llava_onevision.Config.from_dict(published("hub"))
     processor = llava_onevision.Processor(config, loaded[1].tokenizer)
-    tiled = Pixels(np.zeros((2, 1, 1, 3), np.uint8), size[::-1])
+    width, height = best_resolution(size[::-1], config.resolutions)
+    tiles = np.zeros((2, 1, 1, 3), np.uint8)  # their number and contents do not matter
+    tiled = Tiles(tiles, size[::-1], rows=height // 384, columns=width // 384)
     assert processor.visual_tokens(tiled) == COUNTS[size]
     alone = Pixels(np.zeros((1, 1, 1, 3), np.uint8), size[::-1])
     assert processor.visual_tokens(alone) == 730
@@ -506,7 +509,3 @@ def test_a_grid_is_height_before_width_in_the_native_config(theirs, weights, tmp
 def test_preprocessing_it_does_not_have_is_refused(folder, options, message):
     with pytest.raises(UsageError, match=message):
         load(str(folder), **options)
-
-
-def test_families_are_found_by_model_type():
-    assert family("llava_onevision") is family("llava_qwen") is llava_onevision

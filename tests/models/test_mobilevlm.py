@@ -177,7 +177,7 @@ def test_a_full_size_checkpoint_fits_without_being_allocated(configs, alias, hea
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     config, native = rules.to_native(published_config(configs, alias), unallocated(shapes))
-    model = build(family(config["model_type"]), config, native)
+    model = build(family(config), config, native)
     assert len(native) == arrays
     text = model.config.text
     assert (text.hidden_size, text.num_attention_heads, text.head_dim) == (
@@ -219,7 +219,7 @@ def test_llava_full_size(configs, hidden, inner, layers, layout, head_differs):
         if layers == 40:  # the 7B's text_config leaves out what are LlamaConfig's defaults
             config["text_config"] = {**config["text_config"], **geometry}
     config, native = pipeline.source_family(config).to_native(config, unallocated(shapes))
-    model = build(family(config["model_type"]), config, native)
+    model = build(family(config), config, native)
     assert model.config.text.vocab_size == vocab
     assert model.config.text.rms_norm_eps == 1e-5
     assert model.config.vision.layers == 23
@@ -419,7 +419,7 @@ def test_convert_and_load_again(version, tmp_path):
     out = convert(version[0], tmp_path / "out", verify=True, report=lines.append)
     said = "\n".join(lines)
     assert all(f"{part}: max abs 0" in said for part in ("vision tower", "connector"))
-    assert mobilevlm.is_native(mx.load(str(out / "model.safetensors")))
+    assert mobilevlm.FAMILY.is_native(mx.load(str(out / "model.safetensors")))
     again, _ = load(str(out))
     want = dict(tree_flatten(version[1].parameters()))
     got = dict(tree_flatten(again.parameters()))

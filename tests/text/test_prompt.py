@@ -3,7 +3,7 @@
 The families here are made for the test: each needs its own methods only, no switch in prompt.py.
 """
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -27,6 +27,16 @@ def words(text):
 
 def user(*content):
     return {"role": "user", "content": list(content)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A family's config, as far as a processor looks at it."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def adapted(self, asked):
+        return self
 
 
 class Family(Processor):
@@ -92,7 +102,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def chatml(tokenizer):
-    return ChatML(SimpleNamespace(eos_token_ids=(5,)), tokenizer)
+    return ChatML(Settings((5,)), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +196,7 @@ def test_raw_text_is_used_as_it_stands(chatml, tokenizer, pictures):
 
 
 def test_a_family_that_tokenises_one_whole_text(tokenizer, pictures):
-    family = Rows(SimpleNamespace(eos_token_ids=()), tokenizer)
+    family = Rows(Settings(()), tokenizer)
     inputs = family("<image>?", pictures[:2])
     got = inputs.input_ids[0]
     assert inputs.visual.tolist() == np.flatnonzero(got == tiny.IMAGE).tolist()
@@ -199,7 +209,7 @@ def test_a_family_that_tokenises_one_whole_text(tokenizer, pictures):
 
 
 def test_a_family_that_places_images_itself(tokenizer, pictures):
-    family = ImageFirst(SimpleNamespace(eos_token_ids=()), tokenizer)
+    family = ImageFirst(Settings(()), tokenizer)
     expected = [-1, -1, 10, -1, -1, 10, tiny.TURN, *tokenizer.encode("Caption.")]
     for raw in (False, True):
         inputs = family("Caption.", pictures[:1], raw=raw)

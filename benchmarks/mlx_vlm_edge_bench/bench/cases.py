@@ -13,6 +13,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES, DEMO, expanded, locate, repo_id
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.picture.image import open_image
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.timings import Clock
 
 from . import cold, energy, machine
@@ -66,17 +67,12 @@ def check(options: Options) -> None:
         source = _config(model, options.random)
         if source is None:
             continue
-        config = family(source.get("model_type")).Config.from_dict(source)
+        config = family(source).Config.from_dict(source)
         for resolution in options.resolutions:
-            if resolution is not None:
-                _adapted(model, config, resolution)
-
-
-def _adapted(model: str, config: Any, resolution: int) -> Any:
-    try:
-        return config.adapted(None, resolution, None)
-    except UsageError as error:
-        raise UsageError(f"{model}: {error}") from None
+            try:
+                config.adapted(Preprocessing(resolution=resolution))
+            except UsageError as error:
+                raise UsageError(f"{model}: {error}") from None
 
 
 def _config(model: str, random: bool) -> dict[str, Any] | None:
@@ -122,8 +118,7 @@ def _refuse_too_large(choice: Choice, options: Options) -> None:
     plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
     longest = 0
     for resolution in options.resolutions:
-        config = plan.config if resolution is None else plan.config.adapted(None, resolution, None)
-        processor = processor_of(replace(plan, config=config))
+        processor = processor_of(plan, Preprocessing(resolution=resolution))
         inputs = processor(
             text_of(processor, options.image, options.prompt_tokens), [options.image]
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mlx_vlm_edge.loading.load import Options, load_ahead, use_backend
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
 
 
@@ -35,7 +36,8 @@ class Opened:
             plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
             self.model, self._processor = build(plan)
             if choice.vision_backend != "mlx":
-                use_backend(self.model, f"random {choice.model}", choice.vision_backend)
+                name = f"random {choice.model}"
+                use_backend(self.model, self._processor, name, choice.vision_backend)
         else:
             options = Options(
                 dtype=choice.dtype, quantize=choice.bits, vision_backend=choice.vision_backend
@@ -43,18 +45,14 @@ class Opened:
             self.model, self._processor = load_ahead(choice.model, options)
             if not ahead:
                 self.model.arrive()
-        self._config = self.model.config
 
     def at(self, resolution: int | None) -> tuple[VisionLanguageModel, Processor]:
         """The model at a resolution, None for the checkpoint's own.
 
         Raises UsageError for one that the family does not take.
         """
-        config = self._config
-        if resolution is not None:
-            config = config.adapted(None, resolution, None)
-        self.model.config = config
-        return self.model, type(self._processor)(config, self._processor.tokenizer)
+        asked, tokenizer = Preprocessing(resolution=resolution), self._processor.tokenizer
+        return self.model, type(self._processor)(self.model.config, tokenizer, asked)
 
     @property
     def dtype(self) -> str:

@@ -20,6 +20,7 @@ from mlx_vlm_edge.connectors.mlp import MLP
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import Cache, KVCache
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.text.prompt import Inputs
 from mlx_vlm_edge.timings import Clock, Stages
 from mlx_vlm_edge.vision.fastvit import STRIDE
@@ -31,8 +32,6 @@ from .read import Part
 STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
 TILES_AT_ONCE = 4
 CHUNK = 512  # positions of a prefill that is measured in parts
-TOWERS = ("vision_tower", "vision_model")
-JOINS = ("mm_projector", "multi_modal_projector", "connector")
 CONNECTORS = {"mlp2x": MLP, "ldp": LDP, "ldpv2": LDPv2}
 
 Timed = Callable[[], float]  # runs a part once -> its seconds, or those it comes to
@@ -59,18 +58,16 @@ class Pieces:
 def pieces(model: str) -> Pieces:
     """The parts of an alias. Raises UsageError for a family without a tower and a connector."""
     plan = blueprint(model)
-    children = plan.model.children()
-    towers = [children[name] for name in TOWERS if name in children]
-    joins = [children[name] for name in JOINS if name in children]
-    if not towers or not joins:
+    tower, connector = plan.model.tower, plan.model.connector
+    if connector is None:
         raise UsageError(f"{model} has no vision tower and connector to measure by themselves")
-    return Pieces(plan.config, towers[0], joins[0], plan.model.language_model, plan.dtype)
+    return Pieces(plan.config, tower, connector, plan.model.language_model, plan.dtype)
 
 
 def side_of(found: Pieces, resolution: int | None) -> int:
     """The side of a tile in pixels. Raises UsageError for one that the tower does not take."""
     if not isinstance(found.config.vision, ViTConfig):  # FastViTHD takes many sizes
-        return int(found.config.adapted(None, resolution).image_size)
+        return int(found.config.adapted(Preprocessing(resolution=resolution)).image_size)
     side: int = found.config.vision.image_size
     if resolution not in (None, side):
         raise UsageError(f"image size {resolution}: this vision tower takes {side} only")

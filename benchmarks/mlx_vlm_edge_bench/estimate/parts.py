@@ -7,7 +7,7 @@ from typing import Any
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.configs.defaults import IDEFICS3_VISION, LLAMA
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models import FAMILIES
+from mlx_vlm_edge.models import family_name
 
 from . import connector, decoder, vision, visual
 from .decoder import Decoder
@@ -40,12 +40,9 @@ def parts_of(config: Config, resolution: int | None = None, image: Size = SQUARE
     """
     if min(image) < 1:
         raise UsageError(f"a picture of {image[0]} x {image[1]} pixels has nothing in it")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UsageError(f"config.json: model_type {kind!r} is not supported (known: {known})")
+    build = _BUILDERS[family_name(config)]
     try:
-        return _BUILDERS[FAMILIES[kind]](config, resolution, image)
+        return build(config, resolution, image)
     except KeyError as error:
         raise UsageError(f"config.json lacks {error.args[0]!r}") from error
     except (TypeError, AttributeError, ZeroDivisionError, ValueError) as error:

@@ -7,7 +7,6 @@ the values. Parameters are made directly in the final dtype, the quantised ones 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +22,8 @@ from mlx_vlm_edge.kernels import on_cpu
 from mlx_vlm_edge.loading.load import GROUP_SIZE, arrange, quantize_language_model
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.models.contract import Family
+from mlx_vlm_edge.picture.preprocessing import AS_PUBLISHED, Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
 
 from .tokenizer import random_tokenizer
@@ -37,7 +38,7 @@ class Blueprint:
     """A model that exists in its shapes only: nothing of it is evaluated yet."""
 
     name: str
-    module: ModuleType
+    family: Family[Any]
     config: Any
     model: VisionLanguageModel
     dtype: mx.Dtype
@@ -65,14 +66,14 @@ def blueprint(
 ) -> Blueprint:
     """The shapes of a model. dtype: float32 by default on the CPU back end, bfloat16 elsewhere."""
     source: Mapping[str, Any] = config or config_of(name)
-    module = family(source.get("model_type"))
-    parsed = module.Config.from_dict(source)
-    model: VisionLanguageModel = module.Model(parsed)
+    kind = family(source)
+    parsed = kind.Config.from_dict(source)
+    model = kind.Model(parsed)
     model.eval()
     if bits is not None:
         quantize_language_model(model, {}, bits)
     chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else mx.bfloat16)
-    return Blueprint(name, module, parsed, model, chosen, bits)
+    return Blueprint(name, kind, parsed, model, chosen, bits)
 
 
 def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:
@@ -82,11 +83,10 @@ def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:
     return plan.model, processor_of(plan)
 
 
-def processor_of(plan: Blueprint) -> Processor:
+def processor_of(plan: Blueprint, asked: Preprocessing = AS_PUBLISHED) -> Processor:
     """The family's processor with a synthetic tokenizer."""
     tokenizer = random_tokenizer(plan.config.text.vocab_size, plan.config)
-    processor: Processor = plan.module.Processor(plan.config, tokenizer)
-    return processor
+    return plan.family.Processor(plan.config, tokenizer, asked)
 
 
 def fill(part: nn.Module, dtype: mx.Dtype, bits: int | None = None) -> None:

@@ -19,6 +19,7 @@ from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.picture.preprocessing import AS_PUBLISHED
 from mlx_vlm_edge.text.prompt import Processor
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
@@ -30,7 +31,7 @@ from .coreai import write_asset
 from .emit.toolkit import tools
 from .package.save import save_checked, save_package
 from .part import Options, Part
-from .parts.encoders import Encoder, Preprocessing, encoder
+from .parts.encoders import AppPixels, Encoder, encoder
 from .parts.pictures import drawn_cases, given_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
@@ -100,15 +101,14 @@ def export(
 def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Processor | None]:
     """The model, lazily, all but its language model in float32; no processor without tokenizer."""
     config, arrays = native_checkpoint(folder)
-    module = family(config.get("model_type"))
-    model = build(module, config, arrays)
+    kind = family(config)
+    model = build(kind, config, arrays)
     for name, part in model.children().items():
         if name != "language_model" and isinstance(part, nn.Module):
             part.apply(_float32)
     if not tokenizer_files(folder) and "decoder" not in parts:
         return model, None
-    processor: Processor = module.Processor(model.config, Tokenizer.from_folder(folder))
-    return model, processor
+    return model, kind.Processor(model.config, Tokenizer.from_folder(folder), AS_PUBLISHED)
 
 
 def _float32(array: mx.array) -> mx.array:
@@ -121,7 +121,7 @@ def _parts(
     wanted: Sequence[str],
     options: Options,
     image: str | Path | None,
-) -> tuple[list[Part], Preprocessing | None]:
+) -> tuple[list[Part], AppPixels | None]:
     """The parts to export, and how pictures are made ready for them."""
     built: list[Part] = []
     made: Encoder | None = None
@@ -134,7 +134,7 @@ def _parts(
             built.append(VisionPart(Connector(made), options, cases))
     if "decoder" in wanted:
         built.append(import_module(".parts.decoder", __package__).part(model, processor, options))
-    return built, None if made is None else made.preprocessing
+    return built, None if made is None else made.pixels
 
 
 def _save(part: Part, path: Path, say: Report) -> None:

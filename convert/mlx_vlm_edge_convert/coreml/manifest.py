@@ -12,7 +12,7 @@ from ..save import save_json
 from .package.interface import interface
 from .package.save import SUFFIX
 from .part import MINIMUM, Check, Options, Part
-from .parts.encoders import Preprocessing
+from .parts.encoders import AppPixels
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -46,7 +46,7 @@ def part_entry(
     return entry
 
 
-def preprocessing_entry(pixels: Preprocessing) -> dict[str, Any]:
+def preprocessing_entry(pixels: AppPixels) -> dict[str, Any]:
     """How a picture becomes the vision part's input; mean and std are in its weights already."""
     return {
         "strategy": pixels.strategy,

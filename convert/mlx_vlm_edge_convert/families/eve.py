@@ -43,14 +43,9 @@ RULES = (
 )
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are names of the native layout."""
-    return eve.is_native(names)
-
-
 def rename(weights: Mapping[str, mx.array]) -> Arrays:
     """Published names -> native ones, lazily. Raises UsageError for a name without a rule."""
-    return dict(weights) if is_native(weights) else apply(RULES, weights, "EVE's layout")
+    return dict(weights) if eve.is_native(weights) else apply(RULES, weights, "EVE's layout")
 
 
 def to_native(

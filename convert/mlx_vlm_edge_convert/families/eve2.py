@@ -4,7 +4,7 @@ Every decoder layer has a second set of weights, for visual tokens, under `moe_`
 Source: baaivision/EVE, EVEv2, eve/model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,13 @@ RULES = (
 )
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are names of the native layout."""
-    return eve2.is_native(names)
-
-
 def rename(weights: Mapping[str, mx.array]) -> Arrays:
     """Published names -> native ones, lazily. Raises UsageError for a name without a rule."""
-    return dict(weights) if is_native(weights) else apply(RULES, weights, "EVE v2's layout")
+    return (
+        dict(weights)
+        if eve2.FAMILY.is_native(weights)
+        else apply(RULES, weights, "EVE v2's layout")
+    )
 
 
 def to_native(

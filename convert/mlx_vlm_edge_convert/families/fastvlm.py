@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.models.fastvlm import is_native
 from mlx_vlm_edge.picture.image import Pixels
 
 from .. import reparam
@@ -152,11 +153,6 @@ def _transformers_rules(names: Iterable[str]) -> tuple[Rule, ...]:
         Rule(rf"{connector}2\.({_WB})", r"mm_projector.2.\1"),
         *decoder_rules("model.language_model."),
     )
-
-
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are names of the native layout."""
-    return any(name.startswith(TOWER) for name in names)
 
 
 def rename(weights: Mapping[str, mx.array]) -> Arrays:

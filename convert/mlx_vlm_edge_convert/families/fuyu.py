@@ -4,7 +4,7 @@ transformers 5 saves the same weights under other prefixes, with the decoder's k
 in `text_config`; there they may stay.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,6 @@ _TRANSFORMERS = (
 )
 
 
-def is_native(names: Iterable[str]) -> bool:
-    """Whether these are names of the native layout."""
-    return fuyu.is_native(names)
-
-
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],
@@ -50,7 +45,7 @@ def to_native(
     `preprocessor` is not read: the sizes are the same for every Fuyu.
     Raises UsageError for names without a rule.
     """
-    if is_native(weights):
+    if fuyu.is_native(weights):
         return dict(config), dict(weights)
     return dict(config), apply(_TRANSFORMERS, weights, "transformers' fuyu layout")
 

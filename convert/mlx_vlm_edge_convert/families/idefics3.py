@@ -22,8 +22,6 @@ from ..save import complete_json
 from .decoder import EMBEDDING, decoder_rules, settle_head
 from .vit import tower_rules
 
-__all__ = ["is_native", "probe", "rename", "to_native", "write_files"]
-
 CONNECTOR = "connector.modality_projection.proj.weight"
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
 ADDED = {  # rows for added tokens, which the first checkpoints keep apart -> what they go under

@@ -14,8 +14,7 @@ import mlx.core as mx
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, MEAN, STD
-from mlx_vlm_edge.models.llava import is_native as is_native
+from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, MEAN, STD, is_native
 
 from ..rules import Arrays, Rule, apply, some
 from ..save import clip_preprocessor, complete_json

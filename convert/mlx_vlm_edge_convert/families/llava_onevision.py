@@ -30,8 +30,6 @@ from ..save import complete_json
 from .decoder import decoder_rules, settle_head
 from .vit import tower_rules
 
-__all__ = ["is_native", "probe", "rename", "to_native", "write_files"]
-
 Config = dict[str, Any]
 
 TOWER_NAME = "siglip-so400m-patch14-384"

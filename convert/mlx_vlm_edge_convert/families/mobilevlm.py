@@ -13,8 +13,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models.llava import MEAN, STD
-from mlx_vlm_edge.models.mobilevlm import is_native as is_native
+from mlx_vlm_edge.models.llava import MEAN, STD, is_native
 from mlx_vlm_edge.models.mobilevlm import visual_tokens
 
 from ..rules import Arrays, Rule, apply, some, to_channels_last

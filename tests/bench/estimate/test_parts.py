@@ -14,14 +14,15 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES, locate
 from mlx_vlm_edge.loading.load import load
 from mlx_vlm_edge.models import family
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
 
 PICTURES = [(1024, 1024), (640, 480), (300, 700), (1920, 1080), (384, 384)]
 
 
 def model_of(alias):
     config = configs.read(alias)
-    module = family(config["model_type"])
-    return module.Model(module.Config.from_dict(config))
+    kind = family(config)
+    return kind.Model(kind.Config.from_dict(config))
 
 
 def nbytes(module):
@@ -43,11 +44,9 @@ def nothing_is_allocated():
 def test_parameters_are_the_built_models(alias):
     found, model = parts_of(configs.read(alias)), model_of(alias)
     ours = {"language_model": found.decoder.parameters}
-    for names, work in (
-        (("vision_tower", "vision_model", "vision_embed_tokens"), found.vision),
-        (("mm_projector", "connector", "multi_modal_projector"), found.connector),
-    ):
-        ours |= {name: work.parameters for name in names if name in model}
+    ours[model.tower_name] = found.vision.parameters
+    if model.connector_name:
+        ours[model.connector_name] = found.connector.parameters
     newline = {"image_newline"} & model.keys()
     if newline:
         ours["multi_modal_projector"] -= model.image_newline.size
@@ -72,9 +71,9 @@ def test_8_bits_too():
 
 
 def processor_of(config, resolution=None):
-    module = family(config["model_type"])
-    processor = module.Processor.__new__(module.Processor)
-    processor.config = module.Config.from_dict(config).adapted(None, resolution)
+    kind = family(config)
+    processor = kind.Processor.__new__(kind.Processor)
+    processor.config = kind.Config.from_dict(config).adapted(Preprocessing(resolution=resolution))
     return processor
 
 
@@ -114,9 +113,9 @@ def test_visual_tokens_at_other_resolutions(alias, resolution):
 )  # fmt: skip
 def test_what_a_family_refuses_is_refused(alias, resolution):
     config = configs.read(alias)
-    module = family(config["model_type"])
+    kind = family(config)
     with pytest.raises(UsageError):
-        module.Config.from_dict(config).adapted(None, resolution)
+        kind.Config.from_dict(config).adapted(Preprocessing(resolution=resolution))
     with pytest.raises(UsageError) as error:
         parts_of(config, resolution)
     assert "\n" not in str(error.value)

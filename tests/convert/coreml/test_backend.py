@@ -31,7 +31,7 @@ def folder(request, native_folder, golden):
 def answers(model, processor, picture):
     inputs = processor("What is this?", images=[picture])
     result = generate(model, processor, "What is this?", [picture], full=True, max_tokens=8)
-    return np.array(model.features(inputs.pixels[0].data[None])), result.text
+    return np.array(model.image_features(inputs.pixels[0].data[None])), result.text
 
 
 @pytest.mark.parametrize(("setting", "limit"), [("coreml:fp32", FLOAT32), ("coreml", FLOAT16)])
@@ -98,14 +98,14 @@ def test_tiles_run_one_after_the_other_and_masks_are_refused(tools, native_folde
     model, _ = load(str(native_folder), vision_backend="coreml:fp32")
     side = model.config.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
-    together = np.array(model.features(pictures))
-    alone = [np.array(model.features(picture[None])) for picture in pictures]
+    together = np.array(model.image_features(pictures))
+    alone = [np.array(model.image_features(picture[None])) for picture in pictures]
     assert np.array_equal(together, np.concatenate(alone))
     mask = np.ones((3, side, side), bool)
-    assert np.array_equal(np.array(model.features(pictures, mask)), together)
+    assert np.array_equal(np.array(model.image_features(pictures, mask)), together)
     mask[2, -1] = False
     with pytest.raises(UsageError, match="whole tiles only"):
-        model.features(pictures, mask)
+        model.image_features(pictures, mask)
 
 
 def test_an_export_that_fails_leaves_nothing(tools, native_folder, own_cache, monkeypatch):

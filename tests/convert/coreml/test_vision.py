@@ -55,13 +55,13 @@ def model_of(folder):
     from mlx_vlm_edge.models.build import build
 
     config, arrays = read_checkpoint(folder)
-    model = build(family(config["model_type"]), config, arrays)
+    model = build(family(config), config, arrays)
     model.apply(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p)
     return model
 
 
 def cases_of(made):
-    height, width = made.preprocessing.size
+    height, width = made.pixels.size
     noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
     return [vision.Case("random pixels", noise, made)]
 

@@ -13,6 +13,7 @@ from mlx_vlm_edge.models import eve as eve_family
 from mlx_vlm_edge.models import eve2, fastvlm, idefics3, llava, llava_onevision
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.vision.positions import position_ids
 from mlx_vlm_edge.vision.vit import ViTConfig
 
@@ -26,7 +27,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class AppPixels:
     """How an app makes pixels. size: (height, width). Mean and std are in the package already."""
 
     size: Size
@@ -46,7 +47,7 @@ class Encoder:
     file beside the package.
     """
 
-    preprocessing: Preprocessing
+    pixels: AppPixels
     emit: Callable[[Network, Value], Value]
     width: int
     grid: Size
@@ -92,41 +93,39 @@ def _shown(size: Size | None) -> str:
 
 
 def _fastvlm(model: fastvlm.Model, size: Size | None, strategy: str | None) -> Encoder:
-    config = model.config.adapted(strategy, None)
+    config = model.config.adapted(Preprocessing(strategy))
     height, width = size or (config.image_size, config.image_size)
     step = fastvit.STRIDE
     if min(height, width) < step or height % step or width % step:
         shown = _shown((height, width))
         raise UsageError(f"resolution {shown}: FastViTHD takes multiples of {step} on each side")
     return Encoder(
-        Preprocessing(
-            (height, width), config.image_strategy, (0, 0, 0), (0.0,) * 3, (1.0,) * 3
-        ),
-        lambda net, image: fastvit.emit(net, model.vision_tower, image),
+        AppPixels((height, width), config.image_strategy, (0, 0, 0), (0.0,) * 3, (1.0,) * 3),
+        lambda net, image: fastvit.emit(net, model.tower, image),
         config.vision.out_dim,
         (height // step, width // step),
-        model.mm_projector,
+        model.connector,
         lambda pixels: _stages(model, pixels),
         {},
     )  # fmt: skip
 
 
 def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encoder:
-    config = model.config.adapted(strategy, None)
+    config = model.config.adapted(Preprocessing(strategy))
     vision, keeps = config.vision, config.keeps_class_token
     side = vision.grid
     grid = (1, side * side + 1) if keeps else (side, side)
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.vision_tower, vision, image, llava.MEAN, llava.STD)
+        x = vit.emit(net, model.tower, vision, image, llava.MEAN, llava.STD)
         return x if keeps else _without_class_token(net, x, grid)
 
     return Encoder(
-        Preprocessing(
+        AppPixels(
             _fixed(size, vision.image_size), config.image_strategy,
             llava.FILL, llava.MEAN, llava.STD,
         ),
-        emit, vision.hidden_size, grid, model.mm_projector,
+        emit, vision.hidden_size, grid, model.connector,
         lambda pixels: _stages(model, pixels), {},
     )  # fmt: skip
 
@@ -152,11 +151,11 @@ def _idefics3(model: idefics3.Model, size: Size | None, strategy: str | None) ->
 
     def emit(net: Network, image: Value) -> Value:
         rows = _square(vision, side)
-        x = vit.emit(net, model.vision_model, vision, image, config.mean, config.std, rows)
+        x = vit.emit(net, model.tower, vision, image, config.mean, config.std, rows)
         return net.reshape(x, (1, vision.hidden_size, side, side), "features")
 
     return Encoder(
-        Preprocessing(
+        AppPixels(
             _fixed(size, config.tile), "stretch", (0, 0, 0), config.mean, config.std
         ),
         emit, vision.hidden_size, (side, side), model.connector,
@@ -165,23 +164,23 @@ def _idefics3(model: idefics3.Model, size: Size | None, strategy: str | None) ->
 
 
 def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | None) -> Encoder:
-    config = model.config.adapted(strategy, None)
+    config = model.config.adapted(Preprocessing(strategy))
     vision, side = config.vision, config.vision.grid
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.vision_tower, vision, image, HALF, HALF)
+        x = vit.emit(net, model.tower, vision, image, HALF, HALF)
         return net.reshape(x, (1, vision.hidden_size, side, side), "features")
 
     def reference(pixels: np.ndarray) -> dict[str, mx.array]:
         features = model.features(pixels[None])
-        tokens = model.multi_modal_projector(features)
+        tokens = model.connector(features)
         return {"image_features": features, "visual_tokens": tokens}
 
     return Encoder(
-        Preprocessing(
+        AppPixels(
             _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, HALF, HALF
         ),
-        emit, vision.hidden_size, (side, side), model.multi_modal_projector, reference,
+        emit, vision.hidden_size, (side, side), model.connector, reference,
         {"tiles": True}, {"image_newline": np.array(model.image_newline.astype(mx.float32))},
     )  # fmt: skip
 
@@ -189,7 +188,7 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
 def _eve(
     model: eve_family.Model | eve2.Model, size: Size | None, strategy: str | None
 ) -> Encoder:  # fmt: skip
-    config = model.config.adapted(strategy, None)
+    config = model.config.adapted(Preprocessing(strategy))
     stride = config.vision.stride
     step = config.step if isinstance(config, eve_family.Config) else stride
     height, width = size or (config.image_size // step * step,) * 2
@@ -199,11 +198,11 @@ def _eve(
         )
     second = isinstance(model, eve2.Model)
     return Encoder(
-        Preprocessing((height, width), "stretch", (0, 0, 0), llava.MEAN, llava.STD),
-        lambda net, image: eve.emit(net, model.vision_tower, image, llava.MEAN, llava.STD),
+        AppPixels((height, width), "stretch", (0, 0, 0), llava.MEAN, llava.STD),
+        lambda net, image: eve.emit(net, model.tower, image, llava.MEAN, llava.STD),
         config.text.hidden_size if second else config.vision.width,
         (1, 1 + height // stride * (width // stride + 1)),
-        None if second else model.mm_projector,
+        model.connector,
         lambda pixels: _stages(model, pixels), {},
     )  # fmt: skip
 

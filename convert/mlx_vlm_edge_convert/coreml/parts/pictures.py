@@ -12,20 +12,20 @@ from .vision import Case
 
 def drawn_cases(made: Encoder) -> list[Case]:
     """A drawn picture, and random pixels, which drive activations further than pictures do."""
-    picture = _drawn(*made.preprocessing.size)
+    picture = _drawn(*made.pixels.size)
     return [Case("a drawn picture", picture, made), _noise(made)]
 
 
 def given_cases(made: Encoder, image: str | Path) -> list[Case]:
     """The user's picture, and random pixels. Raises UsageError when it cannot be read."""
-    pixels = made.preprocessing
+    pixels = made.pixels
     height, width = pixels.size
     fitted = fit(open_image(image), (width, height), pixels.strategy, pixels.fill)
     return [Case("the given picture", np.asarray(fitted), made), _noise(made)]
 
 
 def _noise(made: Encoder) -> Case:
-    shape = (*made.preprocessing.size, 3)
+    shape = (*made.pixels.size, 3)
     return Case("random pixels", np.random.default_rng(0).integers(0, 256, shape, np.uint8), made)
 
 

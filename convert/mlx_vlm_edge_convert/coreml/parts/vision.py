@@ -72,7 +72,7 @@ class Tower:
 
     def images(self) -> dict[str, tuple[int, ...]]:
         """The picture, unless a tensor was asked for."""
-        return {IMAGE: (1, 3, *self.encoder.preprocessing.size)} if self._takes_image else {}
+        return {IMAGE: (1, 3, *self.encoder.pixels.size)} if self._takes_image else {}
 
     @property
     def _takes_image(self) -> bool:
@@ -90,7 +90,7 @@ class Tower:
                 return net.tokens(x, TOKENS if connector is None else FEATURES).var
             return net.tokens(connectors.emit(net, connector, x), TOKENS).var
 
-        shape = (1, 3, *self.encoder.preprocessing.size)
+        shape = (1, 3, *self.encoder.pixels.size)
         return _program(program, shape, net.half and not rounds)
 
     def inputs(self, case: Case, half: bool) -> dict[str, np.ndarray]:

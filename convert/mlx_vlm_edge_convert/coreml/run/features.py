@@ -63,7 +63,7 @@ def identity(folder: Path) -> str:
 
 @dataclass
 class CoreMLFeatures:
-    """Stands in for a family's `features`: the same pictures in, the same features out.
+    """A model's `encoder`: the same pictures in as its tower has, the same features out.
 
     Packages take pictures of one size; another size is another package. Tiles run one after the
     other.
@@ -117,11 +117,11 @@ class CoreMLFeatures:
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
         """MLX's own features for a moment, which a new package is compared with."""
-        del self.model.features
+        self.model.encoder = None
         try:
             yield
         finally:
-            self.model.features = self  # type: ignore[method-assign]
+            self.model.encoder = self
 
 
 def _runner(folder: Path, compute: Compute, say: Say) -> Run:
@@ -140,19 +140,25 @@ def _runner(folder: Path, compute: Compute, say: Say) -> Run:
     return predict
 
 
-def attach(model: VisionLanguageModel, weights: str, setting: str, say: Say) -> CoreMLFeatures:
+def attach(
+    model: VisionLanguageModel,
+    weights: str,
+    setting: str,
+    say: Say,
+    size: tuple[int, int] | None = None,
+) -> CoreMLFeatures:
     """Let Core ML compute a model's image features, by "coreml" with ":fp32" or ":cpu-gpu" behind.
 
-    weights: `identity` of the checkpoint, or another name that no other weights have. The package
-    for the model's own picture size is there when this returns.
+    weights: `identity` of the checkpoint, or another name that no other weights have. size:
+    (height, width) of pictures whose package is there when this returns, by default the model's.
     Raises UsageError for another setting and for a family that has no tower to export.
     """
     precision, compute = parse(setting)
-    size = encoder(model, None, None).preprocessing.size
-    own: Any = weakref.proxy(model)  # which owns its features: no ring keeps gigabytes alive
+    usual = encoder(model, None, None).pixels.size
+    own: Any = weakref.proxy(model)  # which owns its encoder: no ring keeps gigabytes alive
     features = CoreMLFeatures(own, weights, precision, compute, say)
-    model.features = features  # type: ignore[method-assign]  # in the place of its own
-    features.prepare(size)
+    model.encoder = features
+    features.prepare(size or usual)
     return features
 
 

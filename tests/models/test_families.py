@@ -1,0 +1,79 @@
+"""What every family offers: one function says which it is, and its parts go by the same names."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.hub.models import ALIASES
+from mlx_vlm_edge.models import FAMILIES, family, family_name
+from mlx_vlm_edge.models.contract import Family
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_goes_by_the_model_type(kind):
+    assert isinstance(family({"model_type": kind}), Family)
+    assert family_name({"model_type": kind}) == FAMILIES[kind]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [  # as published
+        ({"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"]}, "llava_onevision"),
+        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, "llava"),
+        ({"model_type": "llava_qwen2", "architectures": ["LlavaQwen2ForCausalLM"]}, "fastvlm"),
+        ({"model_type": "mobilevlm", "architectures": "MobileLlamaForCausalLM"}, "mobilevlm"),
+    ],
+)
+def test_architectures_decide_between_those_that_share_a_model_type(config, name):
+    assert family_name(config) == name
+
+
+@pytest.mark.parametrize("kind", ["bert", None, 3, ["llava"]])
+def test_another_model_is_refused(kind):
+    with pytest.raises(UsageError, match="is not supported"):
+        family({"model_type": kind})
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_tower_and_connector_go_by_one_name(alias):
+    config = configs.read(alias)
+    kind = family(config)
+    model = kind.Model(kind.Config.from_dict(config))
+    parts = {"tower": model.tower, "connector": model.connector}
+    named = {name: part for name, part in parts.items() if part is not None}
+    counted = sum(
+        p.size for part in (*named.values(), model.language_model)
+        for _, p in tree_flatten(part.parameters())
+    )  # fmt: skip
+    newline = model.image_newline.size if "image_newline" in model else 0
+    assert counted + newline == sum(p.size for _, p in tree_flatten(model.parameters()))
+    assert ("connector" in named) == (family_name(config) not in ("fuyu", "eve2"))
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_family_refuses_by_name_what_it_does_not_understand(alias):
+    config = configs.read(alias)
+    parsed = family(config).Config.from_dict(config)
+    assert parsed.adapted(Preprocessing()) == parsed
+    with pytest.raises(UsageError, match="strategy"):
+        parsed.adapted(Preprocessing(strategy="squash"))
+    with pytest.raises(UsageError, match="image size -1"):
+        parsed.adapted(Preprocessing(resolution=-1))
+    with pytest.raises(UsageError, match="tile"):
+        parsed.adapted(Preprocessing(max_tiles=0))
+
+
+def test_another_back_end_stands_in_for_the_tower():
+    config = configs.read("fastvlm-0.5b")
+    kind = family(config)
+    model = kind.Model(kind.Config.from_dict(config))
+    model.encoder = lambda pictures: mx.array(pictures).astype(mx.float32)
+    pictures = np.zeros((1, 2, 2, 3), np.uint8)
+    assert model.image_features(pictures).shape == (1, 2, 2, 3)
+    model.encoder = None
+    with pytest.raises(UsageError, match="multiples of 64"):
+        model.image_features(pictures)
