@@ -12,6 +12,7 @@ from . import blas
 
 __version__ = "0.1.0"
 __all__ = [
+    "Conversation",
     "GenerationResult",
     "Options",
     "PrefixCache",
@@ -25,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import UsageError
     from .generation.answer import GenerationResult
+    from .generation.conversation import Conversation
     from .generation.loop import Options, generate, stream_generate
     from .generation.prefix import PrefixCache
     from .loading.load import load
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 blas.prepare()  # before anything imports mlx
 
 _HOME = {
+    "Conversation": "generation.conversation",
     "GenerationResult": "generation.answer",
     "Options": "generation.loop",
     "PrefixCache": "generation.prefix",

@@ -16,6 +16,8 @@ from ..errors import UsageError
 PROGRAM = "mlx-vlm-edge"
 VERBS = {
     "generate": "answer a question about images",
+    "chat": "talk with a model about images",
+    "serve": "serve a model over HTTP, with a page to try it on",
     "estimate": "what a model would take on a chip, without running it",
     "models": "list, pull, show, verify and remove models",
     "bench": "measure time to first token, and the paper's claims",

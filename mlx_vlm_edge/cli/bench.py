@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .generate import BACKENDS, DEFAULT_MODEL, default_model
+from .flags import BACKENDS, DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
     from mlx_vlm_edge_bench.bench.cases import Options

@@ -2,57 +2,32 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .flags import (
+    add_model_arguments,
+    add_picture_arguments,
+    add_sampling_arguments,
+    default_model,
+    load_options,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResult
 
 HELP = "Answer a question about images; the answer streams to standard output."
-DEFAULT_MODEL = "fastvlm-0.5b"
-DEMO_NOTE = (
-    "note: using the bundled demo model, which knows drawn shapes and printed text, "
-    f"not photographs; `mlx-vlm-edge models pull {DEFAULT_MODEL}` gets a real one"
-)
-BACKENDS = (
-    "mlx, or coreml: a package that is exported once, float16, for the Neural Engine and CPU; "
-    "coreml:fp32, coreml:cpu-gpu and both together choose otherwise"
-)
-# Flags that are passed on to `stream_generate` as they are.
-SAMPLING = {
-    "max_tokens": (int, 256, "tokens to generate at most"),
-    "top_p": (float, 1.0, "nucleus sampling: smallest set of tokens with this probability"),
-    "top_k": (int, 0, "sample from the k likeliest tokens; 0 for all"),
-    "min_p": (float, 0.0, "leave out tokens below this share of the likeliest one"),
-    "repetition_penalty": (float, 1.0, "above 1: make repeated tokens less likely"),
-    "repetition_context_size": (int, 20, "tokens the repetition penalty looks back"),
-    "seed": (int, None, "make sampling repeatable"),
-    "max_kv_size": (int, None, "positions of a rotating KV cache"),
-    "kv_bits": (int, None, "quantise the KV cache to 2, 3, 4, 5, 6 or 8 bits"),
-    "kv_group_size": (int, 64, "group size of a quantised KV cache"),
-    "quantized_kv_start": (int, 5000, "quantise the KV cache from this many positions on"),
-    "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} --prompt TEXT [--image FILE ...] [--model NAME] [options]"
     _add_prompt(parser.add_argument_group("prompt"))
-    _add_model(parser.add_argument_group("model"))
-    sampling = parser.add_argument_group("generation")
-    sampling.add_argument(
-        "--temperature", "--temp", type=float, default=0.0, metavar="N", help="0 is greedy"
-    )
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text"
-    )
-    for name, (kind, default, text) in SAMPLING.items():
-        flag = "--" + name.replace("_", "-")
-        sampling.add_argument(flag, type=kind, default=default, metavar="N", help=text)
+    add_picture_arguments(parser.add_argument_group("pictures"))
+    add_model_arguments(parser.add_argument_group("model"))
+    add_sampling_arguments(parser.add_argument_group("generation"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
     output.add_argument(
@@ -85,55 +60,6 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--raw", action="store_true", help="the prompt is used as it stands, <image> for images"
     )
-    group.add_argument(
-        "--image-strategy", metavar="NAME",
-        help="how a picture becomes square: pad, center_crop or stretch, or as the family has it "
-        "(default: the checkpoint's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--resolution", type=int, metavar="PX",
-        help="side the picture is resized to, or its longest edge before it is cut into tiles; "
-        "less is faster (default: the checkpoint's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-tiles", type=int, metavar="N",
-        help="cut a picture into at most N tiles; fewer are faster (Idefics3, SmolVLM, ...)",
-    )  # fmt: skip
-    group.add_argument(
-        "--jpeg-draft", action="store_true",
-        help="decode large JPEGs at a part of their size: faster, not the same pixels",
-    )  # fmt: skip
-
-
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model", metavar="NAME",
-        help=f"alias, Hub id or folder (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
-        "if it is here, else the bundled demo)",
-    )  # fmt: skip
-    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
-    group.add_argument("--offline", action="store_true", help="never touch the network")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of weights and activations (default: the checkpoint's on a GPU, float32 on a CPU)",
-    )  # fmt: skip
-    group.add_argument(
-        "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
-    )
-    group.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
-
-
-def default_model() -> str:
-    """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model."""
-    from ..hub.cache import local_snapshot
-    from ..hub.models import ALIASES
-
-    if name := os.environ.get("MLX_VLM_EDGE_MODEL"):
-        return name
-    if local_snapshot(ALIASES[DEFAULT_MODEL], None):
-        return DEFAULT_MODEL
-    print(DEMO_NOTE, file=sys.stderr)
-    return "demo"
 
 
 def _read(args: argparse.Namespace) -> tuple[str, list[Any]]:
@@ -168,22 +94,16 @@ def run(args: argparse.Namespace) -> int:
     if args.fps is not None and not args.video:
         raise UsageError("--fps is for videos: give one with --video")
     from ..generation.loop import stream_generate
-    from ..loading.load import Options, load_ahead
+    from ..loading.load import load_ahead
     from ..picture.video import Video
 
     images += [Video(path, args.fps) for path in args.video]
-    loading = Options(
-        dtype=args.dtype, revision=args.revision, quantize=args.bits, offline=args.offline,
-        image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
-        jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,
-    )  # fmt: skip
-    model, processor = load_ahead(args.model or default_model(), loading)
+    model, processor = load_ahead(args.model or default_model(), load_options(args))
     if args.verbose or args.json:
         model.arrive()  # so that no time of loading is taken for one of answering
-    options = {name: getattr(args, name) for name in SAMPLING}
     results = stream_generate(
         model, processor, _prompt(text, args), images, raw=args.raw, verbose=args.verbose,
-        temperature=args.temperature, stop=args.stop, **options,
+        **sampling_options(args),
     )  # fmt: skip
     return _print(results, args)
 

@@ -97,17 +97,17 @@ def stream_generate(
         raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(sorted(known))}")
     chosen = Options(**options)
     started, stages = clock(), Stages(verbose, clock)
-    inputs = processor(prompt, _as_list(images) + _as_list(image), raw=raw, stages=stages)
-    return _stream(model, processor, inputs, chosen, stages, started, prefix_cache)
+    inputs = processor(prompt, as_list(images) + as_list(image), raw=raw, stages=stages)
+    return stream_inputs(model, processor, inputs, chosen, stages, started, prefix_cache)
 
 
-def _as_list(images: Any) -> list[Any]:
+def as_list(images: Any) -> list[Any]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def _stream(
+def stream_inputs(
     model: VisionLanguageModel,
     processor: Processor,
     inputs: Inputs,
@@ -116,17 +116,17 @@ def _stream(
     started: float,
     prefix_cache: "PrefixCache | None",
 ) -> Iterator[GenerationResult]:
-    budget = _budget(model, inputs, options)
+    limit = budget(model, inputs, options)
     cache = make_cache(model, inputs, options)
     mx.reset_peak_memory()
     inputs = _encoded(model, inputs, stages)
     if prefix_cache is None:
         answer = Answer(processor, inputs, options.stop, stages, started)
-        yield from _results(decode(model, inputs, cache, options, stages, budget), answer)
+        yield from _results(decode(model, inputs, cache, options, stages, limit), answer)
         return
     run = prefix_cache.begin(model, processor, inputs, cache, stages)
     answer = Answer(processor, inputs, options.stop, stages, started, run.start)
-    tokens = decode(model, inputs, cache, options, stages, budget, run.rest)
+    tokens = decode(model, inputs, cache, options, stages, limit, run.rest)
     said: list[int] = []
     try:
         for result in _results(tokens, answer):
@@ -158,7 +158,7 @@ def _results(tokens: Iterator[int], answer: Answer) -> Iterator[GenerationResult
     yield answer.cut()
 
 
-def _budget(model: VisionLanguageModel, inputs: Inputs, options: Options) -> int:
+def budget(model: VisionLanguageModel, inputs: Inputs, options: Options) -> int:
     """How many tokens may be generated. Raises UsageError when the prompt fills the context."""
     length, context = inputs.input_ids.shape[1], model.config.context
     if length >= context:
@@ -207,7 +207,7 @@ def decode(
 
     rest: what of the prompt is not in `cache` yet; all of it by default.
     """
-    sample = _sampler(inputs, options)
+    sample = token_sampler(inputs, options)
     token = sample(model.prefill(rest or inputs, cache, options.prefill_step_size, stages))
     mx.async_eval(token)
     for index in range(budget):
@@ -221,7 +221,7 @@ def decode(
         token = following
 
 
-def _sampler(inputs: Inputs, options: Options) -> Callable[[mx.array], mx.array]:
+def token_sampler(inputs: Inputs, options: Options) -> Callable[[mx.array], mx.array]:
     """Logits [1, V] -> token int[1], with the penalties that look at the tokens so far."""
     sampling = Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
     draw, processors = make_sampler(sampling), make_logits_processors(sampling)

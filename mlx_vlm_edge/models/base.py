@@ -131,8 +131,8 @@ class VisionLanguageModel(nn.Module):
         return logits
 
     def step(self, token: mx.array, cache: Sequence[Cache]) -> mx.array:
-        """Logits [1, V] after one more token, int[1]."""
-        embeddings = self.language_model.embed(token[None])
+        """Logits [B, V] after one more token of each sequence, int[B]."""
+        embeddings = self.language_model.embed(token[:, None])
         return self.language_model(embeddings, cache)[:, -1]
 
     def __call__(self, inputs: Inputs) -> mx.array:

@@ -1,0 +1,146 @@
+"""`mlx-vlm-edge serve`: an HTTP server that OpenAI's clients can use, and a page to try it on."""
+
+import argparse
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..generation.engine import Engine
+
+HELP = "Serve a model over HTTP (OpenAI API), with a page to try it on."
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EXTRA = (
+    "serving needs more packages: pip install 'starlette' 'uvicorn' 'pydantic' 'prometheus-client'"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .flags import add_model_arguments, add_picture_arguments
+
+    add_model_arguments(parser.add_argument_group("model"))
+    add_picture_arguments(parser.add_argument_group("pictures"))
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    network.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one")
+    network.add_argument(
+        "--api-key", metavar="KEY",
+        help="what clients must send; needed for any host but this machine "
+        "(or set MLX_VLM_EDGE_API_KEY)",
+    )  # fmt: skip
+    network.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="another name under which this server is reached",
+    )  # fmt: skip
+    network.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL",
+        help="a page that may use this server from a browser, such as https://example.org",
+    )  # fmt: skip
+    network.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
+    network.add_argument("--ssl-keyfile", metavar="FILE", help="and this key")
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    from ..server.limits import Limits
+
+    limits = Limits()
+    for name, text in {
+        "rows": "requests answered together",
+        "waiting": "requests that may wait beside them",
+        "tokens": "tokens of one answer",
+        "images": "pictures of one request",
+        "image_pixels": "pixels of one picture",
+        "body_bytes": "bytes of one request",
+        "connections": "connections open at once",
+    }.items():
+        flag = f"--max-{name.replace('_', '-')}"
+        group.add_argument(flag, type=int, default=getattr(limits, name), metavar="N", help=text)
+    group.add_argument(
+        "--allow-url-images", action="store_true",
+        help="fetch pictures from https addresses that clients name (public ones only)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    key = args.api_key or os.environ.get("MLX_VLM_EDGE_API_KEY")
+    if args.host not in LOOPBACK and not key:
+        raise UsageError(f"--host {args.host} is open to others: set --api-key")
+    if bool(args.ssl_certfile) != bool(args.ssl_keyfile):
+        raise UsageError("--ssl-certfile and --ssl-keyfile go together")
+    for flag in ("ssl_certfile", "ssl_keyfile"):
+        path = getattr(args, flag)
+        if path and not os.path.isfile(path):
+            raise UsageError(f"{path}: no such file; --{flag.replace('_', '-')} names one")
+    listening = _listen(args.host, args.port)
+    try:
+        return _serve(args, key, listening)
+    finally:
+        listening.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, before anything is loaded. Raises UsageError when it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot listen on {host} port {port} ({reason}): choose another --port"
+        ) from None
+    return listening
+
+
+def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) -> int:
+    try:
+        import uvicorn
+
+        from ..server.app import Served, application
+        from ..server.connections import Protocol
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{EXTRA} ({error.name} is missing)") from None
+    from ..server.guards import LOCAL_NAMES, Access
+    from ..server.limits import Limits
+    from .flags import default_model
+
+    name = args.model or default_model()
+    limits = Limits(
+        rows=args.max_rows, waiting=args.max_waiting, tokens=args.max_tokens,
+        images=args.max_images, image_pixels=args.max_image_pixels,
+        body_bytes=args.max_body_bytes, connections=args.max_connections,
+    )  # fmt: skip
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    hosts = {*LOCAL_NAMES, shown.lower(), *(host.lower() for host in args.allow_host)}
+    served = Served(
+        os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name, limits,
+        Access(frozenset(hosts), frozenset(args.cors_origin), key), args.allow_url_images,
+    )  # fmt: skip
+    scheme = "https" if args.ssl_certfile else "http"
+    port = listening.getsockname()[1]
+    print(f"{served.name} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
+    config = uvicorn.Config(
+        application(served, lambda: _engine(args, name, limits)), http=Protocol, ws="none",
+        log_level="warning", access_log=False, server_header=False, lifespan="on",
+        limit_concurrency=limits.connections, timeout_keep_alive=15,
+        ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile, timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _engine(args: argparse.Namespace, name: str, limits: Any) -> "Engine":
+    from ..generation.engine import Engine
+    from ..generation.prefix import PrefixCache
+    from .flags import load_model
+
+    model, processor = load_model(args, name)
+    print("ready", file=sys.stderr, flush=True)
+    return Engine(
+        model, processor, rows=limits.rows, waiting=limits.waiting, prefix_cache=PrefixCache()
+    )

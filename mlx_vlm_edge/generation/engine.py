@@ -1,0 +1,293 @@
+"""One model answers many prompts: each joins a running batch, and a step decodes all of it.
+
+One thread does everything with MLX, in turns: it prefills a prompt that waits while there is a
+place, then decodes one token of every prompt that is being answered. Prompts leave when their
+answer ends, when they are cancelled, or when they fail, and no other notices.
+"""
+
+import atexit
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Event, Thread
+from typing import cast
+
+import mlx.core as mx
+
+from ..language.cache import Cache, QuantizingCaches
+from ..language.rows import rows_of
+from ..models.base import VisionLanguageModel
+from ..text.prompt import Inputs, Processor
+from ..timings import Stages
+from .answer import Answer, GenerationResult
+from .loop import Options, budget, make_cache, token_sampler
+from .prefix import PrefixCache, Run
+
+ROWS = 8
+WAITING = 32
+
+Deliver = Callable[[GenerationResult | Exception], None]
+
+
+class BusyError(Exception):
+    """As many prompts wait as may."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A prompt on its way; `cancel` gives its place free at the next step.
+
+    deliver: called in the engine's thread with every piece of the answer, the last of which has a
+    finish reason, or with what went wrong. client: whose turn it is when several wait.
+    """
+
+    inputs: Inputs
+    options: Options
+    deliver: Deliver
+    client: str
+    stages: Stages
+    started: float
+    _cancelled: Event = field(default_factory=Event)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+
+class Line:
+    """Prompts that wait, taken from one client after the other."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._by_client: OrderedDict[str, deque[Ticket]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    def put(self, ticket: Ticket) -> None:
+        """Raises BusyError when the line is full."""
+        if len(self) >= self.limit:
+            raise BusyError
+        self._by_client.setdefault(ticket.client, deque()).append(ticket)
+
+    def take(self) -> Ticket | None:
+        """The next ticket of the client who has waited longest for a turn; None when none waits."""
+        if not self._by_client:
+            return None
+        client, tickets = self._by_client.popitem(last=False)
+        ticket = tickets.popleft()
+        if tickets:
+            self._by_client[client] = tickets  # behind the others
+        return ticket
+
+
+class _Row:
+    """A prompt that is being answered: its caches, its next token, and its answer so far."""
+
+    def __init__(self, ticket: Ticket, answer: Answer, cache: list[Cache], run: Run | None) -> None:
+        self.ticket, self.answer, self.cache, self.run = ticket, answer, cache, run
+        self.sample = token_sampler(ticket.inputs, ticket.options)
+        self.token = mx.array([0])  # int[1], under way
+        self.left = 0  # tokens that may come, the one under way included
+        self.said: list[int] = []
+
+    def deliver(self) -> bool:
+        """Hand out the token under way; whether the answer goes on."""
+        token = cast(int, self.token.item())
+        piece = self.answer.add(token)
+        self.said.append(token)
+        self.left -= 1
+        self.ticket.deliver(piece)
+        if piece.finish_reason is not None:
+            return False
+        if not self.left:
+            self.ticket.deliver(self.answer.cut())
+        return self.left > 0
+
+    def remember(self) -> None:
+        if self.run is not None and self.said:
+            self.run.end(self.said)
+
+
+class Engine:
+    """Answers prompts with one model; for any number of threads.
+
+    rows: prompts answered together. waiting: prompts that may wait beside them. prefix_cache:
+    shared by all of them; None for none.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        *,
+        rows: int = ROWS,
+        waiting: int = WAITING,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.rows_limit, self.prefix_cache = rows, prefix_cache
+        self._line, self._rows = Line(waiting), list[_Row]()
+        self._changed = Condition()
+        self._closing, self._idle = False, Event()
+        self._thread = Thread(target=self._work, name="mlx-vlm-edge engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(
+        self,
+        inputs: Inputs,
+        options: Options,
+        deliver: Deliver,
+        *,
+        client: str = "",
+        stages: Stages | None = None,
+        started: float | None = None,
+    ) -> Ticket:
+        """Put a prompt in the line. Raises BusyError when it is full, UsageError for a long prompt.
+
+        stages and started: of the prompt's preparation, for its times.
+        """
+        with self._changed:
+            if self._closing:
+                raise BusyError
+            budget(self.model, inputs, options)
+        stages = stages or Stages()
+        ticket = Ticket(
+            inputs, options, deliver, client, stages, stages.clock() if started is None else started
+        )
+        with self._changed:
+            self._line.put(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    @property
+    def answering(self) -> int:
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return len(self._line)
+
+    def close(self) -> None:
+        """End what is under way; the thread stays, since MLX may abort a process where one ends."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._idle.wait()
+        atexit.unregister(self.close)
+
+    def _work(self) -> None:
+        while self._turn():
+            pass
+        for row in self._rows:
+            row.ticket.deliver(BusyError("the server is shutting down"))
+        while (ticket := self._line.take()) is not None:
+            ticket.deliver(BusyError("the server is shutting down"))
+        self._rows.clear()
+        del self.model, self.processor, self.prefix_cache
+        self._idle.set()
+        Event().wait()
+
+    def _turn(self) -> bool:
+        """Admit one prompt where there is a place, decode one token of each; False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._rows or len(self._line))
+            if self._closing:
+                return False
+            ticket = self._line.take() if len(self._rows) < self.rows_limit else None
+        if ticket is not None and not ticket.cancelled:
+            self._admit(ticket)
+        self._drop(lambda row: row.ticket.cancelled)
+        try:
+            self._step()
+        except Exception as error:  # noqa: BLE001  (no row can go on; the next prompts may)
+            for row in self._rows:
+                row.ticket.deliver(error)
+            self._rows = []
+        return True
+
+    def _admit(self, ticket: Ticket) -> None:
+        """Prefill a prompt; its first token is under way when it joins the rows."""
+        try:
+            self._rows.append(self._prefilled(ticket))
+        except Exception as error:  # noqa: BLE001  (told to the one whose prompt it is)
+            ticket.deliver(error)
+
+    def _prefilled(self, ticket: Ticket) -> _Row:
+        inputs, options, stages = ticket.inputs, ticket.options, ticket.stages
+        cache = make_cache(self.model, inputs, options)
+        run, rest, reused = None, inputs, 0
+        if self.prefix_cache is not None:
+            run = self.prefix_cache.begin(self.model, self.processor, inputs, cache, stages)
+            rest, reused = run.rest, run.start
+        stages.mark("queue")
+        answer = Answer(self.processor, inputs, options.stop, stages, ticket.started, reused)
+        row = _Row(ticket, answer, cache, run)
+        row.left = budget(self.model, inputs, options)
+        logits = self.model.prefill(rest, cache, options.prefill_step_size, stages)
+        row.token = row.sample(logits)
+        mx.async_eval(row.token)
+        return row
+
+    def _step(self) -> None:
+        """Start every row's next token, then hand out the ones that were under way."""
+        on = [row for row in self._rows if row.left > 1]
+        following = self._next(on) if on else {}
+        over = [row for row in self._rows if not self._delivered(row)]
+        for row, token in following.items():
+            row.token = token
+        self._drop(lambda row: row in over)
+
+    def _next(self, rows: Sequence[_Row]) -> dict[_Row, mx.array]:
+        """Each row's token after the one under way, int[1]; one that fails is left out."""
+        for row in rows:
+            if isinstance(row.cache, QuantizingCaches):
+                row.cache.quantize()
+        logits = self.model.step(
+            mx.concatenate([row.token for row in rows]), rows_of([row.cache for row in rows])
+        )
+        following: dict[_Row, mx.array] = {}
+        for index, row in enumerate(rows):
+            try:
+                following[row] = row.sample(logits[index : index + 1])
+            except Exception as error:  # noqa: BLE001  (told to the one whose sampling it is)
+                row.ticket.cancel()
+                row.ticket.deliver(error)
+        mx.async_eval(list(following.values()))
+        return following
+
+    @staticmethod
+    def _delivered(row: _Row) -> bool:
+        return not row.ticket.cancelled and row.deliver()
+
+    def _drop(self, is_over: Callable[[_Row], bool]) -> None:
+        over = [row for row in self._rows if is_over(row)]
+        for row in over:
+            row.remember()
+        if over:
+            self._rows = [row for row in self._rows if row not in over]
+
+
+def pieces(
+    submit: Callable[[Deliver], Ticket], timeout: float | None = None
+) -> Iterator[GenerationResult]:
+    """A ticket's pieces as an iterator, for callers that wait in their own thread."""
+    from queue import SimpleQueue
+
+    arrived: SimpleQueue[GenerationResult | Exception] = SimpleQueue()
+    ticket = submit(arrived.put)
+    try:
+        while True:
+            piece = arrived.get(timeout=timeout)
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    finally:
+        ticket.cancel()

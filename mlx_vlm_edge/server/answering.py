@@ -1,0 +1,143 @@
+"""A checked request -> prompts in the engine's line, and their pieces back in the event loop."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from ..errors import UsageError
+from ..generation.answer import GenerationResult
+from ..generation.engine import BusyError, Engine, Ticket
+from ..generation.loop import Options
+from ..text.prompt import Inputs
+from ..timings import Stages
+from . import pictures
+from .errors import ApiError, bad_request
+from .limits import Limits
+
+RETRY_SECONDS = 2
+PREPARING = 2  # requests whose pictures are decoded at the same time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request in our own terms, whichever API it came by.
+
+    messages: as `processor` takes them, or with `raw` a text. addresses: (field, address) of each
+    picture, in order. options: one for each answer that is asked for.
+    """
+
+    messages: Any
+    addresses: Sequence[tuple[str, str]]
+    options: Sequence[Options]
+    client: str = ""
+    raw: bool = False
+
+
+@dataclass
+class Choice:
+    """An answer so far."""
+
+    text: str = ""
+    pieces: list[GenerationResult] = field(default_factory=list)
+
+    @property
+    def last(self) -> GenerationResult:
+        return self.pieces[-1]
+
+    def add(self, piece: GenerationResult) -> None:
+        self.text += piece.text
+        self.pieces.append(piece)
+
+
+class Answering:
+    """Prepares requests beside the engine's thread and follows their answers."""
+
+    def __init__(self, engine: Engine, limits: Limits, remote_images: bool) -> None:
+        self.engine, self.limits, self.remote_images = engine, limits, remote_images
+        self._preparing = asyncio.Semaphore(PREPARING)
+
+    async def start(self, asked: Asked) -> "Answers":
+        """Decode, tokenise and put in the line. Raises ApiError."""
+        started = time.perf_counter()
+        if self.engine.waiting + len(asked.options) > self.limits.waiting:
+            raise busy()
+        async with self._preparing:
+            inputs, stages = await run_in_threadpool(self._prepare, asked)
+        answers = Answers(len(asked.options))
+        try:
+            for index, options in enumerate(asked.options):
+                ticket = self.engine.submit(
+                    inputs, options, answers.deliverer(index),
+                    client=asked.client, stages=stages.copy(), started=started,
+                )  # fmt: skip
+                answers.tickets.append(ticket)
+        except BusyError:
+            answers.cancel()
+            raise busy() from None
+        except UsageError as error:
+            raise bad_request(str(error), "messages", "context_length_exceeded") from None
+        return answers
+
+    def _prepare(self, asked: Asked) -> tuple[Inputs, Stages]:
+        stages = Stages(measured=True)
+        images = pictures.read(asked.addresses, self.limits, self.remote_images)
+        try:
+            inputs = self.engine.processor(asked.messages, images, raw=asked.raw, stages=stages)
+        except UsageError as error:
+            raise bad_request(str(error), "messages") from None
+        return inputs, stages
+
+
+def busy() -> ApiError:
+    return ApiError(
+        429, "too many requests wait: try again later", code="busy", retry_after=RETRY_SECONDS
+    )
+
+
+class Answers:
+    """The pieces of one request's answers, as they come."""
+
+    def __init__(self, count: int) -> None:
+        self.tickets: list[Ticket] = []
+        self._open = count
+        self._arrived: asyncio.Queue[tuple[int, GenerationResult | Exception]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def deliverer(self, index: int) -> Callable[[GenerationResult | Exception], None]:
+        def deliver(piece: GenerationResult | Exception) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, piece))
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                self.cancel()
+
+        return deliver
+
+    def cancel(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, GenerationResult]]:
+        """(choice, piece) until every answer has ended. Raises ApiError where one fails."""
+        try:
+            while self._open:
+                index, piece = await self._arrived.get()
+                if isinstance(piece, Exception):
+                    raise _failure(piece)
+                self._open -= piece.finish_reason is not None
+                yield index, piece
+        finally:
+            self.cancel()
+
+
+def _failure(error: Exception) -> ApiError:
+    if isinstance(error, UsageError):
+        return bad_request(str(error))
+    if isinstance(error, BusyError):
+        return ApiError(
+            503, "the server is shutting down", code="closing", retry_after=RETRY_SECONDS
+        )
+    return ApiError(500, f"the answer failed ({type(error).__name__})", code="failed")

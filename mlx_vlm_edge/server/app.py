@@ -1,0 +1,214 @@
+"""The application: routes to the APIs, one engine behind all of them, and what guards it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ..generation.engine import Engine
+from . import openai
+from .answering import Answering, Answers, Asked
+from .errors import ApiError, bad_request
+from .guards import Access, Guards
+from .limits import Limits
+from .metrics import Metrics
+from .requests import ChatRequest, CompletionRequest, parse
+
+PAGE = Path(__file__).parent / "page"
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'"
+)
+FILES = {
+    "/": "index.html", "/page.js": "page.js", "/page.css": "page.css", "/icon.svg": "icon.svg",
+}  # fmt: skip
+
+
+@dataclass
+class Served:
+    """What is served: name is the model's, as clients call it; engine is None while it loads."""
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+    remote_images: bool = False
+    engine: Engine | None = None
+    answering: Answering | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def ready(self) -> Answering:
+        """Raises ApiError 503 until the model is there."""
+        if self.engine is None:
+            raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
+        if self.answering is None:
+            self.answering = Answering(self.engine, self.limits, self.remote_images)
+        return self.answering
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.name):
+            raise ApiError(
+                404, f"the model served here is {self.name}", param="model", code="model_not_found"
+            )
+
+
+def application(served: Served, load: Callable[[], Engine] | None = None) -> Guards:
+    """The ASGI application. load: makes the engine, in a thread, after the server has started."""
+    routes = [
+        Route("/v1/chat/completions", _endpoint(served, _chat), methods=["POST"]),
+        Route("/v1/completions", _endpoint(served, _completion), methods=["POST"]),
+        Route("/v1/models", _endpoint(served, _models), methods=["GET"]),
+        Route("/v1/models/{id:path}", _endpoint(served, _model), methods=["GET"]),
+        Route("/health", _endpoint(served, _health), methods=["GET"]),
+        Route("/metrics", _endpoint(served, _metrics), methods=["GET"]),
+        *(Route(path, _file(name), methods=["GET"]) for path, name in FILES.items()),
+    ]
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(served, load)) if load else None
+        try:
+            yield
+        finally:
+            if loading is not None:
+                loading.cancel()
+            if served.engine is not None:
+                await asyncio.to_thread(served.engine.close)
+
+    app = Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found}
+    )
+    return Guards(app, served.access, served.limits)
+
+
+async def _load(served: Served, load: Callable[[], Engine]) -> None:
+    served.engine = await asyncio.to_thread(load)
+
+
+Handler = Callable[[Served, Request], Awaitable[Response]]
+
+
+def _endpoint(served: Served, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(served, request)
+        except ApiError as error:
+            served.metrics.refused(error.status)
+            raise
+
+    return endpoint
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    told = ApiError(status, "there is nothing at this address; see /openapi.json", code="not_found")
+    return JSONResponse(told.openai(), status)
+
+
+async def _body(request: Request) -> Any:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be application/json", code="content_type")
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise bad_request("the body is not valid JSON", code="invalid_json") from None
+
+
+async def _chat(served: Served, request: Request) -> Response:
+    asked = parse(ChatRequest, await _body(request))
+    served.check_model(asked.model)
+    reply = openai.Reply(True, served.name, asked.n, _wants_usage(asked))
+    return await _reply(
+        served, request, openai.chat_asked(asked, served.limits), reply, asked.stream
+    )
+
+
+async def _completion(served: Served, request: Request) -> Response:
+    asked = parse(CompletionRequest, await _body(request))
+    served.check_model(asked.model)
+    reply = openai.Reply(False, served.name, asked.n, _wants_usage(asked))
+    return await _reply(
+        served, request, openai.completion_asked(asked, served.limits), reply, asked.stream
+    )
+
+
+def _wants_usage(asked: ChatRequest | CompletionRequest) -> bool:
+    return asked.stream_options is not None and asked.stream_options.include_usage
+
+
+async def _reply(
+    served: Served, request: Request, asked: Asked, reply: openai.Reply, stream: bool
+) -> Response:
+    answers = await served.ready().start(asked)
+    if stream:
+        return StreamingResponse(
+            served.metrics.counted(reply.events(answers), reply.choices),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )
+    whole = await _unless_gone(request, answers, reply.whole(answers))
+    served.metrics.answered(reply.choices)
+    return JSONResponse(whole, headers={"Cache-Control": "no-store"})
+
+
+async def _unless_gone(request: Request, answers: Answers, work: Awaitable[Any]) -> Any:
+    """What `work` gives; a client that goes away meanwhile frees its place."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if not task.done():
+        answers.cancel()
+        task.cancel()
+        raise ApiError(400, "the client is gone")
+    return task.result()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _models(served: Served, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_entry(served)]})
+
+
+async def _model(served: Served, request: Request) -> Response:
+    served.check_model(request.path_params["id"])
+    return JSONResponse(_entry(served))
+
+
+def _entry(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name, "object": "model", "created": 0, "owned_by": "mlx-vlm-edge",
+        "loaded": served.engine is not None,
+    }  # fmt: skip
+
+
+async def _health(served: Served, request: Request) -> Response:
+    if served.engine is None:
+        return JSONResponse({"status": "loading"}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+async def _metrics(served: Served, request: Request) -> Response:
+    content, kind = served.metrics.page(served.engine)
+    return Response(content, media_type=kind)
+
+
+def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return FileResponse(
+            PAGE / name, headers={"Content-Security-Policy": CSP, "Cache-Control": "no-cache"}
+        )
+
+    return endpoint

@@ -1,0 +1,166 @@
+"""The OpenAI API: chat completions and completions, whole or as server-sent events."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from ..generation.answer import GenerationResult
+from ..generation.loop import Options
+from .answering import Answers, Asked, Choice
+from .errors import ApiError
+from .limits import Limits
+from .requests import ChatRequest, CompletionRequest, Sampling
+
+DONE = b"data: [DONE]\n\n"
+# Our stages -> keys of `timings`, in milliseconds.
+STAGES = {
+    "image decode": "image_decode_ms",
+    "preprocess": "preprocess_ms",
+    "tokenise": "tokenise_ms",
+    "queue": "queue_ms",
+    "vision": "vision_ms",
+    "connector": "connector_ms",
+    "prefill": "prefill_ms",
+    "first sample": "first_sample_ms",
+}
+
+
+def sampling_options(request: Sampling, limit: int | None, limits: Limits) -> list[Options]:
+    """The options of each of the n answers; a seed is counted up from one answer to the next."""
+    chosen = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+                     "presence_penalty", "frequency_penalty")
+        if (value := getattr(request, name)) is not None
+    }  # fmt: skip
+    chosen.setdefault("temperature", 0.0)
+    seed = None if request.seed is None else request.seed % 2**64
+    return [
+        Options(
+            **chosen,
+            max_tokens=min(limit or limits.tokens, limits.tokens),
+            stop=tuple(request.stop),
+            seed=None if seed is None else (seed + index) % 2**64,
+        )
+        for index in range(request.n)
+    ]
+
+
+def chat_asked(request: ChatRequest, limits: Limits) -> Asked:
+    """A chat in our own terms."""
+    messages: list[dict[str, Any]] = []
+    addresses: list[tuple[str, str]] = []
+    for index, message in enumerate(request.messages):
+        role = "system" if message.role == "developer" else message.role
+        parts: list[dict[str, str]] = []
+        for place, part in enumerate(message.content):
+            if part.type == "text":
+                parts.append({"type": "text", "text": part.text})
+            else:
+                field = f"messages.{index}.content.{place}.image_url"
+                addresses.append((field, part.image_url.url))
+                parts.append({"type": "image"})
+        messages.append({"role": role, "content": parts})
+    options = sampling_options(request, request.limit, limits)
+    return Asked(messages, addresses, options, client=request.user or "")
+
+
+def completion_asked(request: CompletionRequest, limits: Limits) -> Asked:
+    options = sampling_options(request, request.limit, limits)
+    return Asked(request.prompt, (), options, client=request.user or "", raw=True)
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Tokens of a prompt, which counts once, and of all its answers."""
+    first = choices[0].last
+    answered = sum(choice.last.generation_tokens for choice in choices)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": answered,
+        "total_tokens": first.prompt_tokens + answered,
+        "prompt_tokens_details": {
+            "cached_tokens": first.reused_tokens,
+            "visual_tokens": first.visual_tokens,
+        },
+    }
+
+
+def timings(piece: GenerationResult) -> dict[str, float]:
+    """Milliseconds of every stage, the first token's and the rest's, and tokens per second."""
+    stages = piece.stages or {}
+    took = {key: round(stages[name] * 1000, 3) for name, key in STAGES.items() if name in stages}
+    decoding = (piece.generation_tokens - 1) / piece.generation_tps if piece.generation_tps else 0.0
+    return took | {
+        "ttft_ms": round(piece.ttft_e2e * 1000, 3),
+        "decode_ms": round(decoding * 1000, 3),
+        "decode_tokens_per_second": round(piece.generation_tps, 3),
+    }
+
+
+class Reply:
+    """How the answers to one request are written: as an object, or as events."""
+
+    def __init__(self, chat: bool, model: str, count: int, include_usage: bool) -> None:
+        self.chat, self.include_usage = chat, include_usage
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
+        self.created, self.model = int(time.time()), model
+        self.choices = [Choice() for _ in range(count)]
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        async for index, piece in answers:
+            self.choices[index].add(piece)
+        return self._head(stream=False) | {
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self.choices)],
+            "usage": usage(self.choices),
+            "timings": timings(self.choices[0].last),
+        }
+
+    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+        head = self._head(stream=True)
+        if self.chat:
+            for index in range(len(self.choices)):
+                delta = {"role": "assistant", "content": ""}
+                yield event(head | {"choices": [self._delta(index, delta, None)]})
+        try:
+            async for index, piece in answers:
+                self.choices[index].add(piece)
+                if piece.text or piece.finish_reason:
+                    yield event(head | self._piece(index, piece))
+        except ApiError as error:  # the status is on its way already
+            yield event(error.openai())
+            return
+        if self.include_usage:
+            yield event(head | {"choices": [], "usage": usage(self.choices)})
+        yield DONE
+
+    def _head(self, stream: bool) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        if stream and self.chat:
+            kind += ".chunk"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _piece(self, index: int, piece: GenerationResult) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        more = {"timings": timings(piece)} if piece.finish_reason else {}
+        return {"choices": [self._delta(index, delta, piece.finish_reason)], **more}
+
+    def _delta(self, index: int, delta: Mapping[str, str], reason: str | None) -> dict[str, Any]:
+        content: dict[str, Any] = (
+            {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        )
+        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text: dict[str, Any] = {"text": choice.text}
+        if self.chat:
+            text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        return {
+            "index": index, **text, "logprobs": None, "finish_reason": choice.last.finish_reason,
+        }  # fmt: skip
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,462 @@
+// The page: pictures and a question in, the answer streaming out, with where the time went.
+// Nothing is fetched from anywhere but this server; conversations stay in this browser.
+
+const $ = (id) => document.getElementById(id);
+const STAGES = [
+  ["Decode picture", ["image_decode_ms"]],
+  ["Preprocess", ["preprocess_ms", "tokenise_ms"]],
+  ["Wait", ["queue_ms"]],
+  ["Vision", ["vision_ms", "connector_ms"]],
+  ["Prefill", ["prefill_ms", "first_sample_ms"]],
+  ["Tokens", ["decode_ms"]],
+];
+const SETTINGS = ["system", "max_tokens", "temperature", "top_p", "seed"];
+const WELCOME = $("welcome");
+
+let model = null;
+let turns = [];        // {role, text, pictures: [data URL], timings?, usage?, failed?}
+let pictures = [];     // data URLs that the next question is about
+let running = null;    // AbortController of the answer under way
+let looping = false;
+let conversation = crypto.randomUUID?.() ?? String(Date.now());
+
+// --- the server ----------------------------------------------------------------------------------
+
+function headers() {
+  const key = $("key").value;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `the server answered ${response.status}`;
+  }
+}
+
+function content(turn) {
+  if (turn.role === "assistant") return turn.text;
+  const images = turn.pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+  return [...images, { type: "text", text: turn.text }];
+}
+
+function body(history) {
+  const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
+  const system = $("system").value.trim();
+  const messages = history.map((turn) => ({ role: turn.role, content: content(turn) }));
+  if (system) messages.unshift({ role: "system", content: system });
+  return {
+    model, messages, stream: true, stream_options: { include_usage: true },
+    max_tokens: number("max_tokens"), temperature: number("temperature"), top_p: number("top_p"),
+    seed: number("seed"),
+  };
+}
+
+// Streams the answer to a history; `show` is called with the growing answer.
+async function answer(history, signal, show) {
+  const response = await fetch("/v1/chat/completions", {
+    method: "POST", headers: headers(), body: JSON.stringify(body(history)), signal,
+  });
+  if (!response.ok) throw new Error(await failure(response));
+  const reply = { role: "assistant", text: "", pictures: [] };
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return reply;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Error(chunk.error.message);
+      const choice = chunk.choices[0];
+      if (choice?.delta.content) reply.text += choice.delta.content;
+      if (choice?.finish_reason) reply.finish = choice.finish_reason;
+      if (chunk.timings) reply.timings = chunk.timings;
+      if (chunk.usage) reply.usage = chunk.usage;
+      show(reply);
+    }
+  }
+  throw new Error("the connection broke off");
+}
+
+async function connect() {
+  for (;;) {
+    try {
+      const health = await fetch("/health");
+      if (health.ok) {
+        const list = await fetch("/v1/models", { headers: headers() });
+        if (list.status === 401) {
+          $("model").textContent = "needs an API key (Settings)";
+        } else {
+          model = (await list.json()).data[0].id;
+          $("model").textContent = model;
+        }
+        return;
+      }
+      $("model").textContent = "loading the model";
+    } catch {
+      $("model").textContent = "the server cannot be reached";
+    }
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+}
+
+// --- pictures ------------------------------------------------------------------------------------
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read`));
+    reader.readAsDataURL(file);
+  });
+}
+
+async function add(files) {
+  const images = [...files].filter((file) => file.type.startsWith("image/"));
+  if (files.length && !images.length) return problem("That is not a picture.");
+  problem("");
+  for (const file of images) {
+    try {
+      pictures.push(await read(file));
+    } catch (error) {
+      problem(error.message);
+    }
+  }
+  showPictures();
+}
+
+function image(url, alt) {
+  const element = document.createElement("img");
+  element.src = url;
+  element.alt = alt;
+  return element;
+}
+
+function showPictures() {
+  $("pictures").replaceChildren(...pictures.map((url, index) => {
+    const item = document.createElement("li");
+    const remove = button("×", () => {
+      pictures.splice(index, 1);
+      showPictures();
+      $("pick").focus();
+    });
+    remove.setAttribute("aria-label", `Remove picture ${index + 1}`);
+    item.append(image(url, `Picture ${index + 1}`), remove);
+    return item;
+  }));
+}
+
+// --- turns ---------------------------------------------------------------------------------------
+
+function button(label, action, small = false) {
+  const element = document.createElement("button");
+  element.type = "button";
+  element.textContent = label;
+  element.addEventListener("click", action);
+  if (small) element.className = "small";
+  return element;
+}
+
+function paragraph(text, kind) {
+  const element = document.createElement("p");
+  element.className = kind;
+  element.textContent = text;
+  return element;
+}
+
+function userTurn(turn) {
+  const element = document.createElement("article");
+  element.className = "turn user";
+  element.setAttribute("aria-label", "You");
+  if (turn.pictures.length) {
+    const shown = document.createElement("div");
+    shown.className = "shown";
+    shown.append(...turn.pictures.map((url, index) => image(url, `Picture ${index + 1} of the question`)));
+    element.append(shown);
+  }
+  element.append(paragraph(turn.text, "text"));
+  return element;
+}
+
+function answerTurn(turn, busy = false) {
+  const element = document.createElement("article");
+  element.className = `turn answer${busy ? " busy" : ""}`;
+  element.setAttribute("aria-label", "Answer");
+  element.append(paragraph(turn.text, "text"));
+  if (turn.failed) element.append(paragraph(turn.failed, "text failed"));
+  if (turn.timings) element.append(...times(turn));
+  return element;
+}
+
+function milliseconds(value) {
+  return value >= 1000 ? `${(value / 1000).toFixed(2)} s` : `${value.toFixed(value < 10 ? 1 : 0)} ms`;
+}
+
+// A bar whose parts are as wide as their stage took long, with its figures in words.
+function times({ timings, usage, finish }) {
+  const spent = STAGES.map(([name, keys]) => [name, keys.reduce((sum, key) => sum + (timings[key] ?? 0), 0)]);
+  const bar = document.createElement("div");
+  bar.className = "bar";
+  bar.setAttribute("aria-hidden", "true");
+  const legend = paragraph("", "legend");
+  spent.forEach(([name, took], index) => {
+    if (!took) return;
+    const part = document.createElement("span");
+    part.className = `stage-${index}`;
+    part.style.flexGrow = took;
+    bar.append(part);
+    const entry = document.createElement("span");
+    const mark = document.createElement("i");
+    mark.className = `stage-${index}`;
+    entry.append(mark, `${name} ${milliseconds(took)}`);
+    legend.append(entry);
+  });
+  const facts = [`first token after ${milliseconds(timings.ttft_ms)}`, `${timings.decode_tokens_per_second.toFixed(1)} tokens/s`];
+  if (usage) {
+    const details = usage.prompt_tokens_details;
+    facts.push(`${details.visual_tokens} visual tokens`, `${details.cached_tokens} of ${usage.prompt_tokens} prompt tokens known`, `${usage.completion_tokens} tokens`);
+  }
+  if (finish === "length") facts.push("cut at the token limit");
+  return [bar, legend, paragraph(facts.join(" · "), "facts")];
+}
+
+function render() {
+  const shown = turns.map((turn) => (turn.role === "user" ? userTurn(turn) : answerTurn(turn)));
+  if (turns.length && turns.at(-1).role === "assistant" && !running) {
+    const last = turns.at(-1);
+    const actions = document.createElement("div");
+    actions.className = "actions";
+    const copy = button("Copy", async () => {
+      await navigator.clipboard.writeText(last.text);
+      copy.textContent = "Copied";
+    }, true);
+    actions.append(copy, button("Retry", retry, true));
+    shown.at(-1).append(actions);
+  }
+  $("turns").replaceChildren(...(shown.length ? shown : [WELCOME]));
+  $("turns").scrollTop = $("turns").scrollHeight;
+}
+
+function problem(text) {
+  $("problem").textContent = text;
+}
+
+function busy(is) {
+  $("stop").hidden = !is;
+  $("send").hidden = is;
+}
+
+async function ask() {
+  const text = $("question").value.trim();
+  if (running) return;
+  if (!text) return problem("Type a question first.");
+  problem("");
+  turns.push({ role: "user", text, pictures });
+  pictures = [];
+  $("question").value = "";
+  showPictures();
+  await respond();
+  $("question").focus();
+}
+
+async function respond() {
+  running = new AbortController();
+  busy(true);
+  render();
+  let element = answerTurn({ text: "" }, true);
+  $("turns").append(element);
+  let reply = { role: "assistant", text: "", pictures: [] };
+  const near = () => $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 80;
+  try {
+    reply = await answer(turns, running.signal, (growing) => {
+      const follow = near();
+      reply = growing;
+      element.firstChild.textContent = growing.text;
+      if (follow) $("turns").scrollTop = $("turns").scrollHeight;
+    });
+  } catch (error) {
+    if (error.name !== "AbortError") reply.failed = error.message;
+    else reply.failed = reply.text ? "Stopped." : "Stopped before the first word.";
+  }
+  turns.push(reply);
+  running = null;
+  busy(false);
+  render();
+  keep();
+}
+
+function retry() {
+  turns.pop();
+  respond();
+}
+
+// --- camera --------------------------------------------------------------------------------------
+
+async function openCamera() {
+  if (!navigator.mediaDevices?.getUserMedia) return problem("This browser gives no camera to pages without https.");
+  try {
+    $("camera").srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    await $("camera").play();
+    $("live").hidden = false;
+    problem("");
+  } catch {
+    problem("The camera cannot be used.");
+  }
+}
+
+function closeCamera() {
+  stopLoop();
+  $("camera").srcObject?.getTracks().forEach((track) => track.stop());
+  $("camera").srcObject = null;
+  $("live").hidden = true;
+}
+
+function frame() {
+  const video = $("camera");
+  const canvas = document.createElement("canvas");
+  canvas.width = video.videoWidth;
+  canvas.height = video.videoHeight;
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  return canvas.toDataURL("image/jpeg", 0.92);
+}
+
+function stopLoop() {
+  looping = false;
+  $("loop").setAttribute("aria-pressed", "false");
+  $("loop").textContent = "Ask again and again";
+  running?.abort();
+}
+
+// The same question about one frame after the other, with how many answers a second there are.
+async function loop() {
+  if (looping) return stopLoop();
+  const text = $("question").value.trim() || "Describe the image.";
+  looping = true;
+  $("loop").setAttribute("aria-pressed", "true");
+  $("loop").textContent = "Stop asking";
+  let smoothed = 0;
+  while (looping) {
+    const started = performance.now();
+    running = new AbortController();
+    try {
+      const reply = await answer([{ role: "user", text, pictures: [frame()] }], running.signal, (growing) => {
+        $("live-answer").textContent = growing.text;
+      });
+      const rate = 1000 / (performance.now() - started);
+      smoothed = smoothed ? 0.7 * smoothed + 0.3 * rate : rate;
+      const first = reply.timings ? `, first token after ${milliseconds(reply.timings.ttft_ms)}` : "";
+      $("fps").textContent = `${smoothed.toFixed(1)} frames/s${first}`;
+    } catch (error) {
+      if (error.name !== "AbortError") problem(error.message);
+      break;
+    } finally {
+      running = null;
+    }
+  }
+  stopLoop();
+}
+
+// --- history -------------------------------------------------------------------------------------
+
+function store(mode) {
+  return new Promise((resolve, reject) => {
+    const opening = indexedDB.open("mlx-vlm-edge", 1);
+    opening.onupgradeneeded = () => opening.result.createObjectStore("conversations", { keyPath: "id" });
+    opening.onerror = () => reject(opening.error);
+    opening.onsuccess = () => resolve(opening.result.transaction("conversations", mode).objectStore("conversations"));
+  });
+}
+
+function done(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+}
+
+async function keep() {
+  if (!turns.length) return;
+  try {
+    await done((await store("readwrite")).put({ id: conversation, when: Date.now(), turns }));
+  } catch {
+    problem("This browser keeps no history.");
+  }
+}
+
+async function showHistory() {
+  let past = [];
+  try {
+    past = await done((await store("readonly")).getAll());
+  } catch { /* a private window: nothing is kept */ }
+  past.sort((one, other) => other.when - one.when);
+  $("past").replaceChildren(...past.map((entry) => {
+    const item = document.createElement("li");
+    item.append(button(`${new Date(entry.when).toLocaleString()}: ${entry.turns[0].text}`, () => {
+      running?.abort();
+      conversation = entry.id;
+      turns = entry.turns;
+      $("history").close();
+      render();
+    }));
+    return item;
+  }));
+  $("history").showModal();
+}
+
+function startNew() {
+  running?.abort();
+  conversation = crypto.randomUUID?.() ?? String(Date.now());
+  turns = [];
+  pictures = [];
+  problem("");
+  showPictures();
+  render();
+  $("question").focus();
+}
+
+// --- what is pressed, dropped and pasted -----------------------------------------------------------
+
+$("ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("pick").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", async () => { await add($("file").files); $("file").value = ""; });
+$("camera-open").addEventListener("click", openCamera);
+$("camera-close").addEventListener("click", closeCamera);
+$("shoot").addEventListener("click", () => { pictures.push(frame()); showPictures(); });
+$("loop").addEventListener("click", loop);
+$("new").addEventListener("click", startNew);
+$("settings-open").addEventListener("click", () => $("settings").showModal());
+$("settings").addEventListener("close", () => {
+  for (const id of SETTINGS) localStorage.setItem(id, $(id).value);
+  connect();
+});
+$("history-open").addEventListener("click", showHistory);
+$("forget").addEventListener("click", async () => {
+  await done((await store("readwrite")).clear());
+  $("past").replaceChildren();
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) { event.preventDefault(); add(event.clipboardData.files); }
+});
+document.addEventListener("dragover", (event) => { event.preventDefault(); $("drop").hidden = false; });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("drop").hidden = true; });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").hidden = true;
+  add(event.dataTransfer.files);
+});
+
+for (const id of SETTINGS) {
+  const value = localStorage.getItem(id);
+  if (value !== null) $(id).value = value;
+}
+connect();

@@ -1,0 +1,64 @@
+"""A request's image addresses -> picture files' bytes, each checked by its header before decoding.
+
+data: URLs always; https where the operator allows it. Whatever else an address is, the answer is
+the same, so that nobody learns which files or hosts exist.
+"""
+
+import io
+from collections.abc import Sequence
+
+from ..errors import UsageError
+from ..picture.fetch import read_data_uri
+from .errors import ApiError, bad_request
+from .limits import Limits
+from .remote import download
+
+REFUSED = "an image must be a data: URL (data:image/png;base64,...)"
+
+
+def read(addresses: Sequence[tuple[str, str]], limits: Limits, remote: bool) -> list[bytes]:
+    """The bytes behind each (field, address), in order; blocks, so not for the event loop.
+
+    Raises ApiError that names the field for too many pictures, an address that is not taken, and
+    a picture of more pixels than allowed.
+    """
+    if len(addresses) > limits.images:
+        raise bad_request(f"at most {limits.images} images are taken", "messages", "too_many")
+    return [_read(address, field, limits, remote) for field, address in addresses]
+
+
+def _read(address: str, field: str, limits: Limits, remote: bool) -> bytes:
+    if address[:5].lower() == "data:":
+        try:
+            content = read_data_uri(address)
+        except UsageError as error:
+            raise bad_request(f"{field}: {error}", field, "invalid_image") from None
+    elif remote and address[:6].lower() == "https:":
+        content = download(address, field, limits)
+    else:
+        more = " or an https address" if remote else ""
+        raise bad_request(f"{field}: {REFUSED}{more}", field, "invalid_image")
+    check_header(content, field, limits)
+    return content
+
+
+def check_header(content: bytes, field: str, limits: Limits) -> None:
+    """Raises ApiError unless the bytes begin as a picture of few enough pixels."""
+    from PIL import Image
+
+    from ..picture.image import reading
+
+    if not content:
+        raise bad_request(f"{field}: the image is empty", field, "invalid_image")
+    try:
+        with reading("the image"), Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+    except UsageError as error:
+        raise bad_request(f"{field}: {error}", field, "invalid_image") from None
+    if width * height > limits.image_pixels:
+        raise ApiError(
+            413,
+            f"{field}: {width:,} x {height:,} pixels are more than {limits.image_pixels:,}",
+            param=field,
+            code="image_too_large",
+        )

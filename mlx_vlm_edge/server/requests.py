@@ -1,0 +1,240 @@
+"""Requests of the OpenAI API, checked field by field: what is not understood is refused by name.
+
+A field that is null counts as left out, as clients send it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ApiError, bad_request
+
+# Fields of the published APIs that this server cannot obey; a client that sends one is told so.
+UNSUPPORTED = (
+    "audio", "best_of", "echo", "function_call", "functions", "logit_bias", "metadata",
+    "modalities", "parallel_tool_calls", "prediction", "prompt_cache_key", "reasoning_effort",
+    "safety_identifier", "service_tier", "store", "suffix", "tool_choice", "tools", "verbosity",
+    "web_search_options",
+)  # fmt: skip
+# Values of those that ask for nothing.
+NEUTRAL: Mapping[str, Any] = {
+    "best_of": 1, "echo": False, "logit_bias": {}, "metadata": {}, "modalities": ["text"],
+    "parallel_tool_calls": False, "service_tier": "auto", "store": False, "tool_choice": "none",
+    "tools": [], "functions": [],
+}  # fmt: skip
+MAX_STOPS = 16
+SHOWN = 80  # characters of a field's path
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, and no text is taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageAddress(Strict):
+    """url: a data: URL, or https where the server allows it. detail: taken, and of no effect."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _parts(content: Any) -> Any:
+    """A message's text as its only part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _stops(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+Texts = Annotated[
+    list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+]
+Parts = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(_stops, json_schema_input_type=str | list[str]),
+]
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Parts
+    name: str | None = None
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Texts
+    name: str | None = None
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Texts
+    name: str | None = None
+
+
+Message = Annotated[
+    UserMessage | SystemMessage | AssistantMessage, Field(discriminator="role")
+]  # fmt: skip
+
+
+class JsonSchema(Strict):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, serialize_by_alias=True
+    )
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Sampling(Strict):
+    """What all of the endpoints have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Stops = Field(default_factory=list)
+    n: Annotated[int, Field(ge=1, le=8)] = 1
+    user: str | None = None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise ValueError("max_tokens and max_completion_tokens contradict each other")
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's: there is nothing to answer")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions: a text as it stands, without pictures."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+
+def parse(kind: type[Request], body: Any) -> Request:
+    """A request's JSON -> its checked form. Raises ApiError 400 that names the first bad field."""
+    if not isinstance(body, Mapping):
+        raise bad_request("the body must be a JSON object")
+    body = {key: value for key, value in body.items() if value is not None}
+    for field in UNSUPPORTED:
+        if field in body and field not in kind.model_fields:
+            if field in NEUTRAL and body[field] == NEUTRAL[field]:
+                del body[field]
+                continue
+            raise bad_request(
+                f"{field} is not supported by this server: leave it out", field, "unsupported"
+            )
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _told(error.errors(include_input=False, include_url=False)) from None
+
+
+def _told(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's errors as one line that echoes nothing of the input."""
+    first = errors[0]
+    field = ".".join(_path(first["loc"]))[:SHOWN] or None
+    if first["type"] == "extra_forbidden":
+        return bad_request("a field is not known: leave it out", field, "unknown_field")
+    if first["type"] == "missing":
+        return bad_request(f"{field} is missing", field, "missing")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "union_tag_invalid":
+        message = f"{first['ctx']['discriminator']} must be one of {first['ctx']['expected_tags']}"
+    return bad_request(f"{field}: {message}" if field else message, field, "invalid_value")
+
+
+def _path(steps: Sequence[str | int]) -> list[str]:
+    """The fields of a path, without the names of union members, which follow an index or a
+    response_format: messages, 0, user, content -> messages, 0, content."""
+    fields, before = [], None
+    for step in steps:
+        if isinstance(step, int) or not (isinstance(before, int) or before == "response_format"):
+            fields.append(str(step))
+        before = step
+    return fields

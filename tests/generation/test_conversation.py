@@ -1,0 +1,153 @@
+"""Several turns with pictures: nothing is computed twice; answers are those of a cold run."""
+
+import json
+
+import pytest
+
+from mlx_vlm_edge import Conversation, generate
+from mlx_vlm_edge.errors import UsageError
+
+from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
+
+TOKENS = 6
+
+
+def messages(chat):
+    return [turn.message() for turn in chat.turns]
+
+
+def cold(model, processor, chat, question, images=()):
+    """The same question with everything computed anew."""
+    asked = {"role": "user", "content": [*({"type": "image"} for _ in images),
+                                         {"type": "text", "text": question}]}  # fmt: skip
+    sources = [image for turn in chat.turns for image in turn.images] + list(images)
+    return generate(model, processor, [*messages(chat), asked], sources, max_tokens=TOKENS)
+
+
+def test_each_answer_is_that_of_a_cold_run_and_no_picture_is_encoded_twice(family, monkeypatch):  # noqa: F811
+    name, model, processor = family
+    if name == "fuyu":
+        pytest.skip("Fuyu takes one question; see the test of that")
+    chat = Conversation(model, processor, max_tokens=TOKENS)
+    encoded, encode = [], type(model).encode_image
+    turns = [("What is this?", [picture(1)]), ("And its colour?", []), ("And this?", [picture(2)])]
+    for question, images in turns:
+        want = cold(model, processor, chat, question, images)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(model), "encode_image",
+                lambda this, *rest, **more: (encoded.append(1), encode(this, *rest, **more))[1],
+            )  # fmt: skip
+            assert chat.ask(question, images) == want
+    # LLaVA-OneVision cuts up a lone picture only, so its first one is another beside a second.
+    assert len(encoded) == (3 if name == "llava_onevision" else 2)
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 3
+
+
+def test_a_model_of_single_questions_says_so_and_nothing_is_lost(models):  # noqa: F811
+    chat = Conversation(*models("fuyu"), max_tokens=TOKENS)
+    chat.ask("What is this?", picture(1))
+    with pytest.raises(UsageError, match="one question and no conversation"):
+        chat.ask("And its colour?")
+    assert len(chat.turns) == 2
+
+
+def test_going_back_and_branching(fastvlm):  # noqa: F811
+    chat = Conversation(*fastvlm, max_tokens=TOKENS)
+    first = chat.ask("What is this?", picture(1))
+    other = chat.branch()
+    chat.ask("And its colour?")
+    assert len(chat.turns) == 4
+    assert len(other.turns) == 2
+    assert chat.undo()
+    assert messages(chat) == messages(other)
+    assert chat.ask("And its size?") == other.ask("And its size?")
+    assert chat.rewind(0)
+    assert not chat.undo()
+    assert chat.ask("What is this?", picture(1)) == first
+    chat.clear()
+    assert chat.turns == []
+    assert chat.prefix_cache.nbytes == 0
+
+
+def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(fastvlm):  # noqa: F811
+    chat = Conversation(*fastvlm, max_tokens=TOKENS)
+    stream = chat.stream("What is this?")
+    said = next(piece.text for piece in stream if piece.text)
+    stream.close()
+    assert chat.turns[-1].text == said
+    unheard = chat.stream("And this?")
+    unheard.close()
+    assert len(chat.turns) == 2
+
+
+def test_the_oldest_turns_leave_when_the_context_is_full(fastvlm, monkeypatch):  # noqa: F811
+    model, processor = fastvlm
+    object.__setattr__(model.config, "context", 300)
+    try:
+        chat = Conversation(model, processor, max_tokens=TOKENS, system="Be brief.")
+        dropped = []
+        for index in range(12):
+            chat.ask(
+                f"Question {index}: what is this thing here?", picture(1) if not index else None
+            )
+            dropped.append(chat.dropped)
+        assert dropped[0] == 0
+        assert dropped == sorted(dropped)
+        changes = len(set(dropped))
+        assert 1 < changes < 6  # several leave at once, so that the rest is not prefilled each time
+        assert len(chat.turns) == 24
+        with pytest.raises(UsageError, match="more than the context"):
+            chat.ask("word " * 300)
+        assert len(chat.turns) == 24
+    finally:
+        object.__setattr__(model.config, "context", 32768)
+
+
+def test_a_conversation_is_saved_and_gone_on_with(fastvlm, tmp_path):  # noqa: F811
+    chat = Conversation(*fastvlm, max_tokens=TOKENS, system="Be brief.")
+    chat.ask("What is this?", picture(1))
+    chat.save(tmp_path / "chat.json")
+    other = Conversation(*fastvlm, max_tokens=TOKENS)
+    other.load(tmp_path / "chat.json")
+    assert other.system == "Be brief."
+    assert other.ask("And its colour?") == chat.ask("And its colour?")
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"format": 9}', '{"format": 1, "system": 3, "turns": []}', "[" * 9999,
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x"}]}',
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": 1, "images": []}]}',
+    '{"format": 1, "system": null, "turns": "x"}', "\udc80",
+])  # fmt: skip
+def test_a_damaged_file_is_one_line_and_changes_nothing(fastvlm, tmp_path, content):  # noqa: F811
+    chat = Conversation(*fastvlm, max_tokens=TOKENS)
+    chat.ask("What is this?")
+    (tmp_path / "chat.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=r"chat\.json: not a saved conversation") as error:
+        chat.load(tmp_path / "chat.json")
+    assert "\n" not in str(error.value)
+    assert len(chat.turns) == 2
+
+
+def test_files_that_cannot_be_read_or_written_are_named(fastvlm, tmp_path):  # noqa: F811
+    chat = Conversation(*fastvlm, max_tokens=TOKENS)
+    with pytest.raises(UsageError, match=r"none\.json: cannot be read"):
+        chat.load(tmp_path / "none.json")
+    with pytest.raises(UsageError, match="cannot be written"):
+        chat.save(tmp_path / "no folder" / "chat.json")
+
+
+def test_pictures_that_are_bytes_are_saved_whole(fastvlm, tmp_path):  # noqa: F811
+    import io
+
+    from PIL import Image
+
+    written = io.BytesIO()
+    Image.fromarray(picture(1)).save(written, "PNG")
+    chat = Conversation(*fastvlm, max_tokens=TOKENS)
+    chat.ask("What is this?", written.getvalue())
+    chat.save(tmp_path / "chat.json")
+    saved = json.loads((tmp_path / "chat.json").read_text())["turns"][0]["images"]
+    assert saved[0].startswith("data:;base64,")

@@ -1,0 +1,204 @@
+"""Many prompts at once: every answer is the one its prompt gets alone, whatever the others do."""
+
+from queue import SimpleQueue
+from threading import Event
+
+import mlx.core as mx
+import pytest
+
+from mlx_vlm_edge import Options, PrefixCache, stream_generate
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.engine import BusyError, Engine, Line, Ticket, pieces
+
+from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
+
+TOKENS = 12
+QUESTIONS = ("What is this?", "Name the colour of it, please.", "Is it red?", "How many are there?")
+
+
+@pytest.fixture
+def start():
+    """Makes engines that are closed at the end."""
+    engines = []
+
+    def make(model, processor, **options):
+        engines.append(Engine(model, processor, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def ask(engine, inputs, **options):
+    """Submit a prompt; what collects its pieces."""
+    arrived = SimpleQueue()
+    client = options.pop("client", "")
+    ticket = engine.submit(
+        inputs, Options(**{"max_tokens": TOKENS, **options}), arrived.put, client=client
+    )
+    return ticket, arrived
+
+
+def collected(arrived):
+    """All pieces up to the last, or the error that came instead."""
+    answer = []
+    while True:
+        piece = arrived.get(timeout=60)
+        if isinstance(piece, Exception):
+            return piece
+        answer.append(piece)
+        if piece.finish_reason is not None:
+            return answer
+
+
+def ids(answer):
+    return [piece.token for piece in answer if piece.token is not None]
+
+
+def alone(model, processor, question, images, **options):
+    stream = stream_generate(
+        model, processor, question, images, **{"max_tokens": TOKENS, **options}
+    )
+    return ids(stream)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["no prefix cache", "prefix cache"])
+def test_texts_equal_one_by_one_for_every_family(family, start, shared):  # noqa: F811
+    _, model, processor = family
+    prompts = [
+        (question, [picture(index)] if index % 2 == 0 else [])
+        for index, question in enumerate(QUESTIONS)
+    ]
+    want = [alone(model, processor, *prompt) for prompt in prompts]
+    engine = start(model, processor, rows=3, prefix_cache=PrefixCache() if shared else None)
+    asked = [ask(engine, processor(*prompt)) for prompt in prompts]
+    assert [ids(collected(arrived)) for _, arrived in asked] == want
+    again = [ask(engine, processor(*prompt)) for prompt in reversed(prompts)]
+    answers = [collected(arrived) for _, arrived in again]
+    assert [ids(answer) for answer in answers] == want[::-1]
+    assert all((answer[-1].reused_tokens > 0) == shared for answer in answers)
+
+
+def test_rows_are_decoded_together(fastvlm, start, monkeypatch):  # noqa: F811
+    model, processor = fastvlm
+    widths, step = [], type(model).step
+
+    def counted(this, token, cache):
+        widths.append(token.size)
+        return step(this, token, cache)
+
+    monkeypatch.setattr(type(model), "step", counted)
+    engine = start(model, processor, rows=4)
+    asked = [ask(engine, processor(question), max_tokens=30) for question in QUESTIONS]
+    for _, arrived in asked:
+        collected(arrived)
+    assert max(widths) == 4
+    assert sum(widths) <= 4 * 29  # none is decoded beyond its end
+
+
+def test_sampling_penalties_and_kind_of_cache_are_each_row_s_own(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    settings = [
+        {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_k": 5},
+        {"repetition_penalty": 1.5}, {"max_kv_size": 300},
+    ]  # fmt: skip
+    want = [alone(model, processor, QUESTIONS[0], [], **setting) for setting in settings]
+    engine = start(model, processor)
+    asked = [ask(engine, processor(QUESTIONS[0]), **setting) for setting in settings]
+    assert [ids(collected(arrived)) for _, arrived in asked] == want
+
+
+def test_one_that_fails_harms_no_other(fastvlm, start, monkeypatch):  # noqa: F811
+    model, processor = fastvlm
+    want = alone(model, processor, QUESTIONS[0], [])
+    prefill, bad = type(model).prefill, processor(QUESTIONS[1])
+
+    def failing(this, inputs, *arguments):
+        if inputs.input_ids.shape == bad.input_ids.shape:
+            raise MemoryError("no room")
+        return prefill(this, inputs, *arguments)
+
+    monkeypatch.setattr(type(model), "prefill", failing)
+    engine = start(model, processor)
+    first, second = ask(engine, processor(QUESTIONS[0])), ask(engine, bad)
+    assert isinstance(collected(second[1]), MemoryError)
+    assert ids(collected(first[1])) == want
+    assert ids(collected(ask(engine, processor(QUESTIONS[0]))[1])) == want
+
+
+def test_a_cancelled_prompt_frees_its_place(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine = start(model, processor, rows=1)
+    long = processor(QUESTIONS[0])
+    ticket, arrived = ask(engine, long, max_tokens=10_000)
+    arrived.get(timeout=60)
+    _, other = ask(engine, processor(QUESTIONS[1]))
+    ticket.cancel()
+    assert len(collected(other)) <= TOKENS + 1
+    assert engine.answering == 0
+
+
+def test_a_full_line_is_refused_and_a_long_prompt_too(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine = start(model, processor, rows=1, waiting=1)
+    running, arrived = ask(engine, processor(QUESTIONS[0]), max_tokens=10_000)
+    arrived.get(timeout=60)
+    waiting, _ = ask(engine, processor(QUESTIONS[0]))
+    with pytest.raises(BusyError):
+        ask(engine, processor(QUESTIONS[0]))
+    too_long = processor("word " * model.config.context)
+    with pytest.raises(UsageError, match="more than the context"):
+        ask(engine, too_long)
+    for ticket in (waiting, running):
+        ticket.cancel()
+
+
+def test_closing_tells_those_that_wait(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine = start(model, processor, rows=1)
+    _, first = ask(engine, processor(QUESTIONS[0]), max_tokens=10_000)
+    first.get(timeout=60)
+    _, second = ask(engine, processor(QUESTIONS[1]))
+    engine.close()
+    assert isinstance(collected(first), BusyError)
+    assert isinstance(collected(second), BusyError)
+    with pytest.raises(BusyError):
+        ask(engine, None)
+
+
+def test_pieces_give_an_answer_in_the_caller_s_thread(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine, inputs = start(model, processor), processor(QUESTIONS[0])
+    options = Options(max_tokens=TOKENS)
+    stream = pieces(lambda deliver: engine.submit(inputs, options, deliver))
+    assert ids(stream) == alone(model, processor, QUESTIONS[0], [])
+
+
+def test_clients_take_turns():
+    line = Line(limit=9)
+    for client in "aaabbc":
+        line.put(Ticket(None, None, None, client, None, 0.0))
+    order = []
+    while (ticket := line.take()) is not None:
+        order.append(ticket.client)
+    assert "".join(order) == "abcaba"
+    assert len(line) == 0
+
+
+def test_a_step_that_fails_ends_its_rows_and_no_more(fastvlm, start, monkeypatch):  # noqa: F811
+    model, processor = fastvlm
+    step, broken = type(model).step, Event()
+    broken.set()
+
+    def failing(this, token, cache):
+        if broken.is_set():
+            raise RuntimeError("the device is lost")
+        return step(this, token, cache)
+
+    monkeypatch.setattr(type(model), "step", failing)
+    engine = start(model, processor)
+    assert isinstance(collected(ask(engine, processor(QUESTIONS[0]))[1]), RuntimeError)
+    broken.clear()
+    assert len(collected(ask(engine, processor(QUESTIONS[0]))[1])) > 1
+    assert mx.get_active_memory() >= 0
