@@ -60,6 +60,16 @@ def snapshot_folder(repo: str, revision: str | None = None) -> Path:
     return home / "snapshots" / commit
 
 
+def whole_snapshot(repo: str) -> Path | None:
+    """The newest snapshot of any revision that is complete."""
+    snapshots = sorted((repository_folder(repo) / "snapshots").glob("*"), key=_time, reverse=True)
+    return next(filter(is_complete, snapshots), None)
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def is_complete(snapshot: Path) -> bool:
     """Whether a snapshot is a whole model, and has every file that its repository has of one."""
     files = published.read(snapshot)
@@ -74,7 +84,7 @@ def cached_models(named: Container[str] = ()) -> Iterator[CachedModel]:
     cache = cache_folder()
     for home in sorted(cache.glob("models--*--*")) if cache.is_dir() else []:
         repo = home.name.removeprefix("models--").replace("--", "/", 1)
-        snapshots = sorted((home / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+        snapshots = sorted((home / "snapshots").glob("*"), key=_time)
         latest = snapshots[-1] if snapshots else home / "snapshots" / "none"
         if not (published.recorded(home) or _supported(latest, repo in named)):
             continue

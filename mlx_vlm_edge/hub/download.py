@@ -49,17 +49,14 @@ def describe(repo: str, revision: str | None = None) -> Remote:
         from huggingface_hub import HfApi
 
         model = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    siblings = {item.rfilename: item for item in model.siblings or []}
-    names = needed(siblings)
-    if CONFIG not in names or not any(form.among(names) for form in FORMATS):
-        raise UsageError(f"{repo} is not a model: it has no {CONFIG} with weights beside it")
-    try:
+        siblings = {item.rfilename: item for item in model.siblings or []}
+        names = needed(siblings)
+        if CONFIG not in names or not any(form.among(names) for form in FORMATS):
+            raise UsageError(f"{repo} is not a model: it has no {CONFIG} with weights beside it")
         files = {name: _published(siblings[name]) for name in names}
         if not _COMMIT.fullmatch(str(model.sha)):
             raise ValueError(f"commit {model.sha!r}")
-    except ValueError as error:
-        raise UsageError(f"{repo}: the Hub's answer cannot be used ({error})") from error
-    return Remote(repo, str(model.sha), files, _licence(model))
+        return Remote(repo, str(model.sha), files, _licence(model))
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -122,12 +119,11 @@ def _clear(blobs: Path, files: Mapping[str, PublishedFile]) -> None:
 
 def _check_room(remote: Remote, target: Path) -> None:
     """Say what is downloaded. Raises UsageError when the disk has too little room for it."""
-    blobs = repository_folder(remote.repo) / "blobs"
-    missing = sum(
-        file.size
-        for file in remote.files.values()
-        if not (file.hash and (blobs / file.hash).is_file())
-    )
+    home = repository_folder(remote.repo)
+    absent = published.absent(home / "snapshots" / remote.commit, remote.files)
+    blobs = {path.name for path in (home / "blobs").glob("*")}  # whole, and maybe not linked yet
+    files = (remote.files[name] for name in absent)
+    missing = sum(file.size for file in files if file.hash not in blobs)
     free, size = shutil.disk_usage(target).free, gigabytes(missing)
     rest = "" if missing == remote.nbytes else f" more of {gigabytes(remote.nbytes)}"
     if missing + _SPARE_BYTES > free:
@@ -149,7 +145,8 @@ def _licence(model: "ModelInfo") -> str:
     card = model.card_data
     named = [tag.removeprefix("license:") for tag in model.tags or [] if tag.startswith("license:")]
     own = card.get("license_name") if card else None
-    return str(own or (named[0] if named else "not stated"))
+    name = str(own or (named[0] if named else "not stated"))
+    return "".join(filter(str.isprintable, name))
 
 
 @contextmanager
@@ -184,3 +181,5 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}{at} is not on this machine and the Hub cannot be reached ({reason}); "
             "connect to the network, or name a folder that has the model"
         ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{repo}: the Hub's answer cannot be used ({error})") from error

@@ -6,11 +6,12 @@ huggingface_hub. What is not here is downloaded, because it was named, after say
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from ..checkpoint.files import CONFIG
 from ..errors import UsageError
-from .cache import local_snapshot, snapshot_folder
+from .cache import local_snapshot, snapshot_folder, whole_snapshot
 
 ALIASES: dict[str, str] = {
     "fastvlm-0.5b": "apple/FastVLM-0.5B",
@@ -62,6 +63,10 @@ def locate(name: str, *, revision: str | None = None, offline: bool = False) -> 
     if found := local_snapshot(repo, revision):
         return found
     if offline or _forbidden():
+        if revision is None and (older := whole_snapshot(repo)):
+            line = f"{repo}: its newest revision is not all here; {older.name[:12]} is used"
+            print(line, file=sys.stderr)
+            return older
         state = "not all" if snapshot_folder(repo, revision).is_dir() else "not"
         raise UsageError(
             f"{repo} is {state} on this machine and downloads are off; without --offline "

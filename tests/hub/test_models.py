@@ -341,6 +341,35 @@ def test_sizes_that_cannot_be(size, online):
         hub.pull("fastvlm-0.5b")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [json.JSONDecodeError("Expecting value", "<html>", 0), KeyError("id"), TypeError("no list")],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_answer_that_cannot_be_read(error, online):
+    online.error = error
+    with pytest.raises(UsageError, match="the Hub's answer cannot be used") as caught:
+        hub.pull("fastvlm-0.5b")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_update_that_died_leaves_the_older_revision(online, cache, capsys):
+    """The branch is moved before the files come; without the network the old ones are there."""
+    put(cache, reference="v1")
+    older = cache / "models--apple--FastVLM-0.5B" / "snapshots" / ("a" * 40)
+    (older.parent / COMMIT).rename(older)
+    (older.parents[1] / "refs" / "main").write_text("a" * 40)
+    assert hub.locate("fastvlm-0.5b") == older
+    online.breaks = 3
+    with pytest.raises(UsageError, match="connection lost"):
+        hub.pull("fastvlm-0.5b")
+    capsys.readouterr()
+    assert hub.locate("fastvlm-0.5b", offline=True) == older
+    assert "its newest revision is not all here; aaaaaaaaaaaa is used" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="not all on this machine"):
+        hub.locate("fastvlm-0.5b", offline=True, revision="main")
+
+
 def test_too_little_disk_is_said_before_the_download(online, monkeypatch):
     import shutil
 
