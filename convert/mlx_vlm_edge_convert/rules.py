@@ -4,12 +4,13 @@ A name that no rule matches, or that two names would share, raises: nothing is d
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import some as some
 
 Arrays = dict[str, mx.array]
 
@@ -68,10 +69,3 @@ def apply(rules: Sequence[Rule], weights: Mapping[str, mx.array], layout: str) -
     if unknown:
         raise UsageError(f"{layout}: no rule for {some(unknown)}")
     return renamed
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of `names`, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

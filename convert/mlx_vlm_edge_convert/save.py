@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_vlm_edge.checkpoint.files import CONFIG, SAFETENSORS, beside, read_json
 from mlx_vlm_edge.checkpoint.weights import not_finite
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import gigabytes
 
 from .rules import Arrays
 
@@ -82,7 +83,7 @@ def save_weights(
     total = sum(array.nbytes for array in weights.values())
     free = shutil.disk_usage(folder).free
     if total + _SPARE_BYTES > free:
-        room = f"{total / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free"
+        room = f"{gigabytes(total)} to write, {gigabytes(free)} free"
         raise UsageError(f"{folder.parent}: {room}")
     shards = _shards(weights, shard_bytes)
     index: dict[str, str] = {}

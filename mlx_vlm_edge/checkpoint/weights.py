@@ -14,6 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..errors import UsageError
+from ..wording import first_line, some
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BYTES = {
@@ -87,9 +88,7 @@ def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:
         try:
             weights.update(cast(dict[str, mx.array], mx.load(str(path))))
         except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"{path}: MLX cannot read it ({str(error).splitlines()[0]})"
-            ) from error
+            raise UsageError(f"{path}: MLX cannot read it ({first_line(error)})") from error
     return weights
 
 
@@ -98,12 +97,6 @@ def not_finite(arrays: Mapping[str, mx.array]) -> Iterator[str]:
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             yield name
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
 
 
 class Weights:
@@ -138,15 +131,15 @@ class Weights:
     def finish(self) -> None:
         """Raises UsageError when arrays are left that no part of the model asked for."""
         if self._left:
-            raise UsageError(f"the checkpoint has weights no model part uses: {_some(self._left)}")
+            raise UsageError(f"the checkpoint has weights no model part uses: {some(self._left)}")
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, mx.array]) -> None:
     """Raises UsageError unless both have the same names with the same shapes."""
     if missing := expected.keys() - weights.keys():
-        raise UsageError(f"the checkpoint lacks {_some(missing)}")
+        raise UsageError(f"the checkpoint lacks {some(missing)}")
     if extra := weights.keys() - expected.keys():
-        raise UsageError(f"the checkpoint has weights no model part uses: {_some(extra)}")
+        raise UsageError(f"the checkpoint has weights no model part uses: {some(extra)}")
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
             raise UsageError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..wording import gigabytes
 
 if TYPE_CHECKING:
     from mlx_vlm_edge_bench.estimate.calibration import Row
@@ -153,10 +154,6 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _gb(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"
-
-
 def _describe(found: "Outlook", image: tuple[int, int]) -> str:
     chip, step = found.chip, found.step
     tiles = f" in {found.tiles} tiles" if found.tiles > 1 else ""
@@ -207,9 +204,9 @@ def _memory_lines(found: "Outlook") -> list[str]:
     needed = found.memory
     shares = (f"{needed['total'] / size / 1e9:.0%} of {size} GB" for size in found.chip.memory)
     return [
-        f"memory: weights {_gb(needed['weights'])}, cache of {found.context:,} positions "
-        f"{_gb(needed['cache'])}, activations about {_gb(needed['activations'])}",
-        f"        {_gb(needed['total'])} in all: {', '.join(shares)}",
+        f"memory: weights {gigabytes(needed['weights'])}, cache of {found.context:,} positions "
+        f"{gigabytes(needed['cache'])}, activations about {gigabytes(needed['activations'])}",
+        f"        {gigabytes(needed['total'])} in all: {', '.join(shares)}",
     ]
 
 
@@ -227,7 +224,7 @@ def _compare(found: Sequence["Outlook"]) -> str:
                 item.model, item.chip.id, str(item.bits),
                 f"{item.visual_tokens + item.text_tokens:,}",
                 f"{stages.get('vision', '-')} ms", f"{stages['prefill']} ms",
-                f"{_ms(item.ttft)} ms", f"{item.rate:,.1f}", _gb(total), ", ".join(notes),
+                f"{_ms(item.ttft)} ms", f"{item.rate:,.1f}", gigabytes(total), ", ".join(notes),
             ]
         )  # fmt: skip
     return table(rows)

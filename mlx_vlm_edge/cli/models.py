@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UsageError
 from ..hub.cache import cache_folder, cached_models, local_snapshot, snapshot_folder
 from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
+from ..wording import gigabytes
 
 HELP = "List, pull, show, verify and remove models."
 
@@ -41,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..hub.download import gigabytes
 
     names = {repo: alias for alias, repo in ALIASES.items()}
     rows: list[dict[str, Any]] = [
@@ -119,7 +119,7 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
     repo = repo_id(args.name)
     if args.offline:
         raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
-    from ..hub.download import describe, gigabytes
+    from ..hub.download import describe
 
     remote = describe(repo, args.revision)
     return {
@@ -133,7 +133,6 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
 def _local_facts(folder: Path) -> dict[str, Any]:
     """What a model folder's config and files say."""
     from ..checkpoint.config import read_config
-    from ..hub.download import gigabytes
 
     config = read_config(folder)
     text = {**(config.get("text_config") or {}), **config}
@@ -200,8 +199,6 @@ def licence(folder: Path) -> str:
 
 def _remove(args: argparse.Namespace) -> int:
     import shutil
-
-    from ..hub.download import gigabytes
 
     repo = repo_id(args.name)
     model = next((model for model in cached_models([repo]) if model.repo == repo), None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
 from ..errors import UsageError
+from ..wording import gigabytes
 from . import published
 from .cache import cache_folder, repository_folder
 from .published import PublishedFile
@@ -134,11 +135,6 @@ def _check_room(remote: Remote, target: Path) -> None:
 def _published(sibling: "RepoSibling") -> PublishedFile:
     """What the Hub says of a file: an LFS file's sha256, git's hash of any other."""
     return published.checked(sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
-
-
-def gigabytes(nbytes: int) -> str:
-    """A size for people: 1.52 GB, 12 MB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def _licence(model: "ModelInfo") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import UsageError
+from ..wording import first_line
 from .pdf import Page, page_image
 from .rgb import DAMAGED, to_rgb, upright
 
@@ -152,20 +153,16 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{name}: {_first_line(error)} Make the image smaller.") from None
+        raise UsageError(f"{name}: {first_line(error)} Make the image smaller.") from None
     except UnidentifiedImageError:
         raise UsageError(f"{name}: not an image, or in no format known: use PNG or JPEG") from None
     except DAMAGED as error:
         raise UsageError(
-            f"{name}: cannot be decoded ({_first_line(error)}): "
+            f"{name}: cannot be decoded ({first_line(error)}): "
             "the image may be truncated or damaged; save it again"
         ) from None
     except MemoryError:
         raise UsageError(f"{name}: not enough memory for the image: make it smaller") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _decode(

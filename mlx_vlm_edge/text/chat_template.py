@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..wording import first_line
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,7 +25,7 @@ def render_chat_template(
     try:
         return _compile(template).render(messages=messages, **variables)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"the chat template cannot be used with these messages: {reason}"
         ) from None

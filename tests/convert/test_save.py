@@ -166,7 +166,7 @@ def test_values_that_leave_the_range_of_a_type_are_not_written(apple, tmp_path):
 def test_too_little_disk_is_said_before_writing(apple, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(UsageError, match="GB to write"):
+    with pytest.raises(UsageError, match=r"\d [GM]B to write, \d+ [GM]B free"):
         convert(apple, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import gigabytes
 
 from ..estimate import memory_bytes
 from ..random.weights import Blueprint
@@ -48,8 +49,3 @@ def usable(free: int | None) -> int | None:
     limit = details.get("max_recommended_working_set_size")
     known = [int(size) for size in (free, limit) if size]
     return min(known) if known else None
-
-
-def gigabytes(size: float) -> str:
-    """2_481_048_960 -> "2.48 GB"; 1e9 bytes are one."""
-    return f"{size / 1e9:.2f} GB"

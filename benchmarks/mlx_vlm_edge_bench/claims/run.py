@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_vlm_edge.wording import gigabytes
+
 from ..bench import machine
 from ..bench.figures import Figure, added, ratio
-from ..bench.memory import ALLOWANCE, gigabytes, usable
+from ..bench.memory import ALLOWANCE, usable
 from .counted import counted, flops
 from .read import Claim, Subject, Verdict, verdict
 from .timed import Workshop

@@ -1,0 +1,20 @@
+"""How names, sizes and the errors of others are put into a line for the user."""
+
+from collections.abc import Iterable
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few, and how many more there are: some("abcde") -> "a, b, c and 2 more"."""
+    listed = sorted(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def gigabytes(nbytes: float) -> str:
+    """1_520_000_000 -> "1.52 GB", 12_000_000 -> "12 MB"; 1e9 bytes are a gigabyte."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what it says below; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
