@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.wording import some as some
+from mlx_vlm_edge.wording import some
 
 Arrays = dict[str, mx.array]
 

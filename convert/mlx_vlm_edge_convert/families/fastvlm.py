@@ -18,9 +18,10 @@ from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.fastvlm import is_native
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.wording import some
 
 from .. import reparam
-from ..rules import Arrays, Rule, apply, some, to_channels_last, to_last_axis
+from ..rules import Arrays, Rule, apply, to_channels_last, to_last_axis
 from ..save import clip_preprocessor, complete_json
 from .decoder import decoder_rules, settle_head
 from .fastvlm_config import Config, head_width, native_config

@@ -16,8 +16,9 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.idefics3 import is_native
 from mlx_vlm_edge.models.idefics3_config import Config
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.wording import some
 
-from ..rules import Arrays, Rule, apply, some
+from ..rules import Arrays, Rule, apply
 from ..save import complete_json
 from .decoder import EMBEDDING, decoder_rules, settle_head
 from .vit import tower_rules

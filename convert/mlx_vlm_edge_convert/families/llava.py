@@ -15,8 +15,9 @@ from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, MEAN, STD, is_native
+from mlx_vlm_edge.wording import some
 
-from ..rules import Arrays, Rule, apply, some
+from ..rules import Arrays, Rule, apply
 from ..save import clip_preprocessor, complete_json
 from .clip import complete, fetch_tower
 from .clip import probe as probe

@@ -24,8 +24,9 @@ from mlx_vlm_edge.models.llava_onevision import (
     is_native,
 )
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.wording import some
 
-from ..rules import Arrays, Rule, apply, some
+from ..rules import Arrays, Rule, apply
 from ..save import complete_json
 from .decoder import decoder_rules, settle_head
 from .vit import tower_rules

@@ -15,8 +15,9 @@ from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.llava import MEAN, STD, is_native
 from mlx_vlm_edge.models.mobilevlm import visual_tokens
+from mlx_vlm_edge.wording import some
 
-from ..rules import Arrays, Rule, apply, some, to_channels_last
+from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
 from .decoder import EMBEDDING, decoder_rules, settle_head
