@@ -1,8 +1,10 @@
 """Which files a model folder is made of: what is read, what is missing, what is fetched."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -233,3 +235,19 @@ def test_asking_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_no_other_file_has_a_list_of_its_own():
+    """The names stand in checkpoint/files.py alone; elsewhere they are words in a message."""
+    root = Path(__file__).parents[2]
+    rooms = ("mlx_vlm_edge", "convert", "benchmarks/mlx_vlm_edge_bench")
+    owned = {*files._BESIDE, *(form.single for form in files.FORMATS),
+             *(form.index for form in files.FORMATS)}  # fmt: skip
+    owner = root / "mlx_vlm_edge" / "checkpoint" / "files.py"
+    for path in (path for room in rooms for path in (root / room).rglob("*.py")):
+        literals = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert path == owner or not literals & owned, f"{path}: {literals & owned}"

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.llava import MEAN, STD
 from mlx_vlm_edge.picture.image import Pixels
@@ -82,7 +83,7 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
         "patch_stride_clip": parsed.vision.patch,
         "conv_stride": parsed.vision.window,
     }
-    complete_json(folder / "preprocessor_config.json", clip_pixels() | own, {})
+    complete_json(folder / PREPROCESSOR_CONFIG, clip_pixels() | own, {})
 
 
 def clip_pixels() -> dict[str, Any]:

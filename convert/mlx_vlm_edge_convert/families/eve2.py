@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.models import eve2
 from mlx_vlm_edge.picture.image import Pixels
 
@@ -64,7 +65,7 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
         "patch_stride": parsed.vision.patch,
         "dense_stride": parsed.vision.window,
     }
-    complete_json(folder / "preprocessor_config.json", eve.clip_pixels() | own, {})
+    complete_json(folder / PREPROCESSOR_CONFIG, eve.clip_pixels() | own, {})
 
 
 def probe(config: Mapping[str, Any]) -> Pixels:

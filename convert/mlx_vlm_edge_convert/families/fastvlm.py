@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.fastvlm import is_native
 from mlx_vlm_edge.picture.image import Pixels
@@ -223,8 +224,8 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     }
     kind = {"processor_class": "FastVLMProcessor"}
     pixels = clip_preprocessor(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    complete_json(folder / "preprocessor_config.json", pixels, kind)
-    complete_json(folder / "processor_config.json", processor, kind)
+    complete_json(folder / PREPROCESSOR_CONFIG, pixels, kind)
+    complete_json(folder / PROCESSOR_CONFIG, processor, kind)
 
 
 def probe(config: Mapping[str, Any]) -> Pixels:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.models import fuyu
 from mlx_vlm_edge.picture.image import Pixels
 
@@ -68,7 +69,7 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
         "size": {"height": fuyu.HEIGHT, "width": fuyu.WIDTH},
     }
     kind = {"image_processor_type": "FuyuImageProcessor", "processor_class": "FuyuProcessor"}
-    complete_json(folder / "preprocessor_config.json", published, kind)
+    complete_json(folder / PREPROCESSOR_CONFIG, published, kind)
 
 
 def probe(config: Mapping[str, Any]) -> Pixels:

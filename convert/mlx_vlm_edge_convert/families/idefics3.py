@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.idefics3 import is_native
 from mlx_vlm_edge.models.idefics3_config import Config
@@ -150,8 +151,8 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     }
     patches = parsed.tile // parsed.vision.patch_size // parsed.scale_factor
     named = {"processor_class": f"{kind}Processor"}
-    complete_json(folder / "preprocessor_config.json", pixels, named)
-    complete_json(folder / "processor_config.json", {"image_seq_len": patches**2}, named)
+    complete_json(folder / PREPROCESSOR_CONFIG, pixels, named)
+    complete_json(folder / PROCESSOR_CONFIG, {"image_seq_len": patches**2}, named)
 
 
 def probe(config: Mapping[str, Any]) -> Pixels:

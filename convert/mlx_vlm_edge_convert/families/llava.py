@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, MEAN, STD, is_native
 from mlx_vlm_edge.wording import some
@@ -163,7 +164,7 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json and processor_config.json for transformers and mlx-vlm."""
     vision = config["vision_config"]
     complete_json(
-        folder / "preprocessor_config.json", clip_preprocessor(vision["image_size"], MEAN, STD), {}
+        folder / PREPROCESSOR_CONFIG, clip_preprocessor(vision["image_size"], MEAN, STD), {}
     )
     processor = {
         "image_token": "<image>",
@@ -172,4 +173,4 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
-    complete_json(folder / "processor_config.json", processor, {})
+    complete_json(folder / PROCESSOR_CONFIG, processor, {})

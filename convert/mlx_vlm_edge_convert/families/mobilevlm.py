@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.llava import MEAN, STD, is_native
 from mlx_vlm_edge.models.mobilevlm import visual_tokens
@@ -88,4 +89,4 @@ def projector_type(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """preprocessor_config.json, which no published MobileVLM has: CLIP's constants."""
     size = config["vision_config"]["image_size"]
-    complete_json(folder / "preprocessor_config.json", clip_preprocessor(size, MEAN, STD), {})
+    complete_json(folder / PREPROCESSOR_CONFIG, clip_preprocessor(size, MEAN, STD), {})
