@@ -6,3 +6,23 @@ class UsageError(Exception):
 
     Python callers may catch it as well: nothing was written when it is raised.
     """
+
+
+class Refusing:
+    """The outer net of a reader: whatever it raises becomes one line, source, fault and remedy.
+
+    Also what a Rust package panics with, which is no Exception.
+    """
+
+    def __init__(self, source: object, fault: str, remedy: str) -> None:
+        self._source, self._fault, self._remedy = source, fault, remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        through = (UsageError, KeyboardInterrupt, SystemExit, GeneratorExit)
+        if error is None or isinstance(error, through):
+            return
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UsageError(f"{self._source}: {self._fault} ({reason}): {self._remedy}") from None

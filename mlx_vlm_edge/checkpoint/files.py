@@ -20,6 +20,7 @@ GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"  # transformers 5 has the preprocessor's content in it
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 # What a tokenizer is made from; the first that is whole is read.
 TOKENIZER_JSON = ("tokenizer.json",)
@@ -29,7 +30,7 @@ TOKENIZERS = (TOKENIZER_JSON, VOCAB_AND_MERGES, TOKENIZER_MODEL)
 _BESIDE = frozenset((
     GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "video_preprocessor_config.json",
     *(name for names in TOKENIZERS for name in names), TOKENIZER_CONFIG,
-    "special_tokens_map.json", "added_tokens.json", TEMPLATE, TEMPLATE_JSON,
+    SPECIAL_TOKENS_MAP, ADDED_TOKENS, TEMPLATE, TEMPLATE_JSON,
 ))  # fmt: skip
 _DOCUMENTS = ("LICENSE", "NOTICE", "README")  # and what begins so
 # model_types that are a vision tower alone, and those whose pictures the config does not describe.
@@ -182,8 +183,8 @@ def read_chat_template(folder: Path) -> str | None:
 
 def _template(path: Path, entry: Any) -> str | None:
     """A template: text, {name: text}, or [{"name": ..., "template": ...}]; None without default."""
-    if isinstance(entry, list) and all(isinstance(item, Mapping) for item in entry):
-        entry = {item.get("name"): item.get("template") for item in entry}
+    if isinstance(entry, list) and all(isinstance(i, Mapping) and "name" in i for i in entry):
+        entry = {str(item["name"]): item.get("template") for item in entry}
     default = entry.get("default") if isinstance(entry, Mapping) else entry
     if not isinstance(default, str | None) or isinstance(entry, list):
         raise UsageError(f"{path}: chat_template is neither text nor named texts")

@@ -96,6 +96,10 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text"
     )
+    group.add_argument(
+        "--skip-special-tokens", action=argparse.BooleanOptionalAction, default=True,
+        help="leave special tokens out of the answer's text",
+    )  # fmt: skip
     for name, (kind, default, text) in SAMPLING.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, default=default, metavar="N", help=text)
@@ -103,8 +107,8 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling_arguments`' flags ask for, as keywords of `stream_generate`."""
-    chosen = {name: getattr(args, name) for name in SAMPLING}
-    return {"temperature": args.temperature, "stop": args.stop, **chosen}
+    names = ("temperature", "stop", "skip_special_tokens", *SAMPLING)
+    return {name: getattr(args, name) for name in names}
 
 
 def load_options(args: argparse.Namespace) -> "Options":

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..text.prompt import Inputs, Processor
-from ..text.tokenizer import Detokenizer
 from ..timings import Stages
 from .sampling import StopStrings
 
@@ -41,8 +40,9 @@ class GenerationResult:
 class Answer:
     """One prompt's answer as it comes.
 
-    stop: texts that end it. stages: of the prompt; its clock is used. started: when the prompt came
-    in, by that clock. reused: prompt tokens that a prefix cache knew.
+    stop: texts that end it, special tokens among them. stages: of the prompt; its clock is used.
+    started: when the prompt came in, by that clock. reused: prompt tokens that a prefix cache knew.
+    skip: whether special tokens have no text.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Answer:
         stages: Stages,
         started: float,
         reused: int = 0,
+        skip: bool = True,
     ) -> None:
-        self._eos_ids = processor.eos_ids
-        self._detokenizer, self._stops = Detokenizer(processor.tokenizer), StopStrings(stop)
+        tokenizer, self._stops = processor.tokenizer, StopStrings(stop)
+        self._ends = processor.eos_ids | tokenizer.special_among(self._stops.words)
+        self._detokenizer = tokenizer.detokenizer(skip)
         self._inputs, self._reused = inputs, reused
         self._stages, self._started = stages, started
         self._first, self._tokens = 0.0, 0
@@ -66,7 +68,7 @@ class Answer:
         if self._tokens == 1:
             self._stages.mark("first sample")
             self._first = self._stages.clock()
-        if token in self._eos_ids:
+        if token in self._ends:
             return self._piece(self._rest(), token, "stop")
         text = self._stops.feed(self._detokenizer.add(token))
         return self._piece(text, token, "stop" if self._stops.stopped else None)

@@ -226,7 +226,8 @@ class Engine:
             run = self.prefix_cache.begin(self.model, self.processor, inputs, cache, stages)
             rest, reused = run.rest, run.start
         stages.mark("queue")
-        answer = Answer(self.processor, inputs, options.stop, stages, ticket.started, reused)
+        skip = options.skip_special_tokens
+        answer = Answer(self.processor, inputs, options.stop, stages, ticket.started, reused, skip)
         row = _Row(ticket, answer, cache, run)
         row.left = budget(self.model, inputs, options)
         logits = self.model.prefill(rest, cache, options.prefill_step_size, stages)

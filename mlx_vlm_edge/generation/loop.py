@@ -29,10 +29,15 @@ KEPT_POSITIONS = 4  # of a text-only prompt in a rotating cache, as mlx-lm
 
 @dataclass(frozen=True)
 class Options(Sampling):
-    """How to generate; names and defaults as in mlx-lm."""
+    """How to generate; names and defaults as in mlx-lm.
+
+    stop: texts that end an answer, special tokens among them. skip_special_tokens: whether those
+    of an answer have no text; docling's models answer in them.
+    """
 
     max_tokens: int = 256
     stop: Sequence[str] = ()
+    skip_special_tokens: bool = True
     max_kv_size: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
@@ -116,16 +121,16 @@ def stream_inputs(
     started: float,
     prefix_cache: "PrefixCache | None",
 ) -> Iterator[GenerationResult]:
-    limit = budget(model, inputs, options)
+    limit, skip = budget(model, inputs, options), options.skip_special_tokens
     cache = make_cache(model, inputs, options)
     mx.reset_peak_memory()
     inputs = _encoded(model, inputs, stages)
     if prefix_cache is None:
-        answer = Answer(processor, inputs, options.stop, stages, started)
+        answer = Answer(processor, inputs, options.stop, stages, started, skip=skip)
         yield from _results(decode(model, inputs, cache, options, stages, limit), answer)
         return
     run = prefix_cache.begin(model, processor, inputs, cache, stages)
-    answer = Answer(processor, inputs, options.stop, stages, started, run.start)
+    answer = Answer(processor, inputs, options.stop, stages, started, run.start, skip)
     tokens = decode(model, inputs, cache, options, stages, limit, run.rest)
     said: list[int] = []
     try:

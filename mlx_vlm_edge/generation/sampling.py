@@ -155,8 +155,8 @@ class StopStrings:
     """
 
     def __init__(self, stop: str | Sequence[str] = ()) -> None:
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stop:
+        self.words = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self.words:
             raise UsageError("a stop string must not be empty")
         self._held = ""
         self.stopped = False
@@ -167,7 +167,7 @@ class StopStrings:
             return ""
         text = self._held + text
         found = [
-            (start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0
+            (start + len(word), start) for word in self.words if (start := text.find(word)) >= 0
         ]
         if found:
             self.stopped, self._held = True, ""
@@ -178,9 +178,9 @@ class StopStrings:
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""
-        longest = max((len(word) for word in self._stop), default=1) - 1
+        longest = max((len(word) for word in self.words), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
-            if any(word.startswith(text[-size:]) for word in self._stop):
+            if any(word.startswith(text[-size:]) for word in self.words):
                 return size
         return 0
 

@@ -17,13 +17,15 @@ from ..picture.image import Pixels, open_image
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.video import Video
 from ..timings import Stages
-from .tokenizer import GUARD, Tokenizer
+from .guard import GUARD, split_unmarked, unmarked
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
     from PIL.Image import Image
 
 MARKER = "<image>"
+PLACES = unmarked([MARKER])
 ROLES = ("system", "user", "assistant")
 
 # {"role": ..., "content": text or parts}, a part being {"type": "text", "text": ...},
@@ -146,7 +148,7 @@ class Processor(ABC):
 
         Raises UsageError when there are more or fewer markers than images.
         """
-        segments = text.split(MARKER)
+        segments = split_unmarked(text, PLACES)[::2]
         if len(segments) - 1 != images:
             raise UsageError(
                 f"the prompt has {_count(len(segments) - 1, 'place')} for an image ({MARKER}), but "

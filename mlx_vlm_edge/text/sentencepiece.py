@@ -5,13 +5,15 @@ every piece of text between special tokens begins with a word mark ("▁"), and 
 the vocabulary become bytes. Source: google/sentencepiece, src/sentencepiece_model.proto.
 """
 
+import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import Refusing, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -21,6 +23,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _REMEDY = "save the tokenizer once with transformers' save_pretrained (tokenizer.json)"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the first line: a token in base64, its rank
+LONGEST_PIECE = 1024  # characters; real vocabularies stay below 100
+_LONGEST_VARINT = 10  # bytes of a 64-bit number
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,14 @@ class Vocabulary:
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a BPE model that does not normalise text.
 
-    Raises UsageError for a damaged file and for other kinds of models.
+    Raises UsageError for other kinds of models, and anything at all for a damaged file.
     """
-    try:
-        return _vocabulary(path, path.read_bytes())
-    except (ValueError, IndexError, struct.error, TypeError) as error:
-        raise UsageError(f"{path}: is damaged ({error}): fetch it again") from None
-
-
-def _vocabulary(path: Path, data: bytes) -> Vocabulary:
+    data = path.read_bytes()
+    if _TIKTOKEN.match(data):
+        raise UsageError(
+            f"{path}: a tiktoken file, as Llama 3's original folder has, and no SentencePiece "
+            "model: take the folder for transformers, which has a tokenizer.json"
+        )
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     pieces: list[dict[int, Any]] = []
@@ -65,9 +69,15 @@ def _vocabulary(path: Path, data: bytes) -> Vocabulary:
     types = tuple(piece.get(3, NORMAL) for piece in pieces)
     if USER_DEFINED in types:
         raise UsageError(f"{path}: a model with symbols of its users; {_REMEDY}")
+    texts = tuple(piece[1].decode() for piece in pieces)
+    scores = tuple(struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces)
+    if len(set(texts)) != len(texts) or max(map(len, texts)) > LONGEST_PIECE:
+        raise ValueError("a piece that is there twice or is no word")
+    if UNKNOWN not in types or not all(map(math.isfinite, scores)):
+        raise ValueError("no token for the unknown, or a score that is no number")
     return Vocabulary(
-        pieces=tuple(piece[1].decode() for piece in pieces),
-        scores=tuple(struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces),
+        pieces=texts,
+        scores=scores,
         types=types,
         byte_fallback=bool(trainer.get(35, 0)),
         dummy_prefix=bool(normalizer.get(3, 1)),
@@ -98,42 +108,46 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
     _varint(b"\\xac\\x02", 0) -> (300, 2)
     """
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+    number = 0
+    for place, byte in enumerate(data[at : at + _LONGEST_VARINT]):
+        number |= (byte & 127) << 7 * place
         if byte < 128:
-            return number, at
+            return number, at + place + 1
+    raise ValueError(f"no number at byte {at:,}")
 
 
 def merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a third, the best score first.
 
-    Pairs that make the same piece are as good as each other to SentencePiece, which then takes the
-    leftmost; here the shorter left part goes first.
+    Of pairs that are as good as each other, those that make the same piece, SentencePiece takes the
+    leftmost: the longer left part goes first, as in transformers' conversion.
     """
     own = (NORMAL, UNUSED)
     listed = zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
     scored = {piece: score for piece, score, kind in listed if kind in own}
-    found = [
-        (-score, cut, piece)
+    pairs = [
+        (-score, -cut, cut - len(piece), piece)
         for piece, score in scored.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scored and piece[cut:] in scored
     ]
-    return [(piece[:cut], piece[cut:]) for _, cut, piece in sorted(found)]
+    pairs.sort(key=lambda pair: pair[:3])
+    return [(piece[:-minus_left], piece[-minus_left:]) for _, minus_left, _, piece in pairs]
 
 
 def backend(path: Path) -> "Backend":
     """The tokenizer of a tokenizer.model. Special tokens in a text are split off first.
 
-    Raises UsageError as `read_vocabulary` does.
+    Raises UsageError for other kinds of models, and for a damaged file.
     """
+    with Refusing(path, "is damaged", "fetch it again"):
+        return _built(read_vocabulary(path))
+
+
+def _built(vocabulary: Vocabulary) -> "Backend":
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
 
-    vocabulary = read_vocabulary(path)
     special = [
         piece
         for piece, kind in zip(vocabulary.pieces, vocabulary.types, strict=True)

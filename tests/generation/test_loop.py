@@ -157,6 +157,20 @@ def test_stop_strings(run, stop, want):
     assert pieces[-1].finish_reason == "stop"
 
 
+def test_special_tokens_of_an_answer_may_be_shown_and_stopped_at(run, tokenizer):
+    """Docling's models answer in them: case 05 of the replayed reports."""
+    script = [*tokenizer.encode("a"), tiny.IMAGE, *tokenizer.encode("b"), tiny.STOP]
+    assert text(run(script)[0]) == "ab"
+    shown = run(script, skip_special_tokens=False)[0]
+    assert text(shown) == "a<image>b"
+    for skip in (True, False):
+        pieces, _ = run(script, stop=["<image>"], skip_special_tokens=skip)
+        assert text(pieces) == "a"
+        assert pieces[-1].finish_reason == "stop"
+        assert pieces[-1].generation_tokens == 2
+    assert text(run(script, stop=["e>b"], skip_special_tokens=False)[0]) == "a<imag"
+
+
 def test_text_held_back_for_a_stop_string_comes_out_at_the_end(run):
     pieces, _ = run("one two", stop=["two three"], max_tokens=100)
     assert text(pieces) == "one two"

@@ -1,12 +1,13 @@
 """tokenizer.model -> the ids of the `sentencepiece` package, and of LLaMA's original tokenizer."""
 
 import random
+import struct
 
 import pytest
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.text import sentencepiece
-from mlx_vlm_edge.text.tokenizer import Detokenizer, Tokenizer
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 GOLDEN = "mobilevlm_v2"
 TEXTS = [
@@ -113,7 +114,7 @@ def test_pieces_of_an_answer_make_the_whole_text(pair):
     ours, theirs = pair
     for text in TEXTS:
         ids = [*theirs.encode(text), 2]
-        detokenizer = Detokenizer(ours)
+        detokenizer = ours.detokenizer()
         pieces = [detokenizer.add(index) for index in ids]
         assert "".join(pieces) + detokenizer.finish() == ours.decode(ids)
 
@@ -175,3 +176,112 @@ def test_without_a_dummy_prefix_text_begins_as_it_is(tmp_path):
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+
+
+# A file of our own making: real vocabularies cannot be trained in a test
+
+
+def varint(number):
+    rest, byte = divmod(number, 128)
+    return bytes([byte | 128]) + varint(rest) if rest else bytes([byte])
+
+
+def field(number, value):
+    """One field of a protocol buffer."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+# BPE with bytes; text is left alone.
+TRAINED = field(2, field(3, 2) + field(35, 1)) + field(3, field(3, 1) + field(4, 0) + field(5, 1))
+
+
+def written(path, scored):
+    """A BPE model with these pieces (text, score) after the special ones and the 256 bytes."""
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [(piece, score, 1) for piece, score in scored]
+    data = b"".join(
+        field(1, field(1, piece.encode()) + field(2, score) + field(3, kind))
+        for piece, score, kind in pieces
+    )
+    path.write_bytes(data + TRAINED)
+    return path
+
+
+# Runs of spaces have one score, as in LLaMA's and Mistral's files.
+SPACES = [("▁" * length, -1e9) for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11)]
+LETTERS = [("▁a", -30.0), ("▁", -1e9), *((letter, -41.0) for letter in "abr:et\n")]
+
+
+@pytest.mark.parametrize("between", ["{}", "a{}b", "b:\n{}ret", "{}\n{}a"])
+def test_runs_of_spaces_are_sentencepieces(tmp_path, between):
+    spm = pytest.importorskip("sentencepiece", reason="the reference is the sentencepiece package")
+    path = written(tmp_path / "tokenizer.model", SPACES + LETTERS)
+    ours, theirs = Tokenizer.from_folder(tmp_path), spm.SentencePieceProcessor(str(path))
+    for length in range(80):
+        text = between.replace("{}", " " * length)
+        assert ours.encode(text) == theirs.encode(text), length
+
+
+def test_a_json_of_the_same_tokenizer_has_the_same_ids(pair, tmp_path):
+    """What `convert` writes beside a tokenizer.model, which is read faster."""
+    ours, theirs = pair
+    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    saved = Tokenizer.from_folder(tmp_path)
+    for text in [*TEXTS, *corpus()[:200]]:
+        assert saved.encode(text) == theirs.encode(text)
+    assert saved.special == ours.special
+    chat = "USER: a</s>USER: b"
+    assert saved.encode(chat, special=True) == ours.encode(chat, special=True)
+
+
+def test_files_that_are_malformed_in_odd_ways(tmp_path):
+    """Each is one line; none takes longer for being long."""
+    path = tmp_path / "tokenizer.model"
+
+    def refuse(data, match="damaged"):
+        path.write_bytes(data + TRAINED)
+        with pytest.raises(UsageError, match=match) as caught:
+            Tokenizer.from_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    refuse(b"\x80" * 3_000_000, "no number")
+    refuse(field(1, field(2, 0.0)))  # a piece without a text
+    refuse(field(1, field(1, 5)))  # with a number for a text
+    refuse(field(1, field(1, b"\xff")))  # not UTF-8
+    refuse(field(1, 7))
+    refuse(field(1, field(1, b"a")), "unknown")
+    refuse(written(path, [("a", -1.0), ("a", -2.0)]).read_bytes(), "twice")
+    refuse(written(path, [("a" * 1_000_000, -1.0)]).read_bytes(), "no word")
+    refuse(written(path, [("a", float("nan"))]).read_bytes(), "no number")
+    refuse(b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken")
+
+
+def test_transformers_saved_tokenizer_gives_way_to_the_file_it_came_from(tmp_path):
+    """It says that the word mark stands at the beginning alone, and merges (▁,▁) first."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    written(tmp_path / "tokenizer.model", SPACES + LETTERS)
+    right = Tokenizer.from_folder(tmp_path)
+    saved = sentencepiece.backend(tmp_path / "tokenizer.model")
+    saved.normalizer = normalizers.Sequence([])
+    saved.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    saved.add_special_tokens(["<image>"])
+    saved.save(str(tmp_path / "tokenizer.json"))
+    text = "a</s>a  b<image>a"
+    got = Tokenizer.from_folder(tmp_path)
+    assert got.encode("a</s>a  b", special=True) == right.encode("a</s>a  b", special=True)
+    assert got.token_id("<image>") == saved.token_to_id("<image>")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "tokenizer.json").rename(alone / "tokenizer.json")
+    only = Tokenizer.from_folder(alone)
+    assert only.encode(text, special=True) != got.encode(text, special=True)
+    only.begin_each_text()  # a family that was trained so
+    assert only.encode(text, special=True) == got.encode(text, special=True)
+    (alone / "tokenizer.model").write_bytes(b"IQ== 0\n")  # of no use: tokenizer.json is read
+    assert Tokenizer.from_folder(alone).vocab_size == got.vocab_size

@@ -1,15 +1,17 @@
 """Encoding, guarded text and streaming decoding against whole decoding, on tokenizers made here."""
 
 import json
-import random
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.text.chat_template import render_chat_template
-from mlx_vlm_edge.text.tokenizer import GUARD, Detokenizer, Tokenizer
+from mlx_vlm_edge.text.guard import GUARD
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from ..reference import tokenizer as tiny
 from ..reference import torchvision_shim
@@ -63,29 +65,34 @@ def sentencepiece():
 # Streaming
 
 
-def stream(tokenizer, ids):
-    detokenizer = Detokenizer(tokenizer)
+def stream(tokenizer, ids, skip_special=True):
+    detokenizer = tokenizer.detokenizer(skip_special)
     pieces = [detokenizer.add(token) for token in ids]
     return [*pieces, detokenizer.finish()]
 
 
+# Ids of any token, and beyond; of parts of characters more often than chance has them.
+IDS = st.lists(
+    st.one_of(
+        st.integers(0, 310), st.sampled_from(["🙂", "東", "é", "\n", "�", "the"]), st.just("  ")
+    ),
+    max_size=16,
+)
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-def test_pieces_join_to_the_whole_decode(kind, request):
+@settings(max_examples=300, deadline=None)
+@given(parts=IDS)
+def test_pieces_join_to_the_whole_decode(kind, skip_special, request, parts):
     tokenizer = request.getfixturevalue(kind)
-    rng = random.Random(0)
-    interesting = [
+    ids = [
         token
-        for text in ("🙂", "東", "é", " ", "  ", "\n", "\ufffd", " the")
-        for token in tokenizer.encode(text)
+        for part in parts
+        for token in ([part] if isinstance(part, int) else tokenizer.encode(part))
     ]
-    for _ in range(3000):
-        ids = [
-            rng.choice(interesting)
-            if rng.random() < 0.5
-            else rng.randrange(tokenizer.vocab_size + 3)
-            for _ in range(rng.randrange(16))
-        ]
-        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids), ids
+    pieces = stream(tokenizer, ids, skip_special)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])

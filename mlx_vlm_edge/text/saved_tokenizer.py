@@ -1,0 +1,194 @@
+"""A model folder's tokenizer files -> a `tokenizers` backend, and tokens and templates they name.
+
+Whatever is wrong with one of them is a UsageError that names the file.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import files
+from ..errors import Refusing, UsageError
+from . import sentencepiece
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# Qwen2's pre-tokenizer, as its tokenizer.json has it.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Keys that name one token each: its text, or an object with "content".
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CHAT_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def read(folder: Path) -> "tuple[Backend, dict[str, Any]]":
+    """The tokenizer, and tokenizer_config.json with what other files add to it.
+
+    Raises UsageError when there is none, or one of the files is damaged.
+    """
+    config = files.read_json(folder / files.TOKENIZER_CONFIG)
+    older = files.read_json(folder / files.SPECIAL_TOKENS_MAP)
+    config = {name: older[name] for name in NAMED if name in older} | config
+    backend = _backend(folder, config)
+    added, source = _added_tokens(folder, config, older)
+    with Refusing(source, "cannot be used", "copy the original model's"):
+        add_tokens(backend, added, source)
+    return backend, config | {"chat_template": files.read_chat_template(folder)}
+
+
+def _backend(folder: Path, config: Mapping[str, Any]) -> "Backend":
+    pieces = folder / files.TOKENIZER_MODEL[0]
+    match files.tokenizer_files(folder):
+        case files.TOKENIZER_JSON:
+            backend = _from_file(folder / files.TOKENIZER_JSON[0])
+            doubtful = begins_once(backend) and config.get("legacy") is not False
+            return _from_pieces(pieces, backend) if doubtful and pieces.is_file() else backend
+        case files.VOCAB_AND_MERGES:
+            return _qwen2(folder, config)
+        case files.TOKENIZER_MODEL:
+            return sentencepiece.backend(pieces)
+    raise UsageError(
+        f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
+        "copy the tokenizer's files from the original model"
+    )
+
+
+def _from_pieces(pieces: Path, saved: "Backend") -> "Backend":
+    """tokenizer.model's tokenizer with the tokens that were added in tokenizer.json.
+
+    transformers 5 saves every LLaMA tokenizer that does not say "legacy" as one that begins once,
+    whatever the model was trained with, and without the scores of what is merged first. A file that
+    cannot be read here, or has other ids, leaves tokenizer.json as it is.
+    """
+    added = {
+        id: {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
+        for id, token in saved.get_added_tokens_decoder().items()
+    }
+    try:
+        backend = sentencepiece.backend(pieces)
+        add_tokens(backend, added, pieces)
+    except UsageError:
+        return saved
+    return backend
+
+
+def begins_once(backend: "Backend") -> bool:
+    """Whether a text has the word mark at its beginning only, and not after special tokens too."""
+    return getattr(backend.pre_tokenizer, "prepend_scheme", None) == "first"
+
+
+def _from_file(path: Path) -> "Backend":
+    from tokenizers import Tokenizer as Backend
+
+    with Refusing(path, "is damaged", "fetch it again"):
+        return Backend.from_file(str(path))
+
+
+def _qwen2(folder: Path, config: Mapping[str, Any]) -> "Backend":
+    """The tokenizer that transformers' Qwen2Tokenizer builds from the same two files."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    kind = config.get("tokenizer_class")
+    if kind not in QWEN2_CLASSES:
+        raise UsageError(
+            f"{folder}: vocab.json and merges.txt of a {kind or 'nameless tokenizer'} without a "
+            "tokenizer.json: save it once with transformers' save_pretrained"
+        )
+    with Refusing(folder, "vocab.json or merges.txt is damaged", "fetch them again"):
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    backend = Backend(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _added_tokens(
+    folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]
+) -> tuple[dict[int, dict[str, Any]], Path]:
+    """Tokens by id, as added_tokens_decoder has them, and the file that lists them.
+
+    Without that key, and without tokenizer.json, they are in added_tokens.json, as {text: id}, and
+    special where they are named as such elsewhere, or written as chat tokens are.
+    """
+    listed, source = config.get("added_tokens_decoder"), folder / files.TOKENIZER_CONFIG
+    if listed is not None:
+        with Refusing(source, "its added_tokens_decoder is damaged", "fetch it again"):
+            return {int(id): _entry(entry) for id, entry in listed.items()}, source
+    if files.tokenizer_files(folder) == files.TOKENIZER_JSON:
+        return {}, source
+    source = folder / files.ADDED_TOKENS
+    with Refusing(source, "is damaged", "fetch it again"):
+        special = _listed_as_special(config) | _listed_as_special(older)
+        ids = files.read_json(source)
+        return {int(id): _from_text(text, text in special) for text, id in ids.items()}, source
+
+
+def _from_text(text: str, special: bool) -> dict[str, Any]:
+    special = special or bool(CHAT_TOKEN.fullmatch(text))
+    return {"content": text, "special": special, "normalized": not special}
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+        raise ValueError("a token is an object with a text as its 'content'")
+    return {key: entry[key] for key in ("content", *_FLAGS) if key in entry}
+
+
+def _listed_as_special(config: Mapping[str, Any]) -> set[str]:
+    more = config.get("additional_special_tokens") or []
+    tokens = [*named_tokens(config).values(), *map(content, more)]
+    return {token for token in tokens if token}
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of bos_token, eos_token, ... where they are set. Raises UsageError for others."""
+    tokens = {name: content(config[name]) for name in NAMED if config.get(name) is not None}
+    for name, token in tokens.items():
+        if token is None:
+            raise UsageError(
+                f"{files.TOKENIZER_CONFIG}: {name} must be a token's text, not {config[name]!r:.60}"
+            )
+    return {name: token for name, token in tokens.items() if token}
+
+
+def content(token: Any) -> str | None:
+    """The text of a token that is written as a string or as an object with "content"."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def add_tokens(backend: "Backend", wanted: Mapping[int, Mapping[str, Any]], source: Path) -> None:
+    """Add those that are not there yet, all in one go, each of which must get its own id."""
+    from tokenizers import AddedToken
+
+    known = backend.get_added_tokens_decoder()
+    missing = {
+        id: wanted[id]
+        for id in sorted(wanted)
+        if id not in known or known[id].content != wanted[id]["content"]
+    }
+
+    def token(entry: Mapping[str, Any]) -> "AddedToken":
+        chosen = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
+        return AddedToken(entry["content"], **chosen)
+
+    backend.add_tokens([token(entry) for entry in missing.values()])
+    for id, entry in missing.items():
+        if (got := backend.token_to_id(entry["content"])) != id:
+            raise UsageError(
+                f"{source}: token {entry['content']!r:.60} should have id {id}, but has {got}"
+            )
