@@ -183,10 +183,11 @@ def read_chat_template(folder: Path) -> str | None:
 
 def _template(path: Path, entry: Any) -> str | None:
     """A template: text, {name: text}, or [{"name": ..., "template": ...}]; None without default."""
-    if isinstance(entry, list) and all(isinstance(i, Mapping) and "name" in i for i in entry):
-        entry = {str(item["name"]): item.get("template") for item in entry}
+    if isinstance(entry, list) and all(isinstance(item, Mapping) for item in entry):
+        entry = {item.get("name"): item.get("template") for item in entry}
     default = entry.get("default") if isinstance(entry, Mapping) else entry
-    if not isinstance(default, str | None) or isinstance(entry, list):
+    nameless = default is None and isinstance(entry, Mapping) and None in entry
+    if not isinstance(default, str | None) or isinstance(entry, list) or nameless:
         raise UsageError(f"{path}: chat_template is neither text nor named texts")
     return default
 
