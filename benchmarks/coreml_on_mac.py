@@ -24,7 +24,9 @@ from mlx_vlm_edge_bench.bench.saved import Save, writable
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.emit.toolkit import tools
-from mlx_vlm_edge_convert.coreml.run.mac import UNITS, Device, compiled, require_mac
+from mlx_vlm_edge_convert.coreml.names import IMAGE, MASK
+from mlx_vlm_edge_convert.coreml.parity import distance
+from mlx_vlm_edge_convert.coreml.run.runner import UNITS, CoreMLPackage, compiled, require_mac
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -52,18 +54,18 @@ def random_inputs(ports: Sequence[Mapping[str, Any]], seed: int = 0) -> Inputs:
 
     Integers are positions: 0.
     """
-    rng, made = np.random.default_rng(seed), {}
+    rng, inputs = np.random.default_rng(seed), {}
     for port in ports:
         shape = tuple(port["shape"])
-        if port["kind"] == "image" or port["name"] == "image":
-            made[port["name"]] = rng.integers(0, 256, shape).astype(np.float32)
+        if port["kind"] == "image" or port["name"] == IMAGE:
+            inputs[port["name"]] = rng.integers(0, 256, shape).astype(np.float32)
         elif port["dtype"] == "int32":
-            made[port["name"]] = np.zeros(shape, np.int32)
-        elif port["name"] == "mask":
-            made[port["name"]] = np.zeros(shape, np.float32)
+            inputs[port["name"]] = np.zeros(shape, np.int32)
+        elif port["name"] == MASK:
+            inputs[port["name"]] = np.zeros(shape, np.float32)
         else:
-            made[port["name"]] = rng.standard_normal(shape).astype(np.float32) * 0.1
-    return made
+            inputs[port["name"]] = rng.standard_normal(shape).astype(np.float32) * 0.1
+    return inputs
 
 
 def work(folder: Path, content: Mapping[str, Any]) -> Iterator[Work]:
@@ -131,35 +133,27 @@ def clocked(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+def error(outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
     """The largest of the outputs' relative errors; infinite where one is missing or not finite."""
-    return max(distance(found.get(name), array) for name, array in expected.items())
-
-
-def distance(found: np.ndarray | None, expected: np.ndarray) -> float:
-    if found is None or np.shape(found) != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    wide = expected.astype(np.float64)
-    size = float(np.linalg.norm(wide)) or 1.0
-    return float(np.linalg.norm(np.asarray(found, np.float64) - wide)) / size
+    return max(distance(outputs.get(name), array) for name, array in expected.items())
 
 
 def measured(item: Work, path: Path, units: str, warmup: int, runs: int) -> dict[str, Any]:
     """One function on one choice of compute units."""
-    device = Device(item.package, path, units)
+    device = CoreMLPackage(item.package, path, units)
     load = clocked(lambda: device.model(item.function))
     stateful = bool(device.interface[item.function]["states"])
 
     state = device.new_state(item.function) if stateful else None
-    found = device.run(item.function, item.inputs, state)
-    given = device.entered(item.function, item.inputs)
+    outputs = device.run(item.function, item.inputs, state)
+    entered = device.entered(item.function, item.inputs)
     model = device.model(item.function)
-    arguments = (given,) if state is None else (given, state)
+    arguments = (entered,) if state is None else (entered, state)
     figure = timed(lambda: model.predict(*arguments), warmup, runs)
     return {
         "load_s": load,
         "predict_s": figure.record(),
-        "relative_error": error(found, item.expected),
+        "relative_error": error(outputs, item.expected),
     }
 
 

@@ -11,20 +11,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mlx_vlm_edge_convert.coreml import manifest
-from mlx_vlm_edge_convert.coreml.check.interpreter import Package
-from mlx_vlm_edge_convert.coreml.run.host import Functions, Geometry, Runner
-from mlx_vlm_edge_convert.coreml.run.mac import UNITS, Device, compiled
-from safetensors.numpy import load_file
+from mlx_vlm_edge_convert.coreml.names import IMAGE, MAIN, TOKENS
+from mlx_vlm_edge_convert.coreml.run.host import DecoderHost
+from mlx_vlm_edge_convert.coreml.run.runner import UNITS, Runner, runner
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture.image import fit, open_image
 from mlx_vlm_edge.text.tokenizer import Detokenizer, Tokenizer
 
-Open = Callable[[str], Functions]  # a package's file name -> what runs it
+Open = Callable[[str], Runner]  # a package's file name -> what runs it
 
 
 class Bundle:
@@ -39,48 +37,46 @@ class Bundle:
             raise UsageError(f"{folder}: this family's pictures and prompts need its own code")
         self.packages = {name: open_package(part["package"]) for name, part in parts.items()}
         self.tokenizer = Tokenizer.from_folder(folder)
-        described = parts["decoder"]["embeddings"]
-        table = load_file(folder / described["file"])[described["name"]]
-        geometry = Geometry.from_manifest(parts["decoder"])
-        self.runner = Runner(self.packages["decoder"], geometry, table)
+        self.decoder = DecoderHost.open(folder, parts["decoder"], self.packages["decoder"])
 
     def visual_tokens(self, picture: str | Path) -> np.ndarray:
         """A picture -> its visual tokens [N, D]."""
         wanted = self.manifest["preprocessing"]
         size, fill = (wanted["width"], wanted["height"]), tuple(wanted["fill"])
         pixels = np.asarray(fit(open_image(picture), size, wanted["strategy"], fill))
-        found: Any = {"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}
+        outputs = {IMAGE: pixels.transpose(2, 0, 1)[None].astype(np.float32)}
         for name in ("vision", "connector"):
             if name in self.packages:
-                found = self.packages[name].run("main", found, None)
-        return np.asarray(found["visual_tokens"])[0]
+                outputs = dict(self.packages[name].run(MAIN, outputs))
+        return outputs[TOKENS][0]
 
     def prompt(self, picture: str | Path, question: str) -> np.ndarray:
         """Input embeddings [L, D] of a picture and a question."""
-        told, embed = self.manifest["prompt"], self.runner.embed
+        told, embed = self.manifest["prompt"], self.decoder.embed
         words = question.strip()
         if odd := [token for token in told["special_tokens"] if token in words]:
             raise UsageError(f"the question has the chat's own {odd[0]} in it; take it out")
         text = told["before_question"] + words + told["after_question"]
         after = [*told["after_image"], *self.tokenizer.encode(text, special=True)]
-        tokens = self.visual_tokens(picture).astype(self.runner.embeddings.dtype)
+        tokens = self.visual_tokens(picture).astype(self.decoder.embeddings.dtype)
         return np.concatenate([embed(told["before_image"]), tokens, embed(after)])
 
     def answer(self, picture: str | Path, question: str, max_tokens: int) -> Iterator[int]:
         """Greedy token ids, without the one that ends the answer."""
         prompt, ends = self.prompt(picture, question), self.manifest["tokens"]["eos"]
-        self.runner.start()
-        for token in self.runner.generate(prompt, max_tokens, ends):
+        self.decoder.start()
+        for token in self.decoder.generate(prompt, max_tokens, ends):
             if token not in ends:
                 yield token
 
 
 def opener(folder: Path, units: str, cache: Path) -> Open:
-    """What runs this machine's packages."""
-    if sys.platform == "darwin":
-        return lambda name: Device(folder / name, compiled(folder / name, cache), units)
-    print("no Core ML on this machine: its packages run in the interpreter", file=sys.stderr)
-    return lambda name: Package(folder / name)
+    """What runs a bundle's packages on this machine."""
+    if sys.platform != "darwin":
+        print("no Core ML on this machine: its packages run in the interpreter", file=sys.stderr)
+    return lambda name: runner(
+        folder / name, units, cache, lambda line: print(line, file=sys.stderr)
+    )
 
 
 def main() -> None:

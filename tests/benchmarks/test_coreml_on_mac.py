@@ -19,7 +19,7 @@ from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.emit.toolkit import tools
 from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.part import Options
-from mlx_vlm_edge_convert.coreml.run import mac as device
+from mlx_vlm_edge_convert.coreml.run import runner as device
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -211,6 +211,6 @@ def test_a_device_says_what_core_ml_said(mac, bundle, tmp_path):
     package = bundle / "vision.mlpackage"
     path = device.compiled(package, tmp_path)
     assert device.compiled(package, tmp_path) == path
-    refused = device.Device(package, path, "cpu-ne")
+    refused = device.CoreMLPackage(package, path, "cpu-ne")
     with pytest.raises(UsageError, match=r"cannot load it \(Error in building plan"):
         refused.run("main", {})

@@ -74,7 +74,7 @@ def test_the_prompt_is_that_of_mlx(bundle, demo):
     prompt = bundle.prompt(IMAGES / "shapes.png", question)
     ids, positions = inputs.input_ids[0], inputs.visual
     text = np.setdiff1d(np.arange(len(ids)), positions)
-    np.testing.assert_array_equal(prompt[text], bundle.runner.embed(ids[text]))
+    np.testing.assert_array_equal(prompt[text], bundle.decoder.embed(ids[text]))
     expected = np.array(model.encode_image(inputs.pixels[0]))
     assert np.linalg.norm(prompt[positions] - expected) < 5e-3 * np.linalg.norm(expected)
 

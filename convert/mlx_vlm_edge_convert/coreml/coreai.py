@@ -17,9 +17,12 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
+from .check.verify import judge
 from .emit.network import Network
+from .names import MAIN
+from .parity import Parity, distance
 from .part import Say
-from .parts.vision import GRAPH, HALF, Tower, VisionPart, distance
+from .parts.vision import GRAPH, HALF, Tower, VisionPart
 
 Operation = Any  # of coremltools' MIL
 Tensor = Any  # a Value of coreai.authoring
@@ -201,7 +204,7 @@ def save_asset(program: Any, path: Path, dtype: type[np.floating[Any]] = np.floa
     missing and for an operation that has no translation.
     """
     ca = _authoring()
-    translation, function = _Translation(dtype), program.functions["main"]
+    translation, function = _Translation(dtype), program.functions[MAIN]
     names, outputs = list(function.inputs), list(function.outputs)
 
     def body(*tensors: Tensor) -> Tensor:
@@ -249,7 +252,7 @@ def predict(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     async def run() -> dict[str, np.ndarray]:
         async with ca.AIModelAsset.load(path).executable() as model:
             arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-            results = await model.load_function("main")(
+            results = await model.load_function(MAIN)(
                 {name: runtime.NDArray(array) for name, array in arrays.items()}
             )
             return {name: result.numpy() for name, result in results.items()}
@@ -263,13 +266,13 @@ def write_asset(part: VisionPart, path: Path, verify: bool, say: Say) -> dict[st
     verify: run it on the part's first picture and compare with the MLX model.
     Raises UsageError for islands of float32, and when the asset is not what MLX computes.
     """
-    if not isinstance(part.stretch, Tower):
+    if not isinstance(part.segment, Tower):
         raise TypeError("only a vision tower's program is translated")
     if part.islands:
         raise UsageError("Core AI export takes one precision: use --precision fp32")
     half = part.options.precision != "fp32"
     tensor_input = replace(part.options, image_input=False)
-    tower = Tower(part.stretch.encoder, tensor_input)
+    tower = Tower(part.segment.encoder, tensor_input)
     split_heads = part.options.compute == "cpu-ne"
     program = tower.emit(Network(half, part.powers, split_heads))
     say(f"{part.name}: translating {path.name} (Core AI, experimental)")
@@ -291,10 +294,5 @@ def _compared(part: VisionPart, tower: Tower, path: Path, half: bool, say: Say) 
     inputs = {name: array.astype(dtype) for name, array in tower.inputs(case, half).items()}
     outputs = predict(path, inputs)
     worst = max(distance(outputs[name], case.reference[name]) for name in outputs)
-    say(f"  {part.name}, {case.name} (Core AI): relative error {worst:.2e}")
-    if not worst <= limit:
-        raise UsageError(
-            f"the Core AI asset is wrong: off by {worst:.2e} (relative) on {case.name}, more than "
-            f"{limit:.0e}; nothing was kept"
-        )
+    judge("the Core AI asset", [Parity(part.name, f"{case.name} (Core AI)", worst, limit)], say)
     return {"inputs": case.name, "error": worst, "limit": limit}

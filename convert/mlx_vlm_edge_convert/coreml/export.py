@@ -6,7 +6,6 @@ leaves float16 is repaired and verified again. A bundle that fails does not stay
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ from ..pipeline import native_checkpoint
 from ..save import copy_files, new_folder
 from . import manifest
 from .check import lint
+from .check.verify import saved_and_checked
 from .coreai import write_asset
 from .emit.toolkit import tools
-from .package.save import save_checked, save_package
+from .package.save import save_package
 from .part import Options, Part
+from .parts.decoder import DecoderPart
 from .parts.encoders import AppPixels, Encoder, encoder
-from .parts.pictures import drawn_cases, given_cases
+from .parts.pictures import drawn_cases, picture_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
 
@@ -63,14 +64,14 @@ def export(
     tools()
     folder, target = locate(str(source)), expanded(str(out))
     model, processor = _load(folder, parts)
-    built, pixels = _parts(model, processor, parts, options, image)
+    built, pixels = _parts(model, parts, options, image)
     with new_folder(target, overwrite=overwrite, holds=manifest.NAME) as partial:
         entries = {}
         for part in built:
             path = manifest.package_path(partial, part)
             check = None
             if verify:
-                part, check = save_checked(part, path, say)
+                part, check = saved_and_checked(part, path, say)
             else:
                 _save(part, path, say)
             part.write_files(partial)
@@ -117,24 +118,24 @@ def _float32(array: mx.array) -> mx.array:
 
 def _parts(
     model: VisionLanguageModel,
-    processor: Processor | None,
     wanted: Sequence[str],
     options: Options,
     image: str | Path | None,
 ) -> tuple[list[Part], AppPixels | None]:
-    """The parts to export, and how pictures are made ready for them."""
+    """The parts to export, and how a picture becomes what they take."""
     built: list[Part] = []
-    made: Encoder | None = None
+    tower: Encoder | None = None
     if {"vision", "connector"} & {*wanted}:
-        made = encoder(model, options.size, options.strategy)
-        cases = drawn_cases(made) if image is None else given_cases(made, image)
+        tower = encoder(model, options.size, options.strategy)
+        cases = drawn_cases(tower) if image is None else picture_cases(tower, image)
         if "vision" in wanted:
-            built.append(VisionPart(Tower(made, options), options, cases, made.notes, made.arrays))
+            segment = Tower(tower, options)
+            built.append(VisionPart(segment, options, cases, tower.notes, tower.arrays))
         if "connector" in wanted and not ("vision" in wanted and options.fused):
-            built.append(VisionPart(Connector(made), options, cases))
+            built.append(VisionPart(Connector(tower), options, cases))
     if "decoder" in wanted:
-        built.append(import_module(".parts.decoder", __package__).part(model, processor, options))
-    return built, None if made is None else made.pixels
+        built.append(DecoderPart(model.language_model, options))
+    return built, None if tower is None else tower.pixels
 
 
 def _save(part: Part, path: Path, say: Report) -> None:

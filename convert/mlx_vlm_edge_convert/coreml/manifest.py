@@ -9,9 +9,10 @@ from typing import Any
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
+from .names import PACKAGE_SUFFIX
 from .package.interface import interface
-from .package.save import SUFFIX
-from .part import MINIMUM, Check, Options, Part
+from .parity import Check
+from .part import MINIMUM, Options, Part
 from .parts.encoders import AppPixels
 
 FORMAT = 1
@@ -67,8 +68,8 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if path != folder / NAME)
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != folder / NAME)
 
 
 def digest(path: Path) -> str:
@@ -102,9 +103,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    found = {path.relative_to(folder).as_posix() for path in _files(folder)}
-    if odd := sorted(found ^ files.keys()):
-        word = "is not in the manifest" if odd[0] in found else "is missing"
+    present = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    if odd := sorted(present ^ files.keys()):
+        word = "is not in the manifest" if odd[0] in present else "is missing"
         raise UsageError(f"{folder / odd[0]} {word}; export it again")
     for name, expected in files.items():
         if digest(folder / name) != expected:
@@ -113,4 +114,4 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> None:
 
 def package_path(folder: Path, part: Part) -> Path:
     """Where a part's package is in a bundle."""
-    return folder / f"{part.name}{SUFFIX}"
+    return folder / f"{part.name}{PACKAGE_SUFFIX}"

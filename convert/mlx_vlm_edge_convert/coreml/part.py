@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .parity import Check
+
 Precision = Literal["fp16", "fp32", "mixed"]
 Compute = Literal["cpu-gpu", "cpu-ne"]
 Bits = Literal[4, 8, "palette4"]
 Say = Callable[[str], None]
+Size = tuple[int, int]  # height and width of a picture
 
 MINIMUM = {  # deployment target -> what the manifest says of it
     "iOS16": {"ios": "16.0", "macos": "13.0"},
@@ -20,16 +23,15 @@ MINIMUM = {  # deployment target -> what the manifest says of it
 class Options:
     """What the user asked for.
 
-    size: (height, width) of the picture, and strategy, how one becomes that: None for the model's
-    own. bits and context are the
-    decoder's. fused: the connector is in the vision package. image_input: the package takes a
-    picture, not a tensor [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core
-    AI asset as well.
+    size of the picture, and strategy, how one becomes that: None for the model's own. bits and
+    context are the decoder's. fused: the connector is in the vision package. image_input: the
+    package takes a picture, not a tensor [1, 3, H, W] of the same values, 0..255. coreai: the
+    vision part as a Core AI asset as well.
     """
 
     precision: Precision = "fp16"
     compute: Compute = "cpu-gpu"
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     strategy: str | None = None
     bits: Bits | None = None
     context: int = 2048
@@ -50,29 +52,6 @@ class Function:
     program: Callable[[], Any]
     images: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     islands: frozenset[str] | None = None
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a package is from the MLX model: ||a - b|| / ||b||, and what it must stay below."""
-
-    part: str
-    inputs: str
-    error: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is below the limit; NaN is not."""
-        return self.error <= self.limit
-
-
-@dataclass(frozen=True)
-class Check:
-    """What running a saved package showed. ranges: largest |x| of each operation's output."""
-
-    parity: tuple[Parity, ...]
-    ranges: dict[str, float] = field(default_factory=dict)
 
 
 class Part(Protocol):

@@ -27,9 +27,9 @@ def prompt_entry(processor: Processor | None) -> dict[str, Any] | None:
     if processor is None:
         return None
     rendered = processor.render(normalize(QUESTION, ["image"]))
-    start, found, after = rendered.partition(QUESTION)
+    start, question, after = rendered.partition(QUESTION)
     pieces = start.split(MARKER)
-    if not found or len(pieces) != 2:
+    if not question or len(pieces) != 2:
         return None
     around = {_around(processor, sample, pieces[1] + sample + after) for sample in SAMPLES}
     if len(around) != 1 or (same := around.pop()) is None:

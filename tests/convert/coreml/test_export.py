@@ -254,30 +254,3 @@ def test_lint_names_the_rule_the_operation_and_the_reason(bundle):
     layout = [finding for finding in findings if finding.rule == "layout"]
     assert layout[0].operation == "reshape stage3_block0_attention_rows"
     assert any("lint: layout x8" in line for line in said)
-
-
-def test_lint_sees_what_float32_and_linear_layers_cost(tools, native_folder, tmp_path):
-    mb, types = tools.mb, tools.types
-
-    def program():
-        spec = mb.TensorSpec(shape=(1, 1, 2, 3, 40000), dtype=types.fp32)
-
-        @mb.program(input_specs=[spec], opset_version=tools.ct.target.iOS18)
-        def made(x):
-            x = mb.matmul(x=x, y=np.ones((1, 1, 2, 40000, 2), np.float32), name="product")
-            return mb.silu(x=x, name="swish")
-
-        return made
-
-    from types import SimpleNamespace
-
-    from mlx_vlm_edge_convert.coreml.package.save import save_package
-    from mlx_vlm_edge_convert.coreml.part import Function
-
-    part = SimpleNamespace(functions=lambda: [Function("main", program)], minimum="iOS18")
-    save_package(part, tmp_path / "odd.mlpackage")
-    found = {(f.rule, f.operation) for f in lint.lint(tmp_path / "odd.mlpackage")}
-    assert found == {
-        ("float32", "matmul product"), ("rank", "matmul product"), ("linear", "matmul product"),
-        ("float32", "silu swish"), ("rank", "silu swish"), ("silu", "silu swish"),
-    }  # fmt: skip

@@ -5,7 +5,7 @@ smaller by one power; what lies at no site can only stay in float32.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 HELD = 2.0**15  # float16 ends at 65504: what comes closer than a factor of two is repaired
@@ -49,13 +49,3 @@ def _predicted(
         return largest
     site, degree = sites[name]
     return largest * 2.0 ** (degree * (before.get(site, 0) - after.get(site, 0)))
-
-
-def largest(ranges: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest of each operation over several runs; not finite where one was not."""
-    found: dict[str, float] = {}
-    for run in ranges:
-        for name, value in run.items():
-            before = found.get(name, 0.0)
-            found[name] = value if math.isnan(value) else max(before, value)
-    return found

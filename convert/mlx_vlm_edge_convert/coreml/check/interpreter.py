@@ -13,7 +13,9 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
+from ..names import MAIN
 from ..package.blob import NUMPY
+from ..package.interface import is_state
 from ..package.saved import FLOATS, Saved, Type, type_of
 from .constants import DECOMPRESS
 from .operations import MOVES, OPERATIONS
@@ -51,14 +53,14 @@ class Package:
             )
         return self._saved.functions[name]
 
-    def inputs(self, function: str = "main") -> dict[str, Type]:
+    def inputs(self, function: str = MAIN) -> dict[str, Type]:
         """What a function takes, its states left out."""
-        given = self._function(function).inputs
-        return {i.name: type_of(i.type) for i in given if not _is_state(i)}
+        declared = self._function(function).inputs
+        return {i.name: type_of(i.type) for i in declared if not is_state(i)}
 
-    def new_state(self, function: str = "main") -> State:
+    def new_state(self, function: str = MAIN) -> State:
         """Zeros for every state of a function; functions with the same states can share it."""
-        kinds = {i.name: type_of(i.type) for i in self._function(function).inputs if _is_state(i)}
+        kinds = {i.name: type_of(i.type) for i in self._function(function).inputs if is_state(i)}
         return {
             name: np.zeros([size or 0 for size in kind.shape], np.float32)
             for name, kind in kinds.items()
@@ -66,7 +68,7 @@ class Package:
 
     def run(
         self,
-        function: str = "main",
+        function: str = MAIN,
         inputs: Mapping[str, np.ndarray] | None = None,
         state: State | None = None,
     ) -> dict[str, np.ndarray]:
@@ -79,7 +81,7 @@ class Package:
         frame = _Frame(self, self.new_state(function) if state is None else state)
         frame.values.update(self._entered(function, inputs or {}))
         for item in declared.inputs:
-            if _is_state(item):
+            if is_state(item):
                 self._check_state(item, frame.state)
                 frame.types[item.name] = type_of(item.type)
         frame.types.update(self.inputs(function))
@@ -97,7 +99,7 @@ class Package:
         kinds = self.inputs(function)
         if unlike := kinds.keys() ^ inputs.keys():
             raise UsageError(f"{self._saved.name}, {function}: input {min(unlike)!r} is unmatched")
-        found = {}
+        entered = {}
         for name, kind in kinds.items():
             array = np.asarray(inputs[name])
             if not kind.fits(array.shape) or not self._allowed(function, name, array.shape):
@@ -107,8 +109,8 @@ class Package:
                 )
             if kind.dtype not in FLOATS and array.dtype.kind == "f":
                 raise UsageError(f"{self._saved.name}, {function}: input {name!r} takes integers")
-            found[name] = self.stored(array, kind.dtype)
-        return found
+            entered[name] = self.stored(array, kind.dtype)
+        return entered
 
     def _allowed(self, function: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the description's list or ranges of shapes, if it has any, hold this one."""
@@ -151,19 +153,21 @@ class Package:
             self._constants[key] = _wide(self._saved.value(value))
         return self._constants[key]
 
-    def decompressed(self, op: Any, given: Mapping[str, Any]) -> np.ndarray:
+    def decompressed(self, op: Any, results: Mapping[str, Any]) -> np.ndarray:
         """What a constexpr operation holds; functions that share its data share the result."""
         values = {name: value for name, value in op.attributes.items() if name != "name"}
-        values |= {name: a.arguments[0].value for name, a in op.inputs.items() if name not in given}
+        values |= {
+            name: a.arguments[0].value for name, a in op.inputs.items() if name not in results
+        }
         stored = tuple(
             (n, v.blobFileValue.offset) for n, v in sorted(values.items()) if _in_file(v)
         )
-        key = (op.type, stored, *sorted((n, id(v)) for n, v in given.items()))
+        key = (op.type, stored, *sorted((n, id(v)) for n, v in results.items()))
         if not stored or key not in self._constants:
-            made = DECOMPRESS[op.type](
-                **{n: self._saved.value(v) for n, v in values.items()}, **given
+            whole = DECOMPRESS[op.type](
+                **{n: self._saved.value(v) for n, v in values.items()}, **results
             )
-            dense = self.stored(made, type_of(op.outputs[0].type).dtype)
+            dense = self.stored(whole, type_of(op.outputs[0].type).dtype)
             if not stored:
                 return dense
             self._constants[key] = dense
@@ -197,8 +201,8 @@ class _Frame:
         if op.type == "const":
             return [self.package.constant(op.attributes["val"])]
         if op.type in DECOMPRESS:
-            given = {n: self._argument(a.arguments[0]) for n, a in op.inputs.items() if _named(a)}
-            return [self.package.decompressed(op, given)]
+            results = {n: self._argument(a.arguments[0]) for n, a in op.inputs.items() if _named(a)}
+            return [self.package.decompressed(op, results)]
         if op.type == "read_state":
             return [self.state[_state_name(op)]]
         if op.type == "write_state":
@@ -214,11 +218,11 @@ class _Frame:
         return result if isinstance(result, list) else [result]
 
     def _inputs(self, op: Any) -> dict[str, Any]:
-        found = {}
+        inputs = {}
         for name, argument in op.inputs.items():
             values = [self._argument(binding) for binding in argument.arguments]
-            found[name] = values if _LISTS.get(op.type) == name else values[0]
-        return found
+            inputs[name] = values if _LISTS.get(op.type) == name else values[0]
+        return inputs
 
     def _argument(self, binding: Any) -> Any:
         if binding.WhichOneof("binding") == "name":
@@ -259,15 +263,11 @@ class _Frame:
         if is_float != (result.dtype.kind == "f") and op.type not in _FREE:
             raise self.package.error(op, f"gives {result.dtype}, declared {kind.dtype}")
         if is_float and op.type not in _FREE and op.type not in DECOMPRESS:
-            found = self._float_dtypes(op)
-            if found and found != {kind.dtype}:
+            taken = self._float_dtypes(op)
+            if taken and taken != {kind.dtype}:
                 raise self.package.error(
-                    op, f"takes {' and '.join(sorted(found))}, declared {kind.dtype}"
+                    op, f"takes {' and '.join(sorted(taken))}, declared {kind.dtype}"
                 )
-
-
-def _is_state(item: Any) -> bool:
-    return bool(item.type.WhichOneof("type") == "stateType")
 
 
 def _in_file(value: Any) -> bool:
@@ -302,8 +302,8 @@ def _uses(op: Any) -> Iterator[str]:
 def _last_uses(block: Any) -> dict[int, list[str]]:
     """Which values nobody needs after an operation, by its index."""
     last = {name: index for index, op in enumerate(block.operations) for name in _uses(op)}
-    found: dict[int, list[str]] = {}
+    done: dict[int, list[str]] = {}
     for name, index in last.items():
         if name not in block.outputs:
-            found.setdefault(index, []).append(name)
-    return found
+            done.setdefault(index, []).append(name)
+    return done

@@ -60,13 +60,13 @@ Rule = Callable[[_Operation], str | None]
 
 def lint(package: Path) -> list[Finding]:
     """Every finding of every rule, in the order of the program. Raises UsageError if unreadable."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     saved = Saved(package)
     for name, function, block in blocks(saved):
-        found += _inputs(name, function)
-        found += _constants(saved, name, block)
+        findings += _inputs(name, function)
+        findings += _constants(saved, name, block)
         for op in _operations(function, block):
-            found += [
+            findings += [
                 Finding(rule, name, f"{op.kind} {op.name}", reason)
                 for rule, check in RULES.items()
                 if (reason := check(op))
@@ -74,8 +74,8 @@ def lint(package: Path) -> list[Finding]:
     size = sum(path.stat().st_size for path in package.rglob("*.bin"))
     if size > PROGRAM_BYTES:
         reason = f"{size / 1e9:.1f} GB of weights: programs beyond 2 GB are reported to be refused"
-        found.append(Finding("program-size", "-", package.name, reason))
-    return found
+        findings.append(Finding("program-size", "-", package.name, reason))
+    return findings
 
 
 def counts(findings: Iterable[Finding]) -> dict[str, int]:
@@ -137,8 +137,8 @@ def _operations(function: Any, block: Any) -> Iterator[_Operation]:
             argument: [known[b.name] for b in bound.arguments if b.name in known]
             for argument, bound in op.inputs.items()
         }
-        made, _ = known[op.outputs[0].name]
-        yield _Operation(op.type, op.outputs[0].name, made.dtype, made.shape, reads)
+        declared, _ = known[op.outputs[0].name]
+        yield _Operation(op.type, op.outputs[0].name, declared.dtype, declared.shape, reads)
 
 
 def _float32(op: _Operation) -> str | None:

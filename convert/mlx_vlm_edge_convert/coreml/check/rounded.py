@@ -1,7 +1,7 @@
 """Whether a float16 package is its float32 twin, rounded: the same graph, each constant cast.
 
 The twin is held against MLX at float32's precision, where float16 would hide a small fault; this
-carries the verdict over to the package that is kept.
+carries the verdict over to the package that stays.
 """
 
 from collections.abc import Iterator, Mapping
@@ -65,16 +65,16 @@ def plain(name: str) -> str:
 
 def check_rounded(package: Path, twin: Path) -> None:
     """Raises UsageError, naming an operation, unless `package` is `twin` rounded."""
-    kept, whole = _Graph(package), _Graph(twin)
-    odd = sorted(kept.operations.keys() ^ whole.operations.keys())
-    if odd or kept.outputs != whole.outputs:
+    narrow, whole = _Graph(package), _Graph(twin)
+    odd = sorted(narrow.operations.keys() ^ whole.operations.keys())
+    if odd or narrow.outputs != whole.outputs:
         _refuse(package, odd[0] if odd else "an output")
-    for name, op in kept.operations.items():
+    for name, op in narrow.operations.items():
         other = whole.operations[name]
         names = [[plain(out.name) for out in item.outputs] for item in (op, other)]
         if op.type != other.type or names[0] != names[1]:
             _refuse(package, name)
-        ours, theirs = dict(kept.reads(op)), dict(whole.reads(other))
+        ours, theirs = dict(narrow.reads(op)), dict(whole.reads(other))
         if ours.keys() != theirs.keys() or not _equal(ours, theirs):
             _refuse(package, name)
 
@@ -83,11 +83,11 @@ def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return all(_same(value, theirs[key]) for key, value in ours.items())
 
 
-def _same(kept: Any, whole: Any) -> bool:
-    if isinstance(kept, np.ndarray) and isinstance(whole, np.ndarray):
+def _same(narrow: Any, whole: Any) -> bool:
+    if isinstance(narrow, np.ndarray) and isinstance(whole, np.ndarray):
         with np.errstate(over="ignore"):
-            return np.array_equal(kept, whole.astype(kept.dtype))
-    return type(kept) is type(whole) and bool(kept == whole)
+            return np.array_equal(narrow, whole.astype(narrow.dtype))
+    return type(narrow) is type(whole) and bool(narrow == whole)
 
 
 def _refuse(package: Path, name: str) -> None:

@@ -45,8 +45,8 @@ class Groups:
 
     def rows(self, part: slice) -> "Groups":
         """Some of the outputs."""
-        kept = (self.data[part], self.scale[part], self.offset[part])
-        return Groups(*kept, self.bits, self.whole)
+        rows = (self.data[part], self.scale[part], self.offset[part])
+        return Groups(*rows, self.bits, self.whole)
 
     def dense(self) -> np.ndarray:
         """The weights they stand for, float32 [out, in]."""
@@ -212,8 +212,9 @@ def matrix(layer: nn.Module, bits: Bits | None, half: bool) -> Matrix:
     that Core ML has no form of.
     """
     bias = numpy(layer.bias) if "bias" in layer else None
-    kept = bias if bias is None or not half else to_half(bias)
-    return Matrix(rounded(_weight(layer, bits), half), kept)
+    if bias is not None and half:
+        bias = to_half(bias)
+    return Matrix(rounded(_weight(layer, bits), half), bias)
 
 
 def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:

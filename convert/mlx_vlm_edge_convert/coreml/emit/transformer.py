@@ -15,15 +15,25 @@ import numpy as np
 
 from mlx_vlm_edge.language.llama import TextConfig
 
+from ..names import (
+    COS,
+    EMBEDDINGS,
+    LOGITS,
+    MAIN,
+    MASK,
+    PICK,
+    POSITION,
+    SIN,
+    cache_names,
+    logits_part,
+    new_name,
+)
 from .matrices import Matrix
 from .toolkit import tools
 
 Form = Literal["stateful", "readonly"]
 SHRINK = 1e-4  # so that a position of zeros is not divided by zero
 HEAD = 16384  # outputs of a part of the head: the Neural Engine's limit of a width
-EMBEDDINGS, MASK, COS, SIN, POSITION, PICK, LOGITS = (
-    "embeddings", "mask", "cos", "sin", "position", "pick", "logits",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Decoder:
         program = mil.Program()
         with mil.Function(self._specs(q), target) as function:
             function.set_outputs(_Emission(self, q, function.inputs).run())
-            program.add_function("main", function)
+            program.add_function(MAIN, function)
         return program
 
     def _specs(self, q: int) -> dict[str, Any]:
@@ -87,11 +97,6 @@ class Decoder:
             specs[POSITION] = mb.TensorSpec((1,), types.int32)
             specs |= {name: mb.StateTensorSpec(self.cache_shape, types.fp16) for name in caches}
         return specs
-
-
-def cache_names(index: int) -> tuple[str, str]:
-    """Of a layer's keys and values, as states or inputs; new ones are outputs `new_...`."""
-    return f"keys_{index}", f"values_{index}"
 
 
 class _Emission:
@@ -125,7 +130,7 @@ class _Emission:
         starts = range(0, head.outputs, HEAD)
         parts = [head.rows(start, min(start + HEAD, head.outputs)) for start in starts]
         return [
-            mb.identity(x=self._linear(x, part), name=f"{LOGITS}_{index}")
+            mb.identity(x=self._linear(x, part), name=logits_part(index))
             for index, part in enumerate(parts)
         ]
 
@@ -188,14 +193,16 @@ class _Emission:
         key, value = self._turned(self._split(k, kv)), self._split(v, kv)
         keys, values, new = self._cached(index, key, value)
         group, total = heads // kv * self.q, keys.shape[-1]
-        rows = mb.transpose(x=query, perm=[0, 1, 3, 2])  # heads of one key lie side by side
+        rows = mb.transpose(x=query, perm=[0, 1, 3, 2])  # [1, heads, q, D]
+        # Query heads of one key head become rows of one matrix: [1, kv, heads / kv * q, D].
         rows = mb.reshape(x=rows, shape=[1, kv, group, D])
         scores = mb.matmul(x=rows, y=keys)
+        # Apart again, so that the mask [1, 1, q, positions] spreads over the heads.
         scores = mb.reshape(x=scores, shape=[kv, heads // kv, self.q, total])
         scores = mb.add(x=scores, y=self.inputs[MASK], name=f"layer_{index}_scores")
         weights = mb.reshape(x=mb.softmax(x=scores, axis=-1), shape=[1, kv, group, total])
         mixed = mb.matmul(x=weights, y=values, transpose_y=True)
-        mixed = mb.reshape(x=mixed, shape=[1, heads, self.q, D])
+        mixed = mb.reshape(x=mixed, shape=[1, heads, self.q, D])  # rows to heads and queries
         return self._linear(self._joined(mixed, heads * D), layer.out), new
 
     def _split(self, x: Any, heads: int) -> Any:
@@ -223,14 +230,14 @@ class _Emission:
 
     def _cached(self, index: int, key: Any, value: Any) -> tuple[Any, Any, list[Any]]:
         """Keys and values [1, kv_heads, head_dim, all positions], and what the host must write."""
-        mb, found, new = self.mb, [], []
+        mb, whole, new = self.mb, [], []
         for name, fresh in zip(cache_names(index), (key, value), strict=True):
             if self.stateful:
-                found.append(self._written(self.inputs[name], fresh))
+                whole.append(self._written(self.inputs[name], fresh))
                 continue
-            found.append(mb.concat(values=[self.inputs[name], fresh], axis=3))
-            new.append(mb.identity(x=fresh, name=f"new_{name}"))
-        return found[0], found[1], new
+            whole.append(mb.concat(values=[self.inputs[name], fresh], axis=3))  # past, then new
+            new.append(mb.identity(x=fresh, name=new_name(name)))
+        return whole[0], whole[1], new
 
     def _written(self, state: Any, fresh: Any) -> Any:
         """A state with q positions written at `position`; states are float16 in every program."""

@@ -25,7 +25,7 @@ def interface(package: Path) -> dict[str, Any]:
     """
     saved = Saved(package)
     described = {f.name: f for f in saved.spec.description.functions}
-    found: dict[str, Any] = {}
+    functions: dict[str, Any] = {}
     for name, function, block in blocks(saved):
         outer = described.get(name, saved.spec.description)
         images = {x.name for x in outer.input if x.type.WhichOneof("Type") == "imageType"}
@@ -36,8 +36,8 @@ def interface(package: Path) -> dict[str, Any]:
             where = entry["states" if kind == "state" else "inputs"]
             where.append(_entry(value.name, kind, type_of(value.type)))
         entry["outputs"] = [_entry(out, "tensor", types[out]) for out in block.outputs]
-        found[name] = entry
-    return found
+        functions[name] = entry
+    return functions
 
 
 def _entry(name: str, kind: str, declared: Type) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any
 from mlx_vlm_edge.errors import UsageError
 
 from ..emit.toolkit import quiet, tools
-from ..part import Check, Function, Part, Say
-
-SUFFIX = ".mlpackage"
+from ..names import MAIN, PACKAGE_SUFFIX
+from ..part import Function, Part
 
 
 def save_package(part: Part, path: Path) -> None:
@@ -68,37 +67,10 @@ def _save_together(functions: list[Function], minimum: str, folder: Path, path: 
     ct = tools().ct
     joined = ct.utils.MultiFunctionDescriptor()
     for function in functions:
-        single = folder / f"{function.name}{SUFFIX}"
+        single = folder / f"{function.name}{PACKAGE_SUFFIX}"
         _save(function, minimum, single)
-        joined.add_function(
-            str(single), src_function_name="main", target_function_name=function.name
-        )
+        joined.add_function(str(single), src_function_name=MAIN, target_function_name=function.name)
     joined.default_function_name = functions[0].name
     with quiet():
         shutil.rmtree(path, ignore_errors=True)
         ct.utils.save_multifunction(joined, str(path))
-
-
-def save_checked(part: Part, path: Path, say: Say) -> tuple[Part, Check]:
-    """Save a part, and hold it against MLX. Raises UsageError when it is not what MLX computes."""
-    say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
-    part, check = part.verified(path)
-    if told := _told(part):
-        say(f"  {part.name}: activations leave float16: {told}")
-    for parity in check.parity:
-        say(f"  {part.name}, {parity.inputs}: relative error {parity.error:.2e}")
-    for parity in check.parity:
-        if not parity.passed:
-            raise UsageError(
-                f"the exported {part.name} is wrong: off by {parity.error:.2e} (relative) on "
-                f"{parity.inputs}, more than {parity.limit:.0e}; nothing was kept"
-            )
-    return part, check
-
-
-def _told(part: Part) -> str:
-    repair = part.describe().get("range_repair", {})
-    powers = ", ".join(f"{site} by 2^{k}" for site, k in repair.get("powers_of_two", {}).items())
-    islands = len(repair.get("float32", ()))
-    held = [f"held smaller, {powers}"] if powers else []
-    return "; ".join([*held, *([f"{islands} operations in float32"] if islands else [])])

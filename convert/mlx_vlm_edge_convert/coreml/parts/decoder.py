@@ -18,17 +18,17 @@ from safetensors.numpy import save_file
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import KVCache
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
-from mlx_vlm_edge.models.base import VisionLanguageModel
-from mlx_vlm_edge.text.prompt import Processor
 
 from ..check import audit
 from ..check.interpreter import Mode, Package
 from ..emit.matrices import Groups, Matrix, as_layer, matrix, original, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
+from ..names import DECODE, PREFILL
 from ..package.save import save_package
-from ..part import Check, Function, Options, Parity
-from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, Geometry, Runner
+from ..parity import Check, Parity, distance
+from ..part import Function, Options
+from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, DecoderHost, Geometry
 
 CHUNK = 64  # positions of prefill
 STEPS = 8  # decode steps that are verified
@@ -43,13 +43,6 @@ ROWS = 16384  # embeddings that are read at a time
 WEIGHTS, PALETTE = 1e-3, 0.25
 QKV = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 GATE_UP = ("gate_up_proj", ("gate_proj", "up_proj"))
-
-
-def part(
-    model: VisionLanguageModel, processor: Processor | None, options: Options
-) -> "DecoderPart":
-    """The decoder of a model. Raises UsageError where it is none of ours or cannot hold options."""
-    return DecoderPart(model.language_model, options)
 
 
 @dataclass(frozen=True)
@@ -125,17 +118,17 @@ class DecoderPart:
 
     def _linears(self) -> list[nn.Module]:
         """MLX's linear layers, in `_matrices`' order."""
-        found: list[nn.Module] = []
+        linears: list[nn.Module] = []
         for layer in self.language_model.model.layers:
-            found += [*_either(layer.self_attn, *QKV), layer.self_attn.o_proj]
-            found += [*_either(layer.mlp, *GATE_UP), layer.mlp.down_proj]
-        return [*found, self._head]
+            linears += [*_either(layer.self_attn, *QKV), layer.self_attn.o_proj]
+            linears += [*_either(layer.mlp, *GATE_UP), layer.mlp.down_proj]
+        return [*linears, self._head]
 
     def weights_error(self) -> float:
         """The largest relative error of a matrix that is exported, against MLX's own."""
         pairs = zip(self._linears(), _matrices(self.decoder), strict=True)
         return max(
-            _distance(matrix.weight.dense(), original(layer, self.options.bits))
+            distance(matrix.weight.dense(), original(layer, self.options.bits))
             for layer, matrix in pairs
         )
 
@@ -180,8 +173,8 @@ class DecoderPart:
     def functions(self) -> Sequence[Function]:
         """`prefill` and `decode`, of the same weights."""
         return (
-            Function("prefill", lambda: self.decoder.program(self.chunk)),
-            Function("decode", lambda: self.decoder.program(1)),
+            Function(PREFILL, lambda: self.decoder.program(self.chunk)),
+            Function(DECODE, lambda: self.decoder.program(1)),
         )
 
     def write_files(self, folder: Path) -> None:
@@ -207,7 +200,7 @@ class DecoderPart:
         }  # fmt: skip
 
     def verified(self, path: Path) -> tuple["DecoderPart", Check]:
-        """Save it, run it and compare it with MLX; itself and what was found."""
+        """Save it, run it and compare it with MLX: itself, and how it did."""
         save_package(self, path)
         return self, self.check(path)
 
@@ -217,22 +210,22 @@ class DecoderPart:
         Raises UsageError when activations leave float16.
         """
         case = _Case(self)
-        found, wide = case.run(path, "fp32")
+        graph, wide = case.run(path, "fp32")
         parity = [
             Parity(self.name, "the embeddings", case.table_error(), TABLE),
             Parity(self.name, "the weights", self.weights_error(), self._weights_limit),
-            Parity(self.name, f"prefill + {STEPS} steps (graph)", found, self._graph_limit),
+            Parity(self.name, f"prefill + {STEPS} steps (graph)", graph, self._graph_limit),
         ]
         if not self._half and self._form == "readonly":
             return Check(tuple(parity), wide)
-        found, ranges = case.run(path, "declared")
+        error, ranges = case.run(path, "declared")
         if leaving := [name for name, x in ranges.items() if not np.isfinite(x)]:
             raise UsageError(
                 f"{self.name}: {len(leaving)} operations leave float16 (the first is "
                 f"{leaving[0]}, which reaches {wide[leaving[0]]:.3g}): use --precision fp32"
             )
         limit = LIMITS[self.options.precision]
-        parity.append(Parity(self.name, f"prefill + {STEPS} steps", found, limit))
+        parity.append(Parity(self.name, f"prefill + {STEPS} steps", error, limit))
         return Check(tuple(parity), wide if audit.leaving(ranges) else ranges)
 
 
@@ -243,10 +236,10 @@ def _either(module: nn.Module, fused: str, names: Sequence[str]) -> list[nn.Modu
 
 def _matrices(decoder: Decoder) -> list[Matrix]:
     """All of them, in `_linears`' order."""
-    found: list[Matrix] = []
+    matrices: list[Matrix] = []
     for layer in decoder.layers:
-        found += [*layer.qkv, layer.out, *layer.gate_up, layer.down]
-    return [*found, decoder.head]
+        matrices += [*layer.qkv, layer.out, *layer.gate_up, layer.down]
+    return [*matrices, decoder.head]
 
 
 class _Case:
@@ -261,7 +254,7 @@ class _Case:
     def table_error(self) -> float:
         """Of the embeddings of the prompt, against MLX's own."""
         own = numpy(self.part.language_model.embed(mx.array(self._ids)))
-        return _distance(self.part.table[self._ids], own)
+        return distance(self.part.table[self._ids], own)
 
     @cached_property
     def _reference(self) -> tuple[np.ndarray, list[int]]:
@@ -279,14 +272,14 @@ class _Case:
     def run(self, path: Path, mode: Mode) -> tuple[float, dict[str, float]]:
         """The logits' error, infinite where another token leads in float32; and the ranges."""
         package = Package(path, mode, track=True)
-        runner = Runner(package, replace(self.part.geometry, dtype="float32"), self.part.table)
+        host = DecoderHost(package, replace(self.part.geometry, dtype="float32"), self.part.table)
         expected, tokens = self._reference
-        found = [runner.prefill(runner.embed(self._ids.tolist()))]
-        found += [runner.step(token) for token in tokens[:-1]]
-        logits = np.stack(found)
+        steps = [host.prefill(host.embed(self._ids.tolist()))]
+        steps += [host.step(token) for token in tokens[:-1]]
+        logits = np.stack(steps)
         if mode == "fp32" and logits.argmax(-1).tolist() != tokens:
             return float("inf"), package.ranges
-        return _distance(logits, expected), package.ranges
+        return distance(logits, expected), package.ranges
 
 
 def reference(part: DecoderPart) -> LanguageModel:
@@ -329,9 +322,3 @@ def _place(
         return
     for name, layer in zip(names, layers, strict=True):
         module[name] = layer
-
-
-def _distance(found: np.ndarray, expected: np.ndarray) -> float:
-    wide = expected.astype(np.float64)
-    size = float(np.linalg.norm(wide)) or 1.0
-    return float(np.linalg.norm(found.astype(np.float64) - wide)) / size

@@ -21,9 +21,10 @@ from ...verify import Recorder
 from ..emit import eve, fastvit, vit
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
+from ..names import FEATURES, TOKENS
+from ..part import Size
 
-Size = tuple[int, int]
-HALF = (0.5, 0.5, 0.5)
+GREY = (0.5, 0.5, 0.5)  # mean and deviation of SigLIP's pixels
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,19 @@ def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None)
     """
     for family, make in _MAKERS:
         if isinstance(model, family):
-            made: Encoder = make(model, size, strategy)
-            return made
+            built: Encoder = make(model, size, strategy)
+            return built
     name = type(model).__module__.rpartition(".")[2]
     raise UsageError(f"{name} has no vision tower that can be exported: use --part decoder")
 
 
 def _stages(model: VisionLanguageModel, data: np.ndarray) -> dict[str, mx.array]:
     """Image features and visual tokens, as `encode_image` marks them on its way."""
-    recorder, names = Recorder(), {"vision tower": "image_features", "connector": "visual_tokens"}
+    recorder, names = Recorder(), {"vision tower": FEATURES, "connector": TOKENS}
     tokens = model.encode_image(Pixels(data, (data.shape[-2], data.shape[-3])), recorder)
-    found = {names[part]: output for part, output in recorder.outputs.items()}
-    found.setdefault("visual_tokens", tokens)
-    return {name: array.reshape(1, *array.shape[-2:]) for name, array in found.items()}
+    outputs = {names[part]: output for part, output in recorder.outputs.items()}
+    outputs.setdefault(TOKENS, tokens)
+    return {name: array.reshape(1, *array.shape[-2:]) for name, array in outputs.items()}
 
 
 def _fixed(size: Size | None, side: int) -> Size:
@@ -168,17 +169,17 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
     vision, side = config.vision, config.vision.grid
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.tower, vision, image, HALF, HALF)
+        x = vit.emit(net, model.tower, vision, image, GREY, GREY)
         return net.reshape(x, (1, vision.hidden_size, side, side), "features")
 
     def reference(pixels: np.ndarray) -> dict[str, mx.array]:
         features = model.features(pixels[None])
         tokens = model.connector(features)
-        return {"image_features": features, "visual_tokens": tokens}
+        return {FEATURES: features, TOKENS: tokens}
 
     return Encoder(
         AppPixels(
-            _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, HALF, HALF
+            _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, GREY, GREY
         ),
         emit, vision.hidden_size, (side, side), model.connector, reference,
         {"tiles": True}, {"image_newline": np.array(model.image_newline.astype(mx.float32))},

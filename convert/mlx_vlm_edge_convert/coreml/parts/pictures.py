@@ -10,23 +10,24 @@ from .encoders import Encoder
 from .vision import Case
 
 
-def drawn_cases(made: Encoder) -> list[Case]:
+def drawn_cases(encoder: Encoder) -> list[Case]:
     """A drawn picture, and random pixels, which drive activations further than pictures do."""
-    picture = _drawn(*made.pixels.size)
-    return [Case("a drawn picture", picture, made), _noise(made)]
+    picture = _drawn(*encoder.pixels.size)
+    return [Case("a drawn picture", picture, encoder), _noise(encoder)]
 
 
-def given_cases(made: Encoder, image: str | Path) -> list[Case]:
+def picture_cases(encoder: Encoder, image: str | Path) -> list[Case]:
     """The user's picture, and random pixels. Raises UsageError when it cannot be read."""
-    pixels = made.pixels
+    pixels = encoder.pixels
     height, width = pixels.size
     fitted = fit(open_image(image), (width, height), pixels.strategy, pixels.fill)
-    return [Case("the given picture", np.asarray(fitted), made), _noise(made)]
+    return [Case("the given picture", np.asarray(fitted), encoder), _noise(encoder)]
 
 
-def _noise(made: Encoder) -> Case:
-    shape = (*made.pixels.size, 3)
-    return Case("random pixels", np.random.default_rng(0).integers(0, 256, shape, np.uint8), made)
+def _noise(encoder: Encoder) -> Case:
+    shape = (*encoder.pixels.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return Case("random pixels", pixels, encoder)
 
 
 def _drawn(height: int, width: int) -> np.ndarray:

@@ -18,12 +18,13 @@ from ..check.rounded import check_rounded
 from ..emit import connectors
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
+from ..names import FEATURES, IMAGE, MAIN, TOKENS
 from ..package.save import save_package
-from ..part import Check, Function, Options, Parity
+from ..parity import Check, Parity, distance
+from ..part import Function, Options
 from .encoders import Encoder
 
 ARRAYS = "_arrays.safetensors"
-IMAGE, FEATURES, TOKENS = "image", "image_features", "visual_tokens"
 # Relative errors that a sound package stays below: in float32, and rounded to float16.
 GRAPH, HALF = 1e-5, 2e-2
 
@@ -37,12 +38,12 @@ class Case:
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
         """Image features [1, N, C] and visual tokens [1, M, D], float32."""
-        made = self._encoder.reference(self.pixels)
-        return {name: np.array(array, np.float32) for name, array in made.items()}
+        outputs = self._encoder.reference(self.pixels)
+        return {name: np.array(array, np.float32) for name, array in outputs.items()}
 
 
-class Stretch(Protocol):
-    """What of an encoder a package computes, as a program with one input."""
+class Segment(Protocol):
+    """What of an encoder one package computes: the tower, or the connector; one input."""
 
     @property
     def name(self) -> str:
@@ -148,7 +149,7 @@ class VisionPart:
     of two that values are held smaller by. islands: operations in float32.
     """
 
-    stretch: Stretch
+    segment: Segment
     options: Options
     cases: Sequence[Case]
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -160,7 +161,7 @@ class VisionPart:
     @property
     def name(self) -> str:
         """Of the part and its package."""
-        return self.stretch.name
+        return self.segment.name
 
     @property
     def _half(self) -> bool:
@@ -173,9 +174,9 @@ class VisionPart:
         """`main`."""
 
         def program() -> Any:
-            return self.stretch.emit(self._network())
+            return self.segment.emit(self._network())
 
-        return (Function("main", program, self.stretch.images(), self.islands or None),)
+        return (Function(MAIN, program, self.segment.images(), self.islands or None),)
 
     def write_files(self, folder: Path) -> None:
         """What of the family's vision weights the host computes with, where there is any."""
@@ -191,7 +192,7 @@ class VisionPart:
     def verified(self, path: Path) -> "tuple[VisionPart, Check]":
         """Save the package and compare it on every picture, its ranges repaired where they need it.
 
-        A float16 package has a float32 twin, made for this: the twin must be what MLX computes, the
+        A float16 package has a float32 twin for this: the twin must be what MLX computes, the
         package the twin rounded, and then near MLX itself on the first picture. The ranges are the
         twin's.
         Raises UsageError when the package is damaged or not its twin, or for what only float32 can
@@ -207,8 +208,8 @@ class VisionPart:
                 part, whole = repaired, repaired._graph(twin)
             save_package(part, path)
             check_rounded(path, twin)
-        found = part._run(path, self.cases[:1], HALF, "")
-        return part, Check((*whole.parity, *found.parity), whole.ranges)
+        narrow = part._run(path, self.cases[:1], HALF, "")
+        return part, Check((*whole.parity, *narrow.parity), whole.ranges)
 
     def _graph(self, path: Path) -> Check:
         """The float32 twin, saved and run."""
@@ -219,7 +220,7 @@ class VisionPart:
     def _run(self, path: Path, cases: Sequence[Case], limit: float, note: str) -> Check:
         package, parity = Package(path, track=True), []
         for case in cases:
-            outputs = package.run("main", self.stretch.inputs(case, self._half))
+            outputs = package.run(MAIN, self.segment.inputs(case, self._half))
             for name, output in outputs.items():
                 error = distance(output, case.reference[name])
                 parity.append(Parity(self.name, case.name + note, error, limit))
@@ -233,7 +234,7 @@ class VisionPart:
         if self.islands >= {*audit.leaving(check.ranges)}:
             return None
         net = Network(False, self.powers)
-        self.stretch.emit(net)  # for its sites
+        self.segment.emit(net)  # for its sites
         repair = audit.repair(check.ranges, net.sites, self.powers)
         if repair.beyond and self.options.precision != "mixed":
             worst = max(repair.beyond, key=lambda name: check.ranges[name])
@@ -242,8 +243,3 @@ class VisionPart:
                 f"{check.ranges[worst]:.3g}): use --precision mixed or fp32"
             )
         return replace(self, powers=repair.powers, islands=self.islands | repair.beyond)
-
-
-def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    wide = expected.astype(np.float64)
-    return float(np.linalg.norm(found.astype(np.float64) - wide) / np.linalg.norm(wide))

@@ -1,60 +1,36 @@
 """The decoder's host: token ids -> embeddings, masks, rotary turns, cache writes -> logits.
 
-It runs a bundle's decoder through anything that executes a package's functions: the interpreter, or
-on a Mac coremltools' MLModel, one per function.
+It drives a bundle's decoder through whatever executes the package's functions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from mlx_vlm_edge.errors import UsageError
 
-from ..check.interpreter import Mode, Package
-from ..emit.toolkit import tools
+from ..names import (
+    COS,
+    DECODE,
+    EMBEDDINGS,
+    MASK,
+    PICK,
+    POSITION,
+    PREFILL,
+    SIN,
+    cache_names,
+    in_order,
+    new_name,
+)
+from .runner import Runner
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 EMBEDDINGS_NAME = "embeddings"
 HIDDEN = -1e4  # what a mask adds where nothing is to be seen; finite, as devices want it
-
-
-class Functions(Protocol):
-    """What executes a package. `state` is what `new_state` gave; None for a read-only cache."""
-
-    def new_state(self, function: str) -> Any: ...
-    def run(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
-    ) -> Mapping[str, np.ndarray]: ...
-
-
-class Compiled:
-    """A package run by Core ML itself, through coremltools on a Mac.
-
-    units: a name of coremltools' ComputeUnit. Raises UsageError without coremltools.
-    """
-
-    def __init__(self, path: Path, units: str = "ALL") -> None:
-        ct = tools().ct
-        self._models = {
-            name: ct.models.MLModel(
-                str(path), function_name=name, compute_units=ct.ComputeUnit[units]
-            )
-            for name in Package(path).functions
-        }
-
-    def new_state(self, function: str) -> Any:
-        return self._models[function].make_state()
-
-    def run(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
-    ) -> Mapping[str, np.ndarray]:
-        given = {} if state is None else {"state": state}
-        outputs: Mapping[str, np.ndarray] = self._models[function].predict(dict(inputs), **given)
-        return outputs
 
 
 @dataclass(frozen=True)
@@ -83,19 +59,19 @@ class Geometry:
             raise UsageError(f"manifest.json: the decoder's geometry is wrong ({error})") from error
 
 
-class Runner:
+class DecoderHost:
     """Generates with a decoder package and its embeddings [V, D]."""
 
-    def __init__(self, functions: Functions, geometry: Geometry, embeddings: np.ndarray) -> None:
-        self._functions, self._geometry, self.embeddings = functions, geometry, embeddings
+    def __init__(self, package: Runner, geometry: Geometry, embeddings: np.ndarray) -> None:
+        self._package, self._geometry, self.embeddings = package, geometry, embeddings
         self._dtype = np.dtype(geometry.dtype)
         self.start()
 
     @classmethod
-    def open(cls, folder: Path, entry: Mapping[str, Any], mode: Mode = "declared") -> "Runner":
-        """A bundle's decoder in the interpreter. entry: the manifest's, of the decoder."""
-        table = load_file(folder / EMBEDDINGS_FILE)[EMBEDDINGS_NAME]
-        package = Package(folder / "decoder.mlpackage", mode)
+    def open(cls, folder: Path, entry: Mapping[str, Any], package: Runner) -> "DecoderHost":
+        """Of a bundle's folder. entry: the manifest's, of the decoder that `package` runs."""
+        described = entry["embeddings"]
+        table = load_file(folder / described["file"])[described["name"]]
         return cls(package, Geometry.from_manifest(entry), table)
 
     def start(self) -> None:
@@ -105,31 +81,16 @@ class Runner:
         self._state: Any = None
         self._caches: dict[str, np.ndarray] = {}
         if g.form == "stateful":
-            self._state = self._functions.new_state("prefill")
+            self._state = self._package.new_state(PREFILL)
             return
         shape = (1, g.kv_heads, g.head_dim, g.context)
         for index in range(g.layers):
-            for name in ("keys", "values"):
-                self._caches[f"{name}_{index}"] = np.zeros(shape, self._dtype)
+            for name in cache_names(index):
+                self._caches[name] = np.zeros(shape, self._dtype)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids -> input embeddings [L, D]."""
         return self.embeddings[np.asarray(ids, np.int64)]
-
-    def embed_prompt(
-        self, ids: Sequence[int], visual: Sequence[int], tokens: np.ndarray
-    ) -> np.ndarray:
-        """Input embeddings [L, D] of a prompt: visual tokens [V, D] at the positions `visual`.
-
-        What `ids` has there is a placeholder, which may be no token.
-        """
-        rows, places = np.asarray(ids, np.int64).copy(), np.asarray(visual, np.int64)
-        if len(places) != len(tokens):
-            raise UsageError(f"{len(tokens)} visual tokens for {len(places)} positions")
-        rows[places] = 0
-        embeddings = self.embed(rows.tolist())
-        embeddings[places] = tokens
-        return embeddings
 
     def prefill(self, embeddings: np.ndarray) -> np.ndarray:
         """Run a prompt [L, D] after what is cached; logits float32 [V] of its last position.
@@ -182,20 +143,21 @@ class Runner:
         rows = np.zeros((size, embeddings.shape[1]), self._dtype)
         rows[:count] = embeddings
         inputs = {
-            "embeddings": rows[None] if stateful else rows.T[None, :, None],
-            "mask": mask(self.offset, size, g.context, stateful).astype(self._dtype),
+            # [1, q, D], or channels first [1, D, 1, q]
+            EMBEDDINGS: rows[None] if stateful else rows.T[None, :, None],
+            MASK: mask(self.offset, size, g.context, stateful).astype(self._dtype),
             **self._turns(size),
         }
         if g.chunk > 1 and size == g.chunk:
             pick = np.zeros(size, self._dtype)
             pick[count - 1] = 1
-            inputs["pick"] = pick.reshape((1, 1, -1) if stateful else (1, -1, 1))
+            inputs[PICK] = pick.reshape((1, 1, -1) if stateful else (1, -1, 1))
         if stateful:
-            inputs["position"] = np.array([self.offset], np.int32)
-        function = "prefill" if size == g.chunk else "decode"
-        outputs = self._functions.run(function, {**inputs, **self._caches}, self._state)
+            inputs[POSITION] = np.array([self.offset], np.int32)
+        function = PREFILL if size == g.chunk else DECODE
+        outputs = self._package.run(function, {**inputs, **self._caches}, self._state)
         for name, cache in self._caches.items():
-            cache[..., self.offset : self.offset + count] = outputs[f"new_{name}"][..., :count]
+            cache[..., self.offset : self.offset + count] = outputs[new_name(name)][..., :count]
         self.offset += count
         return _joined(outputs)
 
@@ -204,7 +166,7 @@ class Runner:
         positions = np.arange(self.offset, self.offset + size)
         angles = positions[None] / np.asarray(self._geometry.periods, np.float64)[:, None]
         both = np.concatenate([angles, angles])[None, None]
-        return {"cos": np.cos(both).astype(self._dtype), "sin": np.sin(both).astype(self._dtype)}
+        return {COS: np.cos(both).astype(self._dtype), SIN: np.sin(both).astype(self._dtype)}
 
 
 def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
@@ -225,8 +187,5 @@ def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
 
 def _joined(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
     """All logits float32 [V], of one output or of parts in their order."""
-    parts = sorted(
-        (name for name in outputs if name.startswith("logits")),
-        key=lambda name: int(name.partition("_")[2] or 0),
-    )
-    return np.concatenate([np.ravel(outputs[name]).astype(np.float32) for name in parts])
+    parts = [outputs[name] for name in in_order([*outputs])]
+    return np.concatenate([np.ravel(part).astype(np.float32) for part in parts])

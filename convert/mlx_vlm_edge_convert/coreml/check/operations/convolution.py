@@ -28,12 +28,12 @@ def _pads(
         return [(int(before), int(after)) for before, after in np.reshape(pad, (-1, 2))]
     if kind not in ("same", "same_lower"):
         raise ValueError(f"pad_type {kind}")
-    found = []
+    pads = []
     for size, k, stride in zip(sizes, kernel, strides, strict=True):
         total = max((-(-size // stride) - 1) * stride + k - size, 0)
         less, more = total // 2, total - total // 2
-        found.append((less, more) if kind == "same" else (more, less))
-    return found
+        pads.append((less, more) if kind == "same" else (more, less))
+    return pads
 
 
 def _padded(x: np.ndarray, pads: list[tuple[int, int]], value: float = 0.0) -> np.ndarray:

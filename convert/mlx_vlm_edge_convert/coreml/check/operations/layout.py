@@ -59,17 +59,17 @@ def _where(
         none if squeeze_mask is None else squeeze_mask,
         x.shape, strict=True,
     )  # fmt: skip
-    found: list[slice | int] = []
+    index: list[slice | int] = []
     for first, last, step, from_start, to_end, one, size in rows:
         for place, free in ((first, from_start), (last, to_end)):
             if not (free or one) and not -size <= place <= size:
                 raise ValueError(f"a slice to {place} of an axis of {size}")
         if one:
-            found.append(first)
+            index.append(first)
             continue
         start = None if from_start else first
-        found.append(slice(start, None if to_end else last, step))
-    return tuple(found)
+        index.append(slice(start, None if to_end else last, step))
+    return tuple(index)
 
 
 def slice_by_index(
@@ -137,8 +137,8 @@ def range_1d(start: np.ndarray, end: np.ndarray, step: np.ndarray) -> np.ndarray
 def band_part(x: np.ndarray, lower: Any = -1, upper: Any = -1) -> np.ndarray:
     """The band of the last two axes; a negative width means all on that side."""
     below = np.arange(x.shape[-2])[:, None] - np.arange(x.shape[-1])
-    kept = ((int(lower) < 0) | (below <= lower)) & ((int(upper) < 0) | (-below <= upper))
-    return np.where(kept, x, np.zeros((), x.dtype))
+    inside = ((int(lower) < 0) | (below <= lower)) & ((int(upper) < 0) | (-below <= upper))
+    return np.where(inside, x, np.zeros((), x.dtype))
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {

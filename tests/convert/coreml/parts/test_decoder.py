@@ -15,15 +15,15 @@ from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.part import Options
-from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart, part
-from mlx_vlm_edge_convert.coreml.run import host as runner
-from mlx_vlm_edge_convert.coreml.run.host import Geometry, Runner
+from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart
+from mlx_vlm_edge_convert.coreml.run import host
+from mlx_vlm_edge_convert.coreml.run.host import DecoderHost, Geometry
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
 
-from ...demo import IMAGES, KNOWN
+from ....demo import IMAGES, KNOWN
 
 QWEN2 = TextConfig(
     hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
@@ -173,7 +173,7 @@ def cache_off_by_one(monkeypatch):
 
 
 def position_plus_one(monkeypatch):
-    turns = Runner._turns
+    turns = DecoderHost._turns
 
     def shifted(self, size):
         self.offset += size == 1
@@ -181,11 +181,11 @@ def position_plus_one(monkeypatch):
         self.offset -= size == 1
         return found
 
-    monkeypatch.setattr(Runner, "_turns", shifted)
+    monkeypatch.setattr(DecoderHost, "_turns", shifted)
 
 
 def lost_cache(monkeypatch):
-    step = Runner.step
+    step = DecoderHost.step
 
     def forgetting(self, token):
         offset = self.offset
@@ -193,17 +193,17 @@ def lost_cache(monkeypatch):
         self.offset = offset
         return step(self, token)
 
-    monkeypatch.setattr(Runner, "step", forgetting)
+    monkeypatch.setattr(DecoderHost, "step", forgetting)
 
 
 def mask_off_by_one(monkeypatch):
-    mask = runner.mask
-    monkeypatch.setattr(runner, "mask", lambda offset, *rest: mask(max(offset - 1, 0), *rest))
+    mask = host.mask
+    monkeypatch.setattr(host, "mask", lambda offset, *rest: mask(max(offset - 1, 0), *rest))
 
 
 def mask_of_nothing(monkeypatch):
-    mask = runner.mask
-    monkeypatch.setattr(runner, "mask", lambda *arguments: mask(*arguments) * 0)
+    mask = host.mask
+    monkeypatch.setattr(host, "mask", lambda *arguments: mask(*arguments) * 0)
 
 
 @pytest.mark.parametrize(
@@ -300,12 +300,12 @@ def test_large_activations_are_normed_in_float16(tools, tmp_path):
     assert found.ranges["layer_0"] > 2000
 
 
-# The runner.
+# The host.
 
 
 def run_of(saved):
     made, path = saved
-    return Runner(Package(path), made.geometry, made.table), made
+    return DecoderHost(Package(path), made.geometry, made.table), made
 
 
 def test_chunks_and_single_steps_agree(saved):
@@ -333,34 +333,6 @@ def test_the_context_s_end(saved):
     assert len(list(run.generate(run.embed([1] * 30), 9))) == 3
 
 
-def test_core_ml_itself_is_driven_the_same_way(saved, tools, monkeypatch):
-    """Its MLModel, which runs on a Mac only, played by the interpreter."""
-
-    class Model:
-        def __init__(self, path, function_name, compute_units):
-            self._package, self._function = Package(Path(path)), function_name
-            self.predict = lambda inputs, state=None: self._package.run(
-                self._function, inputs, state
-            )
-            self.make_state = lambda: self._package.new_state(self._function)
-
-    monkeypatch.setattr(tools.ct.models, "MLModel", Model)
-    run, made = run_of(saved)
-    mac = Runner(runner.Compiled(saved[1], "CPU_AND_GPU"), made.geometry, made.table)
-    prompt = run.embed([5, 6, 7] * 5)
-    assert list(mac.generate(prompt, 6)) == list(run.generate(prompt, 6))
-
-
-def test_visual_tokens_take_the_places_of_their_placeholders(saved):
-    run, made = run_of(saved)
-    tokens = np.full((2, 64), 7, np.float32)
-    embedded = run.embed_prompt([3, -200, -200, 4], [1, 2], tokens)
-    assert (embedded[1:3] == 7).all()
-    np.testing.assert_array_equal(embedded[[0, 3]], made.table[[3, 4]])
-    with pytest.raises(UsageError, match="2 visual tokens for 1 positions"):
-        run.embed_prompt([3, -200], [1], tokens)
-
-
 def test_a_stop_token_ends_an_answer(saved):
     run, _ = run_of(saved)
     tokens = list(run.generate(run.embed([5, 6, 7]), 6))
@@ -370,7 +342,7 @@ def test_a_stop_token_ends_an_answer(saved):
 
 
 def test_masks_are_the_worked_examples():
-    seen = [(runner.mask(1, 2, 3, stateful)[0, 0] == 0).astype(int) for stateful in (True, False)]
+    seen = [(host.mask(1, 2, 3, stateful)[0, 0] == 0).astype(int) for stateful in (True, False)]
     assert seen[0].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert seen[1].tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
 
@@ -400,18 +372,18 @@ def test_contexts_that_cannot_be(context, says):
 
 
 def test_other_language_models_are_refused():
-    class Holder:
-        language_model = nn.Linear(2, 2)
-
     with pytest.raises(UsageError, match="covers Llama and Qwen2"):
-        part(Holder(), None, Options())
+        DecoderPart(nn.Linear(2, 2), Options())
 
 
 # Whole models, against MLX's own greedy ids.
 
 
 def answer(run, inputs, visual_tokens, eos, count):
-    embeddings = run.embed_prompt(inputs.input_ids[0].tolist(), inputs.visual, visual_tokens)
+    ids = inputs.input_ids[0].copy()
+    ids[inputs.visual] = 0
+    embeddings = run.embed(ids)
+    embeddings[inputs.visual] = visual_tokens
     run.start()
     return list(run.generate(embeddings, count, eos))
 
@@ -432,7 +404,7 @@ def test_the_tiny_models_decoders_give_mlx_s_tokens(
     made = DecoderPart(model.language_model, options, chunk=32)
     _, found = made.verified(tmp_path / "decoder.mlpackage")
     assert all(parity.passed for parity in found.parity)
-    run = Runner(Package(tmp_path / "decoder.mlpackage", "fp32"), made.geometry, made.table)
+    run = DecoderHost(Package(tmp_path / "decoder.mlpackage", "fp32"), made.geometry, made.table)
     tokens = np.array(whole[0, mx.array(inputs.visual)])
     found = answer(run, inputs, tokens, (), 12)
     cache, expected = model.make_cache(), []
@@ -458,7 +430,8 @@ def test_the_demo_s_bundle_answers_its_questions_with_mlx_s_tokens(bundle):
     model, processor = load("demo")
     content = manifest.read(bundle)
     vision = Package(bundle / content["parts"]["vision"]["package"])
-    run = Runner.open(bundle, content["parts"]["decoder"])
+    decoder = content["parts"]["decoder"]
+    run = DecoderHost.open(bundle, decoder, Package(bundle / decoder["package"]))
     for name, question, known, _ in KNOWN[::3]:
         picture = str(IMAGES / name)
         inputs = processor(question, images=[picture])

@@ -1,38 +1,52 @@
-"""A saved package on a Mac: Core ML computes, through coremltools; the calls are the interpreter's.
+"""What executes a saved package: Core ML on a Mac, through coremltools, our interpreter elsewhere.
 
-A package is compiled for the Mac first, and loaded once for each of its functions that is called.
+Both take the same calls. For Core ML a package is compiled first, once for a folder, and loaded
+once for each of its functions that is called.
 """
 
 import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from mlx_vlm_edge.errors import UsageError
 
+from ..check.interpreter import Package
 from ..emit.toolkit import tools
+from ..names import COMPILED_SUFFIX
 from ..package.interface import interface
+from ..part import Say
 
 UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ne": "CPU_AND_NE"}
 
 
-def compiled(package: Path, folder: Path) -> Path:
-    """Compile a package for this Mac, in `folder`. Raises UsageError elsewhere, and where it fails.
+class Runner(Protocol):
+    """Runs a package's functions. `state` is what `new_state` gave; None where there is none."""
 
-    What was compiled there before is used again.
+    def new_state(self, function: str) -> Any:
+        """A state of zeros; functions with the same states can share it."""
+        ...
+
+    def run(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
+    ) -> Mapping[str, np.ndarray]:
+        """Outputs by name; a picture is an array [1, 3, H, W] of 0..255."""
+        ...
+
+
+def runner(package: Path, units: str, folder: Path, say: Say) -> Runner:
+    """What runs a package on this machine. units: of UNITS, for Core ML.
+
+    folder: where what Core ML compiles is kept. Raises UsageError where Core ML refuses.
     """
-    require_mac()
-    target = folder / f"{package.stem}.mlmodelc"
-    if not target.exists():
-        try:
-            tools().ct.models.utils.compile_model(str(package), str(target))
-        except RuntimeError as error:
-            raise UsageError(f"{package.name}: cannot be compiled ({_line(error)})") from error
-    return target
+    if sys.platform != "darwin":
+        return Package(package)
+    return CoreMLPackage(package, compiled(package, folder, say), units)
 
 
 def require_mac() -> None:
@@ -41,11 +55,36 @@ def require_mac() -> None:
         raise UsageError("Core ML runs packages on a Mac only, and this is none")
 
 
+def compiled(package: Path, folder: Path, say: Say = lambda _: None) -> Path:
+    """What Core ML compiles of a package for this Mac, in `folder`; only what is there is used.
+
+    It is compiled under another name and renamed, so that an interrupted compile counts for
+    nothing. Raises UsageError elsewhere than on a Mac, and where Core ML refuses.
+    """
+    require_mac()
+    target = folder / f"{package.stem}{COMPILED_SUFFIX}"
+    if target.exists():
+        return target
+    say(f"compiling {package.name} for this Mac (once)")
+    with TemporaryDirectory(prefix=f".{package.stem}.", suffix=".partial", dir=folder) as partial:
+        fresh = Path(partial) / target.name
+        try:
+            tools().ct.models.utils.compile_model(str(package), str(fresh))
+        except RuntimeError as error:
+            raise UsageError(f"{package.name}: cannot be compiled ({_line(error)})") from error
+        try:
+            fresh.rename(target)
+        except OSError:
+            if not target.exists():  # or another process was faster
+                raise
+    return target
+
+
 def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class Device:
+class CoreMLPackage:
     """One package on the chosen compute units, by their name in UNITS.
 
     Raises UsageError where Core ML cannot load or run it.
@@ -76,9 +115,11 @@ class Device:
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
     ) -> dict[str, np.ndarray]:
         """Outputs by name; a picture is an array [1, 3, H, W] of 0..255."""
-        model, given = self.model(function), self.entered(function, inputs)
+        model, arguments = self.model(function), [self.entered(function, inputs)]
+        if state is not None:
+            arguments.append(state)
         try:
-            return dict(model.predict(given) if state is None else model.predict(given, state))
+            return dict(model.predict(*arguments))
         except RuntimeError as error:
             raise UsageError(f"{self._name}: Core ML cannot run it ({_line(error)})") from error
 

@@ -13,7 +13,7 @@ from mlx_vlm_edge_convert.coreml.check.rounding import to_half
 
 from mlx_vlm_edge.errors import UsageError
 
-from ...parity import distance
+from ....parity import distance
 from .cases import CASES, X, Y
 
 CLOSE = 2e-6  # one operation in float32

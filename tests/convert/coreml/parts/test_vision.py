@@ -17,7 +17,7 @@ from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
 
-from .planted import amplify
+from ..planted import amplify
 
 GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny")
 
@@ -25,8 +25,8 @@ GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny")
 @pytest.fixture(scope="module")
 def folders(native_folder, golden, tmp_path_factory):
     """A model folder by name: the golden ones, and the originals' at a tiny size."""
-    from ...reference import eve2, idefics3, llava, llava_onevision
-    from ..conftest import golden_folder
+    from ....reference import eve2, idefics3, llava, llava_onevision
+    from ...conftest import golden_folder
 
     def make(name):
         folder = tmp_path_factory.mktemp(name)
@@ -67,8 +67,8 @@ def cases_of(made):
 
 
 def part_of(made, options, connector=False, **changes):
-    stretch = vision.Connector(made) if connector else vision.Tower(made, options)
-    return vision.VisionPart(stretch, options, cases_of(made), **changes)
+    segment = vision.Connector(made) if connector else vision.Tower(made, options)
+    return vision.VisionPart(segment, options, cases_of(made), **changes)
 
 
 def verified(part, path):
