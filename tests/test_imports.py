@@ -80,6 +80,22 @@ def test_the_converter_uses_the_parts_of_the_runtime_that_it_may(imports):
     assert used <= OF_THE_CONVERTER
 
 
+def test_a_family_is_imported_by_its_own_files_alone(imports):
+    """docs/architecture.md promises that a new one touches nothing else."""
+    from mlx_vlm_edge.models import FAMILIES
+
+    families = {f"mlx_vlm_edge.models.{name}" for name in FAMILIES.values()}
+    assert families <= imports.keys()
+    exporters = {"mlx_vlm_edge_convert.coreml.parts.encoders"}
+    others = {
+        module: names & families
+        for module, names in imports.items()
+        if names & families and module not in exporters
+        and not module.startswith(("mlx_vlm_edge.models.", "mlx_vlm_edge_convert.families."))
+    }  # fmt: skip
+    assert others == {}
+
+
 def modules_after(code: str, **environment: str) -> set[str]:
     """The modules loaded in a fresh interpreter that ran `code`."""
     done = subprocess.run(
