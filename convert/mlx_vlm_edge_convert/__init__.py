@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["convert", "to_native"]
+__all__ = ["convert", "native_config", "to_native"]
 
 
 def to_native(
@@ -20,6 +20,13 @@ def to_native(
     from .pipeline import to_native as run
 
     return run(folder, config)
+
+
+def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The native config of a published one, without its weights; see `config_alone`."""
+    from .config_alone import native_config as run
+
+    return run(config)
 
 
 def convert(

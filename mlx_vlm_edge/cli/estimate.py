@@ -1,10 +1,9 @@
-"""`mlx-vlm-edge estimate`: what a model would take on a chip, by arithmetic alone. No mlx."""
+"""`mlx-vlm-edge estimate`: what a model would take on a chip, by arithmetic on its shapes."""
 
 import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -37,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="m1-max, m1-max-24 (by GPU cores), a17-pro, ... (default: this Mac's)",
     )  # fmt: skip
     what.add_argument(
-        "--bits", type=int, choices=(4, 8, 16),
-        help="of the language model's weights (default: the config's own)",
+        "--bits", type=int, choices=(2, 3, 4, 5, 6, 8, 16), metavar="N",
+        help="of the language model's weights, 2 to 8 in groups of 64, or 16 (default: as the "
+        "config has it)",
     )  # fmt: skip
     what.add_argument("--resolution", type=int, metavar="PX", help="as `generate` takes it")
     what.add_argument(
         "--image-size", default="1024x1024", metavar="WxH", help="the picture's own pixels"
     )
     what.add_argument(
-        "--prompt-tokens", type=int, default=24, metavar="N",
-        help="of the text around the picture",
+        "--prompt-tokens", type=int, metavar="N",
+        help="text tokens of the prompt, exactly; visual ones come on top (default: a question's)",
     )  # fmt: skip
     what.add_argument(
         "--context", type=int, metavar="N",
@@ -72,60 +72,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> None:
-    from mlx_vlm_edge_bench.estimate.chips import find, own
+    from mlx_vlm_edge_bench.estimate import chips as known
+    from mlx_vlm_edge_bench.estimate.costs import plan_of, prompt_cost
     from mlx_vlm_edge_bench.estimate.outlook import LABEL, outlook
 
-    for flag, value, least in (
-        ("--prompt-tokens", args.prompt_tokens, 0),
-        ("--context", args.context, 1),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} must be at least {least}, not {value}")
+    from ..loading.cost import config_of
+
     image = _size(args.image_size)
-    configs = {name: read_model(name) for name in args.model}
-    chips = [find(name) for name in args.chip] or [own()]
-    found = [
-        outlook(
-            name, config, chip, bits=args.bits, resolution=args.resolution, image=image,
-            text_tokens=args.prompt_tokens, context=args.context,
-        )
-        for name, config in configs.items()
-        for chip in chips
-    ]  # fmt: skip
+    configs = {name: config_of(name) for name in args.model}
+    chips = [known.find(name) for name in args.chip] or [known.own()]
+    outlooks: list[Outlook] = []
+    for name, config in configs.items():
+        plan = plan_of(config, args.bits, resolution=args.resolution)
+        cost = prompt_cost(plan, image, args.prompt_tokens)
+        outlooks += [outlook(name, plan, cost, chip, args.context) for chip in chips]
     if args.json:
-        whole = [item.as_json() for item in found]
+        whole = [item.as_json() for item in outlooks]
         print(json.dumps(whole[0] if len(whole) == 1 else whole))
-    elif len(found) == 1:
-        print(f"{LABEL}: {_describe(found[0], image)}")
+    elif len(outlooks) == 1:
+        print(f"{LABEL}: {_describe(outlooks[0], image)}")
     else:
-        print(f"{LABEL}; the picture is {image[0]} x {image[1]} pixels\n{_compare(found)}")
-
-
-def read_model(name: str) -> dict[str, Any]:
-    """The config of an alias (shipped), a folder or a downloaded Hub model.
-
-    Raises UsageError for a name that is none of these.
-    """
-    from ..checkpoint import configs
-    from ..checkpoint.config import read_config
-    from ..hub.cache import local_snapshot
-    from ..hub.models import ALIASES, DEMO, expanded, locate, repo_id
-
-    path = expanded(name)
-    if name.lower() in ALIASES:
-        return configs.read(name)
-    if name == DEMO or (name and (path.is_dir() or path.is_file())):
-        return read_config(locate(name))
-    repo = repo_id(name)
-    if folder := local_snapshot(repo):
-        return read_config(Path(folder))
-    aliases = {repo.lower(): alias for alias, repo in ALIASES.items()}
-    if alias := aliases.get(repo.lower()):
-        return configs.read(alias)
-    raise UsageError(
-        f"{repo} is not on this machine: `mlx-vlm-edge models pull {name}` gets it, or name one of "
-        f"{', '.join(ALIASES)}"
-    )
+        print(f"{LABEL}; the picture is {image[0]} x {image[1]} pixels\n{_compare(outlooks)}")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -154,26 +121,26 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _describe(found: "Outlook", image: tuple[int, int]) -> str:
-    chip, step = found.chip, found.step
-    tiles = f" in {found.tiles} tiles" if found.tiles > 1 else ""
+def _describe(outlook: "Outlook", image: tuple[int, int]) -> str:
+    chip, step = outlook.chip, outlook.step
+    tiles = f" in {outlook.tiles} tiles" if outlook.tiles > 1 else ""
     rows = [["stage", "GFLOP", "MB", "ms", "bound by"]]
-    for stage in (*found.stages, step):
+    for stage in (*outlook.stages, step):
         name = "decode, a token" if stage is step else stage.name
         cells = [name, f"{stage.flops / 1e9:,.1f}", f"{stage.nbytes / 1e6:,.0f}"]
         rows.append([*cells, _ms(stage.ms), stage.bound])
     total = ["first token"]
-    total += [f"{sum(s.flops for s in found.stages) / 1e9:,.1f}"]
-    total += [f"{sum(s.nbytes for s in found.stages) / 1e6:,.0f}", _ms(found.ttft), ""]
+    total += [f"{sum(s.flops for s in outlook.stages) / 1e9:,.1f}"]
+    total += [f"{sum(s.nbytes for s in outlook.stages) / 1e6:,.0f}", _ms(outlook.ttft), ""]
     rows.insert(len(rows) - 1, total)
     lines = [
-        f"{found.model} at {found.bits} bits on {chip.name}",
-        f"a picture of {image[0]} x {image[1]} pixels{tiles}: {found.visual_tokens:,} visual and "
-        f"{found.text_tokens:,} text tokens\n",
+        f"{outlook.model} at {_bits(outlook)} bits on {chip.name}",
+        f"a picture of {image[0]} x {image[1]} pixels{tiles}: {outlook.visual_tokens:,} visual and "
+        f"{outlook.text_tokens:,} text tokens\n",
         table(rows),
-        f"\n{found.rate:,.1f} tokens/s after the first one",
-        *_engine_line(found),
-        *_memory_lines(found),
+        f"\n{outlook.rate:,.1f} tokens/s after the first one",
+        *_engine_line(outlook),
+        *_memory_lines(outlook),
         f"chip: {_ceilings(chip)}",
     ]
     if chip.unconfirmed:
@@ -186,42 +153,47 @@ def _describe(found: "Outlook", image: tuple[int, int]) -> str:
     return "\n".join(lines)
 
 
+def _bits(outlook: "Outlook") -> str:
+    """ "4", or "4 and 8" of a model whose layers differ."""
+    return " and ".join(map(str, outlook.bits))
+
+
 def _ceilings(chip: "Chip") -> str:
     matrix = f", {chip.matrix:.1f} in its matrix units" if chip.matrix else ""
     return f"{chip.fp32:.1f} TFLOPS{matrix}, {chip.bandwidth:g} GB/s"
 
 
-def _engine_line(found: "Outlook") -> list[str]:
-    if found.engine_ms is None:
+def _engine_line(outlook: "Outlook") -> list[str]:
+    if outlook.engine_ms is None:
         return []
     return [
-        f"with the vision tower on the Neural Engine, as the paper has it: {_ms(found.engine_ms)} "
-        f"ms, first token {_ms(found.ttft_engine or 0)} ms"
+        "with the vision tower on the Neural Engine, as the paper has it: "
+        f"{_ms(outlook.engine_ms)} ms, first token {_ms(outlook.ttft_engine or 0)} ms"
     ]
 
 
-def _memory_lines(found: "Outlook") -> list[str]:
-    needed = found.memory
-    shares = (f"{needed['total'] / size / 1e9:.0%} of {size} GB" for size in found.chip.memory)
+def _memory_lines(outlook: "Outlook") -> list[str]:
+    needed = outlook.memory
+    shares = (f"{needed['total'] / size / 1e9:.0%} of {size} GB" for size in outlook.chip.memory)
     return [
-        f"memory: weights {gigabytes(needed['weights'])}, cache of {found.context:,} positions "
+        f"memory: weights {gigabytes(needed['weights'])}, cache of {outlook.context:,} positions "
         f"{gigabytes(needed['cache'])}, activations about {gigabytes(needed['activations'])}",
         f"        {gigabytes(needed['total'])} in all: {', '.join(shares)}",
     ]
 
 
-def _compare(found: Sequence["Outlook"]) -> str:
+def _compare(outlook: Sequence["Outlook"]) -> str:
     """One line per model and chip."""
     head = ["model", "chip", "bits", "tokens", "vision", "prefill", "first token", "tokens/s"]
     rows = [[*head, "memory", ""]]
-    for item in found:
+    for item in outlook:
         stages = {stage.name: _ms(stage.ms) for stage in item.stages}
         total, largest = item.memory["total"], max(item.chip.memory)
         notes = ["unconfirmed"] * bool(item.chip.unconfirmed)
         notes += [f"too large for {largest} GB"] * (total > largest * 1e9)
         rows.append(
             [
-                item.model, item.chip.id, str(item.bits),
+                item.model, item.chip.id, _bits(item),
                 f"{item.visual_tokens + item.text_tokens:,}",
                 f"{stages.get('vision', '-')} ms", f"{stages['prefill']} ms",
                 f"{_ms(item.ttft)} ms", f"{item.rate:,.1f}", gigabytes(total), ", ".join(notes),
@@ -286,12 +258,17 @@ def _print_calibration(*, as_json: bool) -> None:
         print(f"\n{title}: {calibration.source(name)}\nrates: {calibration.rates(name)}")
         print(_errors_table(own))
         for figure in dict.fromkeys(row.figure for row in own):
-            free = [row for row in own if row.figure == figure]
-            middle, worst = calibration.errors(free)
+            off = calibration.errors([row for row in own if row.figure == figure])
+            of_all = f"; worst of all rows {_error(off.worst_of_all)}"
             print(
-                f"{figure}: median error {middle:.0%}, worst {worst.error:+.0%} ({worst.name}); "
-                "without fitted figures and repetitions"
+                f"{figure}: median error {off.median:.0%}, worst {_error(off.worst)} over the "
+                f"{off.counted} rows without fitted figures, repetitions and misprints"
+                f"{of_all if off.worst_of_all is not off.worst else ''}"
             )
+
+
+def _error(row: "Row") -> str:
+    return f"{row.error:+.0%} ({row.name})"
 
 
 def _errors_table(rows: Sequence["Row"]) -> str:

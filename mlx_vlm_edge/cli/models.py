@@ -12,6 +12,7 @@ from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
 from ..wording import gigabytes
 
 HELP = "List, pull, show, verify and remove models."
+PICTURES = ((640, 480), (1920, 1080), (1024, 1024))  # whose visual tokens are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,17 +76,17 @@ def _pull(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     path = expanded(args.name)
-    folder = path if path.is_dir() or args.name == "demo" else None
-    if folder is None:
-        folder = local_snapshot(repo_id(args.name), args.revision)
-    elif args.name == "demo" and not path.is_dir():
-        folder = locate("demo")
-    facts = _remote_facts(args) if folder is None else _local_facts(folder)
+    if path.is_dir() or args.name == DEMO:
+        facts = _local_facts(locate(args.name))
+    elif folder := local_snapshot(repo_id(args.name), args.revision):
+        facts = _local_facts(folder)
+    else:
+        facts = _remote_facts(args)
     if args.json:
         print(json.dumps(facts))
         return 0
     for key, value in facts.items():
-        print(f"{key + ':':18} {value}")
+        print(f"{key + ':':18} {_said(value)}")
     return 0
 
 
@@ -114,72 +115,83 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _said(value: Any) -> str:
+    """A fact for people: 2873 -> "2,873", {"640x480": 256} -> "256 of 640x480 pixels"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} of {size} pixels" for size, count in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What the Hub says of a model that is not here."""
-    repo = repo_id(args.name)
+    """What is known of a model that is not here: by its config, where that is shipped, and by the
+    Hub, unless the user is offline."""
+    from ..checkpoint import configs
+
+    repo, known = repo_id(args.name), args.name.lower() in ALIASES
+    facts: dict[str, Any] = {
+        "model": repo,
+        "on this machine": f"no; `mlx-vlm-edge models pull {args.name}` gets it",
+    }
+    if known:
+        facts |= _config_facts(configs.read(args.name))
     if args.offline:
-        raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
+        if not known:
+            raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
+        return facts
     from ..hub.download import describe
 
     remote = describe(repo, args.revision)
-    return {
-        "model": repo,
-        "on this machine": f"no; `mlx-vlm-edge models pull {args.name}` gets it",
-        "download": gigabytes(remote.nbytes),
-        "licence": remote.licence,
-    }
+    return {**facts, "download": gigabytes(remote.nbytes), "licence": remote.licence}
 
 
 def _local_facts(folder: Path) -> dict[str, Any]:
     """What a model folder's config and files say."""
     from ..checkpoint.config import read_config
+    from ..loading.cost import native
 
-    config = read_config(folder)
-    text = {**(config.get("text_config") or {}), **config}
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    facts = {
+    return {
         "model": str(folder),
-        "family": config.get("model_type", "unknown"),
-        "language model": _language_model(text),
-        **_vision(config),
-        "quantisation": _quantisation(config.get("quantization")),
+        **_config_facts(native(read_config(folder))),
         "size": gigabytes(size),
         "licence": licence(folder),
     }
-    return {key: value for key, value in facts.items() if value}
 
 
-def _language_model(text: dict[str, Any]) -> str:
-    heads = text.get("num_attention_heads")
-    kv_heads = text.get("num_key_value_heads") or heads
-    return (
-        f"{text.get('num_hidden_layers')} layers, width {text.get('hidden_size')}, "
-        f"{heads} heads ({kv_heads} for keys and values), vocabulary {text.get('vocab_size')}"
-    )
+def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What a native config says, asked of the model in its shapes and of its processor."""
+    from ..loading.cost import blueprint
 
-
-def _vision(config: dict[str, Any]) -> dict[str, str]:
-    """Image size, tower and tokens per image, as far as the config has them."""
-    vision = config.get("vision_config") or {}
-    tower = str(config.get("mm_vision_tower", "")).rsplit("_", 1)[-1]
-    side = vision.get("image_size") or (int(tower) if tower.isdigit() else None)
-    facts = {}
-    if vision.get("embed_dims"):
-        facts["vision tower"] = f"layers {vision['layers']}, widths {vision['embed_dims']}"
-    tokens = config.get("image_seq_length")
-    if side:
-        facts["image size"] = f"{side} x {side}"
-        patch = vision.get("patch_size", 64 if config.get("model_type") == "llava_qwen2" else None)
-        tokens = tokens or (patch and (side // patch) ** 2)
-    if tokens:
-        facts["tokens per image"] = str(tokens)
+    plan = blueprint(config, quantization=config.get("quantization"))
+    text, tower = plan.config.text, config.get("vision_config") or {}
+    heads = text.num_attention_heads
+    facts: dict[str, Any] = {
+        "family": config["model_type"],
+        "language model": (
+            f"{text.num_hidden_layers} layers, width {text.hidden_size}, {heads} heads "
+            f"({getattr(text, 'num_key_value_heads', heads)} for keys and values), "
+            f"vocabulary {text.vocab_size}"
+        ),
+    }
+    if tower.get("embed_dims"):
+        facts["vision tower"] = f"layers {tower['layers']}, widths {tower['embed_dims']}"
+    views = {f"{width}x{height}": plan.pixels((width, height)) for width, height in PICTURES}
+    sizes = {pixels.data.shape[:-1] for pixels in views.values()}
+    if len({size[-2:] for size in sizes}) == 1:
+        *tiles, height, width = sizes.pop()
+        facts["image size"] = f"{width} x {height}{' a tile' if tiles else ''}"
+    counts = {size: plan.processor.visual_tokens(pixels) for size, pixels in views.items()}
+    same = len(set(counts.values())) == 1
+    facts["tokens per image"] = next(iter(counts.values())) if same else counts
+    facts["quantisation"] = _quantisation(plan.model)
     return facts
 
 
-def _quantisation(block: dict[str, Any] | None) -> str:
-    if not block:
-        return "none"
-    return f"{block.get('bits')} bits, groups of {block.get('group_size')}"
+def _quantisation(model: Any) -> str:
+    """ "4 bits, groups of 64", of every kind that the layers have."""
+    layers = [layer for layer in model.modules() if "scales" in layer]
+    kinds = sorted({(layer.bits, layer.group_size) for layer in layers})
+    return "; ".join(f"{bits} bits, groups of {size}" for bits, size in kinds) or "none"
 
 
 def licence(folder: Path) -> str:

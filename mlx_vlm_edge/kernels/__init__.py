@@ -6,7 +6,9 @@ gain a tenth. Feature maps are [B, H, W, C] everywhere; on the CPU they lie chan
 in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import mlx.core as mx
@@ -19,15 +21,27 @@ from .dense import by_output as by_output
 from .gpu import Activation as Activation
 from .gpu import Mask as Mask
 
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
 
 def on_cpu() -> bool:
     """Whether MLX's default device is the CPU."""
     return bool(mx.default_device() == mx.Device(mx.DeviceType.cpu))
 
 
+@contextmanager
+def plain() -> Iterator[None]:
+    """MLX's own kernels on every device and nothing compiled: each operation is one call of MLX."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def forms() -> ModuleType:
     """The module of this device's forms."""
-    return cpu if on_cpu() else gpu
+    return cpu if on_cpu() and not _plain.get() else gpu
 
 
 def compiled(function: Activation, state: nn.Module) -> Activation:
@@ -36,7 +50,7 @@ def compiled(function: Activation, state: nn.Module) -> Activation:
     On the CPU it runs as it is.
     """
     whole: Activation = mx.compile(function, inputs=state)
-    return lambda x: (function if on_cpu() else whole)(x)
+    return lambda x: (function if on_cpu() or _plain.get() else whole)(x)
 
 
 def gelu(x: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
 """A family's native config and weights -> its model; every weight used, every parameter filled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def build(
     weights = kind.fold(native, parsed)
     native.finish()
     model = kind.Model(parsed)
-    _place_quantized_layers(model, kind.rename, config.get("quantization"), weights)
+    place_quantized_layers(model, kind.rename, config.get("quantization"), weights)
     expected = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
     check_names(expected, weights)
     model.update(tree_unflatten(list(weights.items())))
@@ -46,13 +46,13 @@ def build(
     return model
 
 
-def _place_quantized_layers(
+def place_quantized_layers(
     model: nn.Module,
     rename: Callable[[str], str],
     quantization: Quantization | None,
-    weights: Mapping[str, mx.array],
+    weights: Iterable[str],
 ) -> None:
-    """Turn the layers that have scales in the checkpoint into quantised ones of its kind."""
+    """Turn the layers that have scales among a checkpoint's names into quantised ones."""
     quantised = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
     if not quantised:
         return

@@ -129,7 +129,7 @@ def test_show_of_a_model_that_is_here(cached, capsys):
         assert said in shown
     assert main(["models", "show", "fastvlm-0.5b", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["tokens per image"] == "9"
+    assert facts["tokens per image"] == 9
     assert facts["quantisation"] == "none"
 
 
@@ -147,7 +147,7 @@ def test_show_of_a_converted_folder(cached, tmp_path, capsys):
 def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
     from mlx_vlm_edge.hub import download
 
-    assert main(["models", "show", "fastvlm-7b", "--offline"]) == 2
+    assert main(["models", "show", "some/model", "--offline"]) == 2
     assert "not on this machine" in capsys.readouterr().err
     weights = PublishedFile(15_500_000_000, "")
     remote = download.Remote("apple/FastVLM-7B", "c0ffee", {"a": weights}, "apple-amlr")
@@ -157,6 +157,31 @@ def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
     assert "15.50 GB" in shown
     assert "apple-amlr" in shown
     assert "models pull fastvlm-7b" in shown
+
+
+# Of 640 x 480, 1920 x 1080 and 1024 x 1024 pixels; one number where they are the same.
+IDEFICS3, SMOLVLM, SMOLVLM_2B = (2197, 2197, 2873), (832, 832, 1088), (1053, 1053, 1377)
+TOKENS = {
+    "fastvlm-0.5b": 256, "fastvlm-1.5b": 256, "fastvlm-7b": 256,
+    "llava-1.5-7b": 576, "llava-1.5-13b": 576,
+    "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
+    "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
+    "llava-onevision-0.5b": (2929, 7269, 7371),
+    "idefics3-8b": IDEFICS3,
+    "smolvlm-256m": SMOLVLM, "smolvlm-500m": SMOLVLM, "smolvlm-2.2b": SMOLVLM_2B,
+    "smolvlm2-256m": SMOLVLM, "smolvlm2-500m": SMOLVLM, "smolvlm2-2.2b": SMOLVLM_2B,
+    "eve-7b": (451, 351, 601), "eve-7b-hd": (1765, 1373, 2353), "eve-7b-hd-v2": (2597, 2585, 2551),
+    "fuyu-8b": (368, 2340, 1260),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alias", hub.ALIASES)
+def test_show_knows_the_visual_tokens_of_every_alias(alias, cached, capsys):
+    """From its shipped config, with nothing downloaded and nobody asked."""
+    assert main(["models", "show", alias, "--offline", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tokens per image"]
+    wanted = 9 if alias == "fastvlm-0.5b" else TOKENS[alias]  # that one is here, and small
+    assert (found if isinstance(found, int) else tuple(found.values())) == wanted
 
 
 def test_pull_prints_the_folder(cached, capsys, monkeypatch):

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_edge.checkpoint import configs
-from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub.models import ALIASES, DEMO, expanded, locate, repo_id
+from mlx_vlm_edge.hub.models import ALIASES, DEMO, expanded, repo_id
+from mlx_vlm_edge.loading.cost import config_of
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.picture.image import open_image
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.timings import Clock
 
+from ..random.question import text_of
 from . import cold, energy, machine
 from .figures import UNACCOUNTED, Runs, figures, unaccounted
-from .measure import Question, measure, plain_run, text_of
+from .measure import Question, measure, plain_run
 from .opened import Choice, Opened
 
 Progress = Callable[[str], None]
@@ -80,14 +80,8 @@ def _config(model: str, random: bool) -> dict[str, Any] | None:
 
     Raises UsageError for a name that cannot be a model.
     """
-    if random:
-        from ..random.weights import config_of
-
+    if random or model == DEMO or model.lower() in ALIASES:
         return config_of(model)
-    if model.lower() in ALIASES:
-        return configs.read(model)
-    if model == DEMO:
-        return read_config(locate(DEMO))
     if not expanded(model).is_dir():
         repo_id(model)
     return None
@@ -112,20 +106,20 @@ def run(
 
 def _refuse_too_large(choice: Choice, options: Options) -> None:
     """Raises UsageError when random weights would not fit into what is free."""
+    from mlx_vlm_edge.loading.cost import cost
+
     from ..random.weights import blueprint, processor_of
     from . import memory
 
     plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
-    longest = 0
+    free = memory.usable(machine.free_memory())
     for resolution in options.resolutions:
-        processor = processor_of(plan, Preprocessing(resolution=resolution))
-        inputs = processor(
-            text_of(processor, options.image, options.prompt_tokens), [options.image]
-        )
-        longest = max(longest, inputs.input_ids.shape[1])
-    largest = max(filter(None, options.resolutions), default=None)
-    parts = memory.needed(plan, longest + options.max_tokens, largest)
-    memory.refuse_too_large(choice.model, parts, memory.usable(machine.free_memory()))
+        asked = Preprocessing(resolution=resolution)
+        processor = processor_of(replace(plan, asked=asked), words_only=True)
+        text = text_of(processor, options.image, options.prompt_tokens)
+        prompt = cost(plan, processor(text, [options.image]))
+        parts = memory.needed(prompt, prompt.prompt_tokens + options.max_tokens)
+        memory.refuse_too_large(choice.model, parts, free)
 
 
 def _case(

@@ -6,9 +6,7 @@ A staged run waits for the device after every stage; a plain one is what `genera
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.loop import GenerationResult, stream_generate
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.text.prompt import Processor
@@ -17,9 +15,6 @@ from mlx_vlm_edge.timings import Clock
 from .figures import PlainRun, Runs, StagedRun
 
 STAGED_TOKENS = 2  # so that the next token is under way before the first is out, as in a plain run
-QUESTION = "What is in this picture?"
-WORDS = (" the", " a", " x", ",", "1")  # what a question is lengthened with
-TRIES = 24
 
 Progress = Callable[[str], None]
 
@@ -94,39 +89,3 @@ def _answer(
             verbose=verbose, clock=clock, max_tokens=tokens,
         )
     )  # fmt: skip
-
-
-def text_of(processor: Processor, image: Any, tokens: int | None) -> str:
-    """A question whose prompt has exactly `tokens` text tokens, the family's own words included.
-
-    Visual tokens come on top. Raises UsageError when no question has that many.
-    """
-    if tokens is None:
-        return QUESTION
-
-    def count(text: str) -> int:
-        inputs = processor(text, [image])
-        return int(inputs.input_ids.shape[1]) - len(inputs.visual)
-
-    least = count("x")
-    if tokens < least:
-        raise UsageError(
-            f"--prompt-tokens {tokens}: what this model puts around a question takes "
-            f"{least} tokens with the shortest one; give {least} or more"
-        )
-    for word in WORDS:
-        text = _lengthened(count, word, tokens)
-        if text is not None:
-            return text
-    raise UsageError(f"--prompt-tokens {tokens}: no question was found of that length; try another")
-
-
-def _lengthened(count: Callable[[str], int], word: str, tokens: int) -> str | None:
-    repeats = 0
-    for _ in range(TRIES):
-        text = "x" + word * repeats
-        missing = tokens - count(text)
-        if not missing:
-            return text
-        repeats = max(0, repeats + missing)
-    return None

@@ -5,28 +5,20 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.loading.cost import Cost
 from mlx_vlm_edge.wording import gigabytes
-
-from ..estimate import memory_bytes
-from ..random.weights import Blueprint
 
 PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
 ALLOWANCE = 1_500_000_000  # for the activations of a part that is run by itself
 
 
-def needed(plan: Blueprint, positions: int, resolution: int | None = None) -> dict[str, int]:
-    """Bytes by what they are for; nothing is evaluated. positions: of the KV cache.
-
-    The weights' are exact; the activations' are `estimate`'s.
-    """
-    estimated = memory_bytes(
-        plan.config.source, context=positions, resolution=resolution,
-        dtype=str(plan.dtype).removeprefix("mlx.core."),
-    )  # fmt: skip
+def needed(cost: Cost, positions: int) -> dict[str, int]:
+    """Bytes by what they are for. positions: of the KV cache. The activations' are an estimate."""
+    parts = cost.memory(positions)
     return {
-        "weights": plan.nbytes,
-        "KV cache": estimated["cache"],
-        "activations (estimated)": estimated["activations"],
+        "weights": parts["weights"],
+        "KV cache": parts["cache"],
+        "activations (estimated)": parts["activations"],
         "program": PROGRAM,
     }
 

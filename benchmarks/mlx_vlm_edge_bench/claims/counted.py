@@ -1,23 +1,20 @@
 """A part of a claim -> its parameters, MACs and tokens, counted from shapes; nothing is run."""
 
-import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_vlm_edge.checkpoint import configs
-from mlx_vlm_edge.connectors.ldp import LDP, POOLED, LDPv2
-from mlx_vlm_edge.connectors.pixel_shuffle import PixelShuffle
+from mlx_vlm_edge.loading.counting import Work
+from mlx_vlm_edge.loading.counting import counted as counted_work
 from mlx_vlm_edge.vision.vit import ViT, ViTConfig
 
-from ..estimate import connector as connectors
-from ..estimate.connector import ldp_side
-from ..estimate.parts import Parts, parts_of
-from ..estimate.work import Work
+from ..estimate.text import prompt_work
 from .read import Claim, Part, Subject
-from .timed import Pieces, features_shape, pieces
+from .timed import Pieces, features_shape, pieces, side_of
 
 
 def counted(claim: Claim, subject: Subject) -> float:
@@ -31,16 +28,9 @@ def tokens(part: Part) -> int:
     """Visual tokens of `times` tiles, or the positions of a prefill."""
     if part.tokens is not None:
         return part.tokens
-    found = pieces(part.model)
-    _, features, _ = features_shape(found, part.resolution)
-    join = found.connector_of(part.type)
-    if isinstance(join, PixelShuffle):
-        features //= join.scale**2
-    elif isinstance(join, LDP):
-        features = ldp_side(math.isqrt(features)) ** 2
-    elif isinstance(join, LDPv2):
-        features = POOLED**2
-    return features * part.times
+    model = pieces(part.model)
+    features = mx.zeros(features_shape(model, part.resolution))
+    return int(model.connector_of(part.type)(features).shape[1]) * part.times
 
 
 def parameters(part: Part) -> int:
@@ -77,26 +67,16 @@ def flops(subject: Subject) -> int:
     return sum(work(part).flops for part in subject.parts)
 
 
+@cache
 def work(part: Part) -> Work:
-    """What a part costs, by the estimate's counting; a tile's cost as often as there are tiles."""
-    config = configs.read(part.model)
-    found = parts_of(config, part.resolution)
-    if part.part == "prefill":
-        return found.decoder.prefill(part.tokens or 0)
-    if part.part == "language":
-        return found.decoder.prefill(1)
-    whole = found.vision if part.part == "vision" else _connector(part, found)
-    tiles = 1 if part.part == "connector" and part.type else found.view.tiles
-    one = replace(whole, macs=whole.macs // tiles, attention=whole.attention // tiles)
-    return one.runs(part.times)
-
-
-def _connector(part: Part, found: Parts) -> Work:
-    if part.type is None:
-        return found.connector
-    parsed = pieces(part.model).config
-    side, features, width = parsed.vision.grid, parsed.vision.hidden_size, found.decoder.width
-    if part.type == "mlp2x":
-        return connectors.mlp(side**2, features, width)
-    kind = connectors.ldp if part.type == "ldp" else connectors.ldpv2
-    return kind(side, features, width)
+    """What a part costs, as often as there are tiles."""
+    model = pieces(part.model)
+    if part.part in ("prefill", "language"):
+        return prompt_work(model.language_model, part.tokens or 1)[0]
+    if part.part == "vision":
+        side = side_of(model, part.resolution)
+        pixels = mx.zeros((1, side, side, 3), model.dtype)
+        return counted_work(lambda: model.tower(pixels)).times(part.times)
+    features = mx.zeros(features_shape(model, part.resolution), model.dtype)
+    join = model.connector_of(part.type)
+    return counted_work(lambda: join(features)).times(part.times)

@@ -12,19 +12,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.files import read_json
+from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
+from mlx_vlm_edge.loading import cost
+from mlx_vlm_edge.loading.cost import Blueprint
+from mlx_vlm_edge.loading.counting import Work, counted
+from mlx_vlm_edge.vision.fastvit import FastViTHD
+from mlx_vlm_edge.vision.vit import ViT
 
-from . import chips, decoder, roofline, vision
-from .decoder import Decoder
-from .parts import Parts, parts_of
-from .roofline import NOW
-from .work import Work
+from . import chips, roofline
+from .roofline import NOW, Rates, Stage
+from .text import prompt_work
 
 _FILE = Path(__file__).parent / "calibration.json"
 # Fitted on one row each: FastVLM's 1024 px, LLaVA-1.5's 336 px; Qwen2-7B's prefill of 1,280.
 ENGINE_SHARE = {"fastvithd": 0.3805, "vit": 0.2726}  # of the Neural Engine's FP16 TFLOPS
-PAPER = replace(NOW, attention=0.0262)
+PAPER = replace(NOW, attention=0.02494)
 LLAMA_CPP = replace(NOW, layer_ms=0.168)  # 24 GPUs' F16 against Q4_0; Q8_0 is not in it
 _LLM = {
     "Qwen2-0.5B": "fastvlm-0.5b",
@@ -83,33 +90,80 @@ def rows() -> list[Row]:
     return [*paper(), *mlx_lm(), *llama_cpp(), *m5_over_m4()]
 
 
-def errors(found: Sequence[Row]) -> tuple[float, Row]:
-    """Median of the absolute errors, and the row with the largest one.
+@dataclass(frozen=True)
+class Errors:
+    """How far some rows are off: the median of the absolute errors of those that count, how many
+    these are, the worst of them, and the worst of all rows but misprints."""
 
-    Fitted figures, rows with a note (a misprint) and repetitions of a figure do not count.
-    """
-    each = {(row.unit, round(row.measured / row.times, 1)): row for row in found if not row.note}
-    fitted = {(r.unit, round(r.measured / r.times, 1)) for r in found if r.fitted}
+    median: float
+    counted: int
+    worst: Row
+    worst_of_all: Row
+
+
+def errors(rows: Sequence[Row]) -> Errors:
+    """Fitted figures, rows with a note (a misprint) and repetitions of a figure do not count."""
+    right = [row for row in rows if not row.note]
+    each = {(row.unit, round(row.measured / row.times, 1)): row for row in right}
+    fitted = {(r.unit, round(r.measured / r.times, 1)) for r in rows if r.fitted}
     free = [row for key, row in each.items() if key not in fitted]
-    worst = max(free, key=lambda row: abs(row.error))
-    return statistics.median(abs(row.error) for row in free), worst
+
+    def size(row: Row) -> float:
+        return abs(row.error)
+
+    return Errors(
+        statistics.median(map(size, free)), len(free), max(free, key=size), max(right, key=size)
+    )
 
 
-def text_model(name: str) -> Decoder:
-    """The decoder of a language model in the tables."""
+@cache
+def text_model(name: str, bits: int | None = None) -> Any:
+    """The decoder of a language model in the tables, in its shapes, as a GPU holds it."""
     if name in _LLM:
-        return parts_of(configs.read(_LLM[name])).decoder
-    return decoder.llama(_data()["text_models"][name], "qwen2", tied=True)
+        model = cost.blueprint(configs.read(_LLM[name]), fused=True).model.language_model
+    else:
+        config = {**_data()["text_models"][name], "tie_word_embeddings": True}
+        model = LanguageModel(TextConfig.from_dict(config, "qwen2"))
+        model.apply(lambda p: p.astype(mx.bfloat16))
+        for layer in model.model.layers:
+            layer.fuse()
+    if bits is not None:
+        nn.quantize(model, 64, bits)
+    return model
 
 
+@cache
+def _work(name: str, positions: int, bits: int | None) -> tuple[Work, Work]:
+    return prompt_work(text_model(name, bits), positions)
+
+
+def prefill(
+    name: str, positions: int, chip: chips.Chip, bits: int | None = None, rates: Rates = NOW
+) -> Stage:
+    """A prompt of so many positions. bits: None for 16."""
+    work, _ = _work(name, positions, bits)
+    return roofline.stage("prefill", work, chip, rates, quantised=bits is not None)
+
+
+def decode(
+    name: str, positions: int, chip: chips.Chip, bits: int | None = None, rates: Rates = NOW
+) -> Stage:
+    """One more token after so many."""
+    layers = len(text_model(name, bits).model.layers)
+    return roofline.decode(_work(name, positions, bits)[1], layers, chip, rates)
+
+
+@cache
 def encoder(kind: str, side: int) -> tuple[str, Work]:
     """The class and the work of one of the paper's encoders, whole, on a picture of that side."""
+    alias = {"fastvithd": "fastvlm-0.5b", "vit-l/14": "llava-1.5-7b", "so400m": "smolvlm-2.2b"}
+    plan = cost.blueprint(configs.read(alias[kind]))
+    pixels = mx.zeros((1, side, side, 3), plan.dtype)
     if kind == "fastvithd":
-        tower = configs.read("fastvlm-0.5b")["vision_config"]
-        return kind, sum(vision.fastvithd(tower, side, side).values(), Work())
-    alias = {"vit-l/14": "llava-1.5-7b", "so400m": "smolvlm-2.2b"}[kind]
-    tower = configs.read(alias)["vision_config"]
-    return "vit", vision.vit(tower, tower["num_hidden_layers"])
+        return kind, counted(lambda: plan.model.tower(pixels))
+    layers = plan.config.source["vision_config"]["num_hidden_layers"]  # LLaVA leaves some out
+    whole = ViT(replace(plan.config.vision, layers=layers))
+    return "vit", counted(lambda: whole(pixels))
 
 
 def engine_ms(kind: str, flops: int, chip: chips.Chip) -> float | None:
@@ -120,9 +174,10 @@ def engine_ms(kind: str, flops: int, chip: chips.Chip) -> float | None:
     return flops / (ENGINE_SHARE[kind] * chip.neural_engine) / 1e9
 
 
-def engine_vision_ms(found: Parts, chip: chips.Chip) -> float | None:
+def engine_vision_ms(plan: Blueprint, vision: Work, chip: chips.Chip) -> float | None:
     """The vision tower of a model there, all its tiles."""
-    return engine_ms(found.tower, found.vision.flops, chip)
+    kind = {FastViTHD: "fastvithd", ViT: "vit"}.get(type(plan.model.tower), "patches")
+    return engine_ms(kind, vision.flops, chip)
 
 
 def paper() -> Iterator[Row]:
@@ -130,7 +185,7 @@ def paper() -> Iterator[Row]:
     for row in _data()["paper"]["rows"]:
         name = f"{row['method']} {row['llm']} {row['res']} px, {row['tokens']} tokens"
         fitted, note = row.get("fitted", ()), row.get("note", "")
-        total = roofline.prefill(text_model(row["llm"]), row["tokens"], chip, None, PAPER).ms
+        total = prefill(row["llm"], row["tokens"], chip, None, PAPER).ms
         part = Row(
             "paper", name, "prefill", "ms", row["prefill_ms"], total, "prefill" in fitted, note
         )
@@ -157,18 +212,18 @@ def paper() -> Iterator[Row]:
 
 
 def mlx_lm() -> Iterator[Row]:
-    chip, model = chips.find("m4-max"), text_model("Qwen3-4B")
+    chip, model = chips.find("m4-max"), "Qwen3-4B"
     for bits, group, prompt, generation in _data()["mlx_lm"]["rows"]:
         name, packed = f"Qwen3-4B, {bits} bits, groups of {group}", None if bits == 16 else bits
-        filled = roofline.prefill(model, 2048, chip, packed)
-        made = roofline.decode(model, 2048 + 64, chip, packed)
-        yield Row("mlx_lm", name, "prompt", "tokens/s", prompt, 2048e3 / filled.ms)
+        prefilled = prefill(model, 2048, chip, packed)
+        token = decode(model, 2048 + 64, chip, packed)
+        yield Row("mlx_lm", name, "prompt", "tokens/s", prompt, 2048e3 / prefilled.ms)
         fitted = (bits, group) == (4, 64)
-        yield Row("mlx_lm", name, "generation", "tokens/s", generation, 1e3 / made.ms, fitted)
+        yield Row("mlx_lm", name, "generation", "tokens/s", generation, 1e3 / token.ms, fitted)
 
 
 def llama_cpp() -> Iterator[Row]:
-    model = text_model("LLaMA-2-7B")
+    model = "LLaMA-2-7B"
     for name, *figures in _data()["llama_cpp"]["rows"]:
         chip = chips.find(name)
         for bits, label, prompt, generation in zip(
@@ -176,26 +231,23 @@ def llama_cpp() -> Iterator[Row]:
         ):
             if prompt is None:
                 continue
-            filled = roofline.prefill(model, 512, chip, bits)
-            made = roofline.decode(model, 64, chip, bits, LLAMA_CPP)
+            prefilled = prefill(model, 512, chip, bits)
+            token = decode(model, 64, chip, bits, LLAMA_CPP)
             what = f"{chip.name}, {label}"
             f16 = bits is None  # the medians that rates are made of are over these
             pair = bits != 8 and figures[0] is not None
-            yield Row("llama_cpp", what, "prompt", "tokens/s", prompt, 512e3 / filled.ms, f16)
-            yield Row("llama_cpp", what, "generation", "tokens/s", generation, 1e3 / made.ms, pair)
+            yield Row("llama_cpp", what, "prompt", "tokens/s", prompt, 512e3 / prefilled.ms, f16)
+            yield Row("llama_cpp", what, "generation", "tokens/s", generation, 1e3 / token.ms, pair)
 
 
 def m5_over_m4() -> Iterator[Row]:
     """How many times faster an M5 is than an M4."""
     m5, m4 = chips.find("m5"), chips.find("m4")
     for name, bits, first, generation in _data()["m5_over_m4"]["rows"]:
-        model, packed = text_model(name), None if bits == 16 else bits
-        filled, made = (
-            roofline.prefill(model, 4096, m4, packed).ms
-            / roofline.prefill(model, 4096, m5, packed).ms,
-            roofline.decode(model, 4096, m4, packed).ms
-            / roofline.decode(model, 4096, m5, packed).ms,
-        )
-        what = f"{name}, {bits} bits"
-        yield Row("m5_over_m4", what, "TTFT", "times", first, filled)
-        yield Row("m5_over_m4", what, "generation", "times", generation, made)
+        packed, what = None if bits == 16 else bits, f"{name}, {bits} bits"
+        for timed, figure, measured in (
+            (prefill, "TTFT", first),
+            (decode, "generation", generation),
+        ):
+            ratio = timed(name, 4096, m4, packed).ms / timed(name, 4096, m5, packed).ms
+            yield Row("m5_over_m4", what, figure, "times", measured, ratio)

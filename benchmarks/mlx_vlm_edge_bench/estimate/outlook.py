@@ -4,27 +4,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import memory, roofline
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.loading.cost import Blueprint, Cost
+
+from . import roofline
 from .calibration import engine_vision_ms
 from .chips import Chip
-from .parts import SQUARE, parts_of
 from .roofline import Stage
-from .visual import Size
 
 LABEL = "estimate, not measured"
-TIGHT = 0.75  # of a machine's memory; above it the system itself is short of it, about
+FULL = 16  # bits of a weight that is not quantised
 
 
 @dataclass(frozen=True)
 class Outlook:
     """stages: up to the first token. step: one decoded token. memory: bytes by part, and "total".
 
+    bits: of the language model's weights, several where its layers differ.
     engine_ms: the vision tower on the Neural Engine, None where nothing is known of it there.
     """
 
     model: str
     chip: Chip
-    bits: int
+    bits: tuple[int, ...]
     visual_tokens: int
     text_tokens: int
     tiles: int
@@ -59,7 +61,7 @@ class Outlook:
             "model": self.model,
             "chip": chip,
             "unconfirmed": list(self.chip.unconfirmed),
-            "bits": self.bits,
+            "bits": self.bits[0] if len(self.bits) == 1 else list(self.bits),
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
             "tiles": self.tiles,
@@ -74,43 +76,29 @@ class Outlook:
 
 
 def outlook(
-    model: str,
-    config: Mapping[str, Any],
-    chip: Chip,
-    *,
-    bits: int | None = None,
-    resolution: int | None = None,
-    image: Size = SQUARE,
-    text_tokens: int,
-    context: int | None = None,
+    model: str, plan: Blueprint, cost: Cost, chip: Chip, context: int | None = None
 ) -> Outlook:
-    """What to expect of a model on a chip, all on the GPU.
+    """What to expect of a prompt on a chip, all on the GPU.
 
-    bits: 4, 8 or 16; by default the config's own. context: positions of the cache that memory is
-    asked of; by default the prompt and 256 more. Raises UsageError for what cannot be.
+    context: positions of the cache that memory is asked of; by default the prompt and 256 more.
+    Raises UsageError for fewer than the prompt has.
     """
-    found = parts_of(config, resolution, image)
-    bits = own_bits(config) if bits is None else bits
-    packed = memory.packed(bits)
-    positions = found.view.tokens + found.view.marks + text_tokens
-    held = positions + 256 if context is None else context
+    positions = cost.prompt_tokens + 256 if context is None else context
+    if positions < cost.prompt_tokens:
+        raise UsageError(
+            f"--context {positions}: the prompt alone has {cost.prompt_tokens:,} positions; give "
+            "as many or more"
+        )
     return Outlook(
         model=model,
         chip=chip,
-        bits=bits,
-        visual_tokens=found.view.tokens,
-        text_tokens=found.view.marks + text_tokens,
-        tiles=found.view.tiles,
-        stages=tuple(roofline.first_token(found, text_tokens, chip, packed)),
-        step=roofline.decode(found.decoder, positions, chip, packed),
-        memory=memory.memory_bytes(config, bits, held, resolution=resolution, image=image),
-        context=held,
-        engine_ms=engine_vision_ms(found, chip),
+        bits=plan.bits or (FULL,),
+        visual_tokens=cost.visual_tokens,
+        text_tokens=cost.prompt_tokens - cost.visual_tokens,
+        tiles=cost.tiles,
+        stages=tuple(roofline.first_token(cost, chip, quantised=bool(plan.bits))),
+        step=roofline.decode(cost.step, cost.layers, chip),
+        memory=cost.memory(positions),
+        context=positions,
+        engine_ms=engine_vision_ms(plan, cost.vision, chip),
     )
-
-
-def own_bits(config: Mapping[str, Any]) -> int:
-    """The bits that a config's quantization block says, rounded up to what is known here."""
-    block = config.get("quantization")
-    said = block.get("bits", 16) if isinstance(block, Mapping) else 16
-    return next((bits for bits in memory.BITS if isinstance(said, int) and said <= bits), 16)

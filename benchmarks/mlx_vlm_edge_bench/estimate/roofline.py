@@ -1,4 +1,4 @@
-"""A model's parts and a chip -> times: each stage bound by arithmetic or by memory.
+"""A model's cost and a chip -> times: each stage bound by arithmetic or by memory.
 
 The rates are few and are not fitted to any model of ours; `calibration` holds them against what
 others measured. Where they are from:
@@ -12,14 +12,13 @@ others measured. Where they are from:
 
 from dataclasses import dataclass
 
+from mlx_vlm_edge.loading.cost import Cost
+from mlx_vlm_edge.loading.counting import Work
+
 from .chips import Chip
-from .decoder import Decoder
-from .parts import Parts
-from .work import Work
 
 QUANTISED = {True: 0.89, False: 0.96}  # of the plain matmul's rate; M1 and M2 families, later ones
-MATRIX_AT_512 = 0.643
-WEIGHT = 2  # bytes of a weight or an activation that is not quantised
+MATRIX_AT_512 = 0.627
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Rates:
     the reading of weights and cache.
     """
 
-    at_512: float = 0.736
-    rows: float = 85.0
+    at_512: float = 0.717
+    rows: float = 84.3
     attention: float | None = None
     bandwidth: float = 0.91
     layer_ms: float = 0.0625
@@ -54,50 +53,31 @@ class Stage:
     bound: str
 
 
-def stage(name: str, work: Work, nbytes: int, chip: Chip, rates: Rates, factor: float = 1) -> Stage:
-    """The time of a stage on the GPU. factor: of the matmuls' rate, for quantised weights."""
+def stage(
+    name: str, work: Work, chip: Chip, rates: Rates = NOW, *, quantised: bool = False
+) -> Stage:
+    """The time of a stage on the GPU."""
     peak, share = chip.fp32, rates.at_512
     if chip.matrix:
         peak, share = chip.matrix, MATRIX_AT_512
     full = share * (512 + rates.rows) / 512
+    factor = QUANTISED[chip.older] if quantised else 1
     matmul = 2 * (work.macs + rates.rows * work.matrices) / (full * factor * peak)
     attention = 2 * work.attention / ((rates.attention or full) * peak)
     compute = (matmul + attention) / 1e9
-    memory = nbytes / (rates.bandwidth * chip.bandwidth) / 1e6
+    memory = work.nbytes / (rates.bandwidth * chip.bandwidth) / 1e6
     bound = "compute" if compute >= memory else "bandwidth"
-    return Stage(name, work.flops, nbytes, max(compute, memory), bound)
+    return Stage(name, work.flops, work.nbytes, max(compute, memory), bound)
 
 
-def prefill(
-    decoder: Decoder, positions: int, chip: Chip, bits: int | None = None, rates: Rates = NOW
-) -> Stage:
-    """A prompt of so many positions, up to the logits of the last one. bits: None for 16."""
-    work = decoder.prefill(positions)
-    weights = decoder.read_bytes(work, bits, WEIGHT)
-    factor = QUANTISED[chip.older] if bits else 1
-    return stage("prefill", work, weights + work.values * WEIGHT, chip, rates, factor)
+def decode(work: Work, layers: int, chip: Chip, rates: Rates = NOW) -> Stage:
+    """One more token: weights and cache are read once."""
+    memory = work.nbytes / (rates.bandwidth * chip.bandwidth) / 1e6
+    return Stage("decode", work.flops, work.nbytes, memory + layers * rates.layer_ms, "bandwidth")
 
 
-def decode(
-    decoder: Decoder, positions: int, chip: Chip, bits: int | None = None, rates: Rates = NOW
-) -> Stage:
-    """One more token after so many positions: weights and cache are read once."""
-    work = decoder.step(positions)
-    nbytes = decoder.read_bytes(work, bits, WEIGHT) + decoder.cache_bytes(positions)
-    memory = nbytes / (rates.bandwidth * chip.bandwidth) / 1e6
-    return Stage(
-        "decode", work.flops, nbytes, memory + decoder.layers * rates.layer_ms, "bandwidth"
-    )
-
-
-def first_token(
-    found: Parts, text_tokens: int, chip: Chip, bits: int | None = None, rates: Rates = NOW
-) -> list[Stage]:
+def first_token(cost: Cost, chip: Chip, *, quantised: bool, rates: Rates = NOW) -> list[Stage]:
     """The stages up to the first token, all on the GPU: vision, connector, prefill."""
-    stages = [
-        stage(name, work, WEIGHT * (work.parameters + work.values), chip, rates)
-        for name, work in (("vision", found.vision), ("connector", found.connector))
-        if work.flops
-    ]
-    positions = found.view.tokens + found.view.marks + text_tokens
-    return [*stages, prefill(found.decoder, positions, chip, bits, rates)]
+    works = (("vision", cost.vision), ("connector", cost.connector))
+    stages = [stage(name, work, chip, rates) for name, work in works if work.flops]
+    return [*stages, stage("prefill", cost.prefill, chip, rates, quantised=quantised)]

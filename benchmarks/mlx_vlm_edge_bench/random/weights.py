@@ -6,7 +6,6 @@ the values. Parameters are made directly in the final dtype, the quantised ones 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,82 +13,57 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_vlm_edge.checkpoint import configs
-from mlx_vlm_edge.checkpoint.config import read_config
-from mlx_vlm_edge.checkpoint.weights import DTYPES
-from mlx_vlm_edge.hub.models import ALIASES, locate
 from mlx_vlm_edge.kernels import on_cpu
+from mlx_vlm_edge.loading import cost
+from mlx_vlm_edge.loading.cost import Blueprint, config_of
 from mlx_vlm_edge.loading.load import GROUP_SIZE, arrange, quantize_language_model
-from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
-from mlx_vlm_edge.models.contract import Family
-from mlx_vlm_edge.picture.preprocessing import AS_PUBLISHED, Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
 
 from .tokenizer import random_tokenizer
 
 BLOCK = (1 << 20) + 7  # random values that are drawn; laid end to end they fill the parameters
 SEED = 7
+WORDS_ONLY = 2048  # tokens of a vocabulary that has room for all words and markers
 PACKED = mx.uint32  # of quantised weights
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A model that exists in its shapes only: nothing of it is evaluated yet."""
-
-    name: str
-    family: Family[Any]
-    config: Any
-    model: VisionLanguageModel
-    dtype: mx.Dtype
-    bits: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parameters, once they are made."""
-        return sum(_nbytes(array, self.dtype) for _, array in tree_flatten(self.model.parameters()))
-
-
-def config_of(name: str) -> dict[str, Any]:
-    """The config of an alias, of its Hub id, or of a folder that may have nothing else.
-
-    Raises UsageError for any other name.
-    """
-    alias = {repo: alias for alias, repo in ALIASES.items()}.get(name, name.lower())
-    if alias in ALIASES:
-        return configs.read(alias)
-    return read_config(locate(name, offline=True))
 
 
 def blueprint(
     name: str, *, dtype: str | None = None, bits: int | None = None, config: Any = None
 ) -> Blueprint:
-    """The shapes of a model. dtype: float32 by default on the CPU back end, bfloat16 elsewhere."""
+    """The shapes of a model as its config has it, or quantised to `bits` in groups of 64.
+
+    dtype: float32 by default on the CPU back end, bfloat16 elsewhere.
+    """
     source: Mapping[str, Any] = config or config_of(name)
-    kind = family(source)
-    parsed = kind.Config.from_dict(source)
-    model = kind.Model(parsed)
-    model.eval()
+    block = source.get("quantization")
+    chosen = dtype or ("float32" if on_cpu() else "bfloat16")
+    plan = cost.blueprint(source, dtype=chosen, quantization=block)
     if bits is not None:
-        quantize_language_model(model, {}, bits)
-    chosen = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else mx.bfloat16)
-    return Blueprint(name, kind, parsed, model, chosen, bits)
+        quantize_language_model(plan.model, {"quantization": block}, bits)
+    return plan
 
 
 def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:
     """Make the parameters, and a tokenizer; the blueprint's model is the one that is returned."""
-    fill(plan.model, plan.dtype, plan.bits)
+    fill(plan.model, plan.dtype)
     arrange(plan.model)
     return plan.model, processor_of(plan)
 
 
-def processor_of(plan: Blueprint, asked: Preprocessing = AS_PUBLISHED) -> Processor:
-    """The family's processor with a synthetic tokenizer."""
-    tokenizer = random_tokenizer(plan.config.text.vocab_size, plan.config)
-    return plan.family.Processor(plan.config, tokenizer, asked)
+def processor_of(plan: Blueprint, words_only: bool = False) -> Processor:
+    """The family's processor with a synthetic tokenizer.
+
+    words_only: one that lacks the rest of the vocabulary: sooner there, the same prompts.
+    """
+    size = (
+        min(WORDS_ONLY, plan.config.text.vocab_size) if words_only else plan.config.text.vocab_size
+    )
+    tokenizer = random_tokenizer(size, plan.config)
+    return plan.family.Processor(plan.config, tokenizer, plan.asked)
 
 
-def fill(part: nn.Module, dtype: mx.Dtype, bits: int | None = None) -> None:
+def fill(part: nn.Module, dtype: mx.Dtype) -> None:
     """Give every parameter of a module random values that keep a signal's variance.
 
     One array at a time, so that no more than one is ever held twice.
@@ -97,12 +71,14 @@ def fill(part: nn.Module, dtype: mx.Dtype, bits: int | None = None) -> None:
     draw = np.random.default_rng(SEED)
     normal = mx.array(draw.standard_normal(BLOCK, np.float32))
     packed = mx.array(draw.integers(0, 1 << 32, BLOCK, np.uint32))
+    bits = {path: layer.bits for path, layer in part.named_modules() if "scales" in layer}
     filled = []
     for name, array in tree_flatten(part.parameters()):
         if array.dtype == PACKED:
             made = _laid_out(packed, array.shape, 1, PACKED)
         elif name.endswith((".scales", ".biases")):
-            made = mx.full(array.shape, _step(name, array.shape, bits or 4), dtype)
+            step = _step(name, array.shape, bits[name.rpartition(".")[0]])
+            made = mx.full(array.shape, step, dtype)
         elif array.ndim == 1:
             made = mx.full(array.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
         else:
@@ -127,7 +103,3 @@ def _laid_out(block: mx.array, shape: tuple[int, ...], factor: float, dtype: mx.
     length = -(-size // times)  # scaled after the cut, so that no array keeps the whole block
     row = (block[:length] * factor).astype(dtype)
     return mx.concatenate([row] * times)[:size].reshape(shape)
-
-
-def _nbytes(array: mx.array, dtype: mx.Dtype) -> int:
-    return int(array.nbytes if array.dtype == PACKED else array.size * dtype.size)

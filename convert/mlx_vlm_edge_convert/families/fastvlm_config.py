@@ -54,9 +54,9 @@ def native_config(
     Raises UsageError where the config contradicts the weights or names an unknown part.
     """
     if config.get("model_type") == "fast_vlm":
-        native = _from_transformers(config, preprocessor or {})
+        native = from_transformers(config, preprocessor or {})
     else:
-        native = _from_apple(config)
+        native = from_apple(config)
     given = native["vision_config"]
     derived = derive_geometry(weights, head_width(config))
     _agree("vision_config", given, derived)
@@ -135,7 +135,7 @@ def _agree(where: str, given: Mapping[str, Any], derived: Mapping[str, Any]) -> 
             raise UsageError(f"{where} says {key} {given[key]}, but the weights have {value}")
 
 
-def _from_apple(config: Mapping[str, Any]) -> Config:
+def from_apple(config: Mapping[str, Any]) -> Config:
     """A `llava_qwen2` config; the image size is the last part of mm_vision_tower's name."""
     native = dict(config)
     tower = str(config.get("mm_vision_tower", ""))
@@ -151,7 +151,7 @@ def _from_apple(config: Mapping[str, Any]) -> Config:
     return native
 
 
-def _from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
+def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
     """A `fast_vlm` config: text fields to the root, timm's fields of the tower kept beside ours."""
     activation = config.get("projector_hidden_act", "gelu")
     if activation != "gelu":

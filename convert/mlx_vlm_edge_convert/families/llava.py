@@ -87,9 +87,9 @@ def to_native(
     native = rename(weights)
     check_pixels(preprocessor or {})
     if "text_config" in config:
-        translated = _from_transformers(config, preprocessor or {})
+        translated = from_transformers(config, preprocessor or {})
     else:
-        translated = _from_original(config)
+        translated = from_original(config)
     translated["vision_config"] = place_tower(translated, native)
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
     return translated, native
@@ -105,7 +105,7 @@ def place_tower(config: Mapping[str, Any], native: Arrays) -> Config:
     return complete(given, native, str(config.get("mm_vision_tower", "")))
 
 
-def _from_original(config: Mapping[str, Any]) -> Config:
+def from_original(config: Mapping[str, Any]) -> Config:
     """A flat config: the text fields into text_config, LLaVA's words into transformers'."""
     check_original(config)
     projector = config.get("mm_projector_type", "linear")
@@ -138,7 +138,7 @@ def check_original(config: Mapping[str, Any]) -> None:
             raise UsageError(f"config.json: {key} is set, a prompt format that is not supported")
 
 
-def _from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
+def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
     """A nested config; its image processor crops the centre, unless its file says it pads."""
     native: Config = {
         "tie_word_embeddings": False,

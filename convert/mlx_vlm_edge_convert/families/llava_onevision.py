@@ -104,7 +104,7 @@ def to_native(
     if PATCHES not in native:
         raise UsageError("the checkpoint has no vision tower; take one that was saved whole")
     tied = settle_head(native, says_tied(config))
-    translated = _nested(config) if "text_config" not in config else dict(config)
+    translated = nested(config) if "text_config" not in config else dict(config)
     text = {**translated["text_config"], "tie_word_embeddings": tied}
     eos = translated.get("eos_token_id", text.get("eos_token_id"))
     translated |= {"text_config": text, "tie_word_embeddings": tied, "eos_token_id": eos}
@@ -116,7 +116,7 @@ def to_native(
     return translated, native
 
 
-def _nested(config: Mapping[str, Any]) -> Config:
+def nested(config: Mapping[str, Any]) -> Config:
     """A flat config of the original code as transformers' nested one; every key is kept.
 
     Grids are listed as (width, height) there. The layer it names, -2, is not what its code reads:

@@ -81,9 +81,14 @@ def projector_type(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -
     if found is None:
         raise UsageError(f"no MobileVLM connector has names such as {some(weights)}")
     said = config.get("mm_projector_type", found)
-    if next((kind for kind in _TELLING if str(said).startswith(kind)), None) != found:
+    if named_projector(str(said)) != found:
         raise UsageError(f"config.json says mm_projector_type {said!r}, the weights are {found!r}")
     return found
+
+
+def named_projector(said: str) -> str | None:
+    """The connector that a config's mm_projector_type begins with, None for an unknown one."""
+    return next((kind for kind in _TELLING if said.startswith(kind)), None)
 
 
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_vlm_edge_bench.bench.figures import figures, unaccounted
-from mlx_vlm_edge_bench.bench.measure import Question, measure, text_of
+from mlx_vlm_edge_bench.bench.measure import Question, measure
+from mlx_vlm_edge_bench.random.question import text_of
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.text.prompt import Inputs

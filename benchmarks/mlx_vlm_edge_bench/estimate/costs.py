@@ -1,0 +1,114 @@
+"""A config, a picture's size and a prompt's length -> operations, bytes, memory.
+
+Counted on the model's own shapes (loading/cost.py), with the prompts that `bench` asks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.loading import cost
+from mlx_vlm_edge.loading.cost import Blueprint, Cost, Size
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
+
+from ..random.question import text_of
+from ..random.weights import processor_of
+
+Config = Mapping[str, Any]
+BITS = (2, 3, 4, 5, 6, 8, 16)
+GROUP_SIZE = 64  # of quantisation at load
+SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
+
+
+def plan_of(
+    config: Config,
+    bits: int | None = None,
+    dtype: str = "bfloat16",
+    resolution: int | None = None,
+) -> Blueprint:
+    """A model's shapes as a GPU holds them.
+
+    bits: of the language model, in groups of 64; 16 for an unquantised one, None for what the
+    config's quantization block says. Raises UsageError for what cannot be.
+    """
+    if bits not in (None, *BITS):
+        raise UsageError(f"bits {bits}: {', '.join(map(str, BITS[:-1]))} or 16 are known")
+    block = config.get("quantization")
+    if bits is not None:
+        block = None if bits == 16 else {"bits": bits, "group_size": GROUP_SIZE}
+    plan = cost.blueprint(config, dtype=dtype, quantization=block, fused=True)
+    plan = replace(plan, asked=Preprocessing(resolution=resolution))
+    plan.config.adapted(plan.asked)  # or a clear line
+    return plan
+
+
+def prompt_cost(plan: Blueprint, image: Size = SQUARE, text_tokens: int | None = None) -> Cost:
+    """What a question about a picture of that size costs.
+
+    text_tokens: of the prompt, all beside the visual ones; by default those of a short question.
+    Raises UsageError where the prompt is longer than the model's context.
+    """
+    processor = processor_of(plan, words_only=True)
+    pixels = processor.preprocessor(1)(cost.blank(image))
+    visual = processor.visual_tokens(pixels)
+    _refuse_beyond(plan.config.context, visual, text_tokens or 0)
+    inputs = processor(text_of(processor, pixels, text_tokens), [pixels])
+    _refuse_beyond(plan.config.context, visual, inputs.input_ids.shape[1] - visual)
+    return cost.cost(plan, inputs)
+
+
+def _refuse_beyond(context: int, visual: int, text: int) -> None:
+    if visual + text > context:
+        raise UsageError(
+            f"a prompt of {visual + text:,} tokens, {visual:,} of them visual, is longer than the "
+            f"model's context of {context:,}"
+        )
+
+
+def predicted_flops(
+    config: Config,
+    resolution: int | None = None,
+    text_tokens: int | None = None,
+    *,
+    image: Size = SQUARE,
+) -> dict[str, int]:
+    """FLOPs of each stage: "vision", "connector", "prefill", and "decode" for one token after it.
+
+    Two per MAC of matmuls and convolutions. Raises UsageError as `prompt_cost` does.
+    """
+    counted = prompt_cost(plan_of(config, resolution=resolution), image, text_tokens)
+    return {
+        "vision": counted.vision.flops,
+        "connector": counted.connector.flops,
+        "prefill": counted.prefill.flops,
+        "decode": counted.step.flops,
+    }
+
+
+def visual_tokens(config: Config, resolution: int | None = None, *, image: Size = SQUARE) -> int:
+    """How many visual tokens a picture of that size becomes."""
+    plan = plan_of(config, resolution=resolution)
+    return plan.processor.visual_tokens(plan.pixels(image))
+
+
+def weight_bytes(config: Config, bits: int | None = None, dtype: str = "bfloat16") -> int:
+    """Bytes of a model's weights as `load` holds them; bits as `plan_of` takes them."""
+    return plan_of(config, bits, dtype).nbytes
+
+
+def memory_bytes(
+    config: Config,
+    bits: int | None = None,
+    context: int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    resolution: int | None = None,
+    image: Size = SQUARE,
+) -> dict[str, int]:
+    """Bytes of "weights", "cache", "activations" and their "total" for a question about a picture.
+
+    context: positions of the KV cache; by default the prompt and 512 more.
+    """
+    counted = prompt_cost(plan_of(config, bits, dtype, resolution), image)
+    return counted.memory(counted.prompt_tokens + 512 if context is None else context)

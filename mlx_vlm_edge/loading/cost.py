@@ -1,0 +1,249 @@
+"""A model's config -> what it costs: visual tokens, operations, bytes, memory, before it is loaded.
+
+The model is built in its shapes and called on lazy arrays (counting.py); the family's own processor
+tells what becomes of a picture. Nothing is evaluated, and no weights are read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..checkpoint import configs
+from ..checkpoint.config import read_config
+from ..checkpoint.weights import DTYPES
+from ..errors import UsageError
+from ..hub.cache import local_snapshot
+from ..hub.models import ALIASES, DEMO, expanded, locate, repo_id
+from ..models import family
+from ..models.base import VisionLanguageModel
+from ..models.build import place_quantized_layers
+from ..models.contract import Family
+from ..picture.image import MAX_PIXELS, Pixels
+from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..text.prompt import Inputs, Processor
+from ..timings import Stages
+from ..wording import first_line
+from .counting import Counter, Work, counting
+
+Size = tuple[int, int]  # width, height
+STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
+LANGUAGE = "language_model."
+# What the CPU back end was seen to hold in float32 (mlx 0.32): FastViTHD at 256 and 512 pixels 7.7
+# times its widest pass, a SmolVLM tile 9.2; a prefill of 512 positions 1.4 and 1.5 times a layer.
+TOWER_HELD, DECODER_HELD = 8, 1.5
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that exists in its shapes only: nothing of it is evaluated yet."""
+
+    family: Family[Any]
+    config: Any
+    model: VisionLanguageModel
+    dtype: mx.Dtype
+    asked: Preprocessing = AS_PUBLISHED
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, once they are there."""
+        return nbytes(self.model)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The bits of its quantised layers, each once; none of a model that is not quantised."""
+        return tuple(sorted({layer.bits for layer in self.model.modules() if "scales" in layer}))
+
+    @property
+    def processor(self) -> Processor:
+        """The family's, without a tokenizer: it knows what becomes of pictures, not of words."""
+        kind: Any = self.family.Processor
+        processor: Processor = kind.__new__(kind)
+        processor.config = self.config.adapted(self.asked)
+        return processor
+
+    def pixels(self, image: Size) -> Pixels:
+        """What becomes of a picture of that size, alone in its prompt."""
+        return self.processor.preprocessor(1)(blank(image))
+
+
+def nbytes(part: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The native config of an alias (shipped), a folder or a downloaded Hub model.
+
+    Raises UsageError for a name that is none of these.
+    """
+    path = expanded(name)
+    if name.lower() in ALIASES:
+        return configs.read(name)
+    if name == DEMO or (name and (path.is_dir() or path.is_file())):
+        return native(read_config(locate(name)))
+    repo = repo_id(name)
+    if folder := local_snapshot(repo):
+        return native(read_config(Path(folder)))
+    aliases = {repo.lower(): alias for alias, repo in ALIASES.items()}
+    if alias := aliases.get(repo.lower()):
+        return configs.read(alias)
+    raise UsageError(
+        f"{repo} is not on this machine: `mlx-vlm-edge models pull {name}` gets it, or name one of "
+        f"{', '.join(ALIASES)}"
+    )
+
+
+def native(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as the families read it, whatever published layout it is in."""
+    from mlx_vlm_edge_convert import native_config
+
+    translated: dict[str, Any] = native_config(config)
+    return translated
+
+
+def blueprint(
+    source: Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    quantization: Mapping[str, Any] | None = None,
+    fused: bool = False,
+) -> Blueprint:
+    """The shapes of a model by its native config.
+
+    quantization: as a config's block of that name has it (bits, group_size, mode, and names of
+    layers with their own); the language model's linear layers and embeddings are quantised where it
+    says nothing of a layer. fused: with the decoder's projections merged, as on a GPU.
+    Raises UsageError for what the family refuses.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind = family(source)
+    try:
+        config = kind.Config.from_dict(source)
+        model = kind.Model(config)
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UsageError(
+            f"config.json: a value is of the wrong kind ({first_line(error)})"
+        ) from error
+    model.eval()
+    model.apply(lambda p: p.astype(DTYPES[dtype]))
+    if quantization:
+        _quantise(model, kind.rename, quantization)
+    for layer in model.language_model.model.layers if fused else ():
+        layer.fuse()
+    return Blueprint(kind, config, model, DTYPES[dtype])
+
+
+def _quantise(model: nn.Module, rename: Callable[[str], str], block: Mapping[str, Any]) -> None:
+    said = {rename(f"{path}.").rstrip("."): kind for path, kind in block.items()}
+    layers = [
+        f"{path}.scales"
+        for path, layer in model.named_modules()
+        if hasattr(layer, "to_quantized") and said.get(path, path.startswith(LANGUAGE)) is not False
+    ]
+    try:
+        place_quantized_layers(model, rename, block, layers)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"config.json: this quantization cannot be: {first_line(error)}") from None
+
+
+def blank(size: Size) -> Any:
+    """A black picture. Raises UsageError for one that is empty or larger than can be read."""
+    from PIL import Image
+
+    width, height = size
+    if min(size) < 1:
+        raise UsageError(f"a picture of {width} x {height} pixels has nothing in it")
+    if width * height > MAX_PIXELS:
+        raise UsageError(
+            f"a picture of {width:,} x {height:,} pixels has more than {MAX_PIXELS // 10**6} "
+            "million: it would be refused"
+        )
+    return Image.new("RGB", size)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prompt with pictures costs: until its first token, and one token after it.
+
+    tiles: pictures that the vision tower sees. parameters: bytes of all weights. cached: bytes that
+    one position takes in the KV cache. pixels: bytes of the pictures. layers: of the decoder.
+    """
+
+    tiles: int
+    visual_tokens: int
+    prompt_tokens: int
+    vision: Work
+    connector: Work
+    prefill: Work
+    step: Work
+    parameters: int
+    cached: int
+    pixels: int
+    layers: int
+
+    def memory(self, context: int) -> dict[str, int]:
+        """Bytes of weights, of a KV cache of `context` positions, of activations and pictures.
+
+        Activations are a simple model: 8 times the widest pass of the vision tower or 1.5 times
+        what a layer of the decoder passes on in a prefill of up to 2048 positions, whichever is
+        more.
+        """
+        together = min(1.0, STEP / self.prompt_tokens)
+        prefill = DECODER_HELD * together * self.prefill.activations / self.layers
+        parts = {
+            "weights": self.parameters,
+            "cache": self.cached * context,
+            "activations": int(max(TOWER_HELD * self.vision.widest, prefill)) + self.pixels,
+        }
+        return {**parts, "total": sum(parts.values())}
+
+
+class _Boundaries(Stages):
+    """Takes what a counter has at the end of each stage."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+        self.works: dict[str, Work] = {}
+
+    def mark(self, name: str, *arrays: Any) -> None:
+        self.works[name] = self.works.get(name, Work()) + self.counter.take()
+
+
+def cost(plan: Blueprint, inputs: Inputs) -> Cost:
+    """Count a prompt on a model's shapes, as a GPU would run it."""
+    model, length = plan.model, int(inputs.input_ids.shape[1])
+    cache = model.make_cache()
+    with counting() as counter:
+        stages = _Boundaries(counter)
+        model.prefill(inputs, cache, STEP, stages)
+        cached = sum(_position_bytes(layer.state) for layer in cache)
+        model.step(mx.zeros((1,), mx.int32), cache)
+        step = counter.take()
+    done = stages.works
+    data = [pixels.data for pixels in inputs.pixels]
+    return Cost(
+        tiles=sum(len(array) if array.ndim == 4 else 1 for array in data),
+        visual_tokens=len(inputs.visual),
+        prompt_tokens=length,
+        vision=done.get("vision", Work()),
+        connector=done.get("connector", Work()),
+        prefill=done["prefill"],
+        step=step,
+        parameters=plan.nbytes,
+        cached=cached,
+        pixels=sum(array.nbytes for array in data),
+        layers=len(cache),
+    )
+
+
+def _position_bytes(state: Any) -> int:
+    """Of a layer's keys and values, which are [B, heads, positions, D]."""
+    arrays = [array for array in state if isinstance(array, mx.array)]
+    return sum(array.nbytes // array.shape[2] for array in arrays)
