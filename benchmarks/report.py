@@ -7,10 +7,11 @@ python benchmarks/report.py [--readme README.md]            # results/*.json -> 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_edge_bench.bench.figures import WIDE, Figure, doubts
 from mlx_vlm_edge_bench.bench.machine import summary
 from page import milliseconds, name_of, page
 from rows import SHOWN
@@ -19,6 +20,10 @@ from mlx_vlm_edge.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RANGES = (
+    "Where a range stands, a median would mislead: the runs spread by more than "
+    f"{WIDE:.0%}, or a part came out above its whole."
+)
 KINDS = {"bench": "bench", "claims": "claims", "against mlx-vlm": "against_mlx_vlm"}
 
 
@@ -79,15 +84,31 @@ def case_rows(cases: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for case in cases:
-        figures = case["figures"]
+        figures = {
+            name: Figure(tuple(figure["values"])) for name, figure in case["figures"].items()
+        }
         times = [
-            milliseconds(1000 * figures[name]["median"]) if name in figures else "-"
+            told(figures, name, lambda seconds: milliseconds(1000 * seconds))
             for name in ("ttft", "ttft_e2e", "ttft_cold")
         ]
-        rate = f"{figures['decode_tps']['median']:.1f}" if "decode_tps" in figures else "-"
+        rate = told(figures, "decode_tps", "{:.1f}".format)
         cells = [name_of(case), str(case["visual_tokens"]), *times, rate]
         lines.append(f"| {' | '.join(cells)} |")
+    if any(" to " in line for line in lines[2:]):
+        lines += ["", RANGES]
     return "\n".join(lines)
+
+
+def told(figures: Mapping[str, Figure], name: str, show: Callable[[float], str]) -> str:
+    """A figure's median; the range of its runs where a median would mislead; "-" without one."""
+    if name not in figures:
+        return "-"
+    figure = figures[name]
+    if name not in doubts(figures):
+        return show(figure.median)
+    if len(figure.values) == 1:
+        return f"{show(figure.median)} (one run)"
+    return f"{show(figure.minimum)} to {show(max(figure.values))}"
 
 
 def against_rows(rows: Sequence[Mapping[str, Any]]) -> str:

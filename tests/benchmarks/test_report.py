@@ -102,6 +102,16 @@ def test_the_table_has_every_row_and_never_a_withheld_ratio(results):
     assert "2026-11-21" in table
 
 
+def test_a_figure_whose_runs_spread_is_told_as_their_range():
+    spread = {**figure(7.24), "values": [6.24, 7.24, 8.44], "spread": 0.35}
+    one = case(1024, 7.0)
+    one["figures"] |= {"ttft": spread, "ttft_e2e": figure(7.09)}
+    _, _, row, _, note = report.case_rows([one]).splitlines()
+    assert "| 6.24 s to 8.44 s | 7.09 s (one run) |" in row
+    assert note == report.RANGES
+    assert report.RANGES not in report.case_rows([case(1024, 7.0)])
+
+
 @pytest.mark.parametrize(
     "readme", ["no markers", f"{report.BEGIN} only", f"{report.END}\n{report.BEGIN}"]
 )

@@ -192,6 +192,14 @@ def test_stages_that_do_not_add_up_are_flagged():
     assert "WARNING: the stages leave out 8.0% of a run" in text
 
 
+def test_figures_that_would_mislead_are_flagged():
+    wide = a_record()
+    wide["figures"]["ttft"] = {"values": [1.0, 1.4, 1.3], "first": 9.0, "median": 1.3}
+    text = " ".join(table.case(wide, 60).split())
+    assert "WARNING: ttft: its runs spread by 40%, more than 25%: repeat on a quiet" in text
+    assert "WARNING: ttft_e2e: ttft, a part of ttft_e2e, came out above it" in text
+
+
 def test_a_summary_refuses_a_ratio_of_spread_runs():
     wide = a_record(resolution=256)
     wide["figures"]["ttft_e2e"] = {"values": [0.3, 0.6, 0.6], "first": 1.0, "median": 0.6}

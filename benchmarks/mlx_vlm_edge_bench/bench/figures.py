@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-WIDE = 0.25  # the spread from which no ratio is told
+WIDE = 0.25  # the spread from which no ratio is told, and a median with its range only
 UNACCOUNTED = 0.05  # of a staged run's time, that its stages may leave out
 VISION, PREFILL = "vision", "prefill"
 
@@ -133,6 +133,23 @@ class Runs:
     staged: Sequence[StagedRun]
     plain: Sequence[PlainRun]
     cold: Sequence[ColdRun] = ()
+
+
+def doubts(figures: Mapping[str, Figure]) -> dict[str, str]:
+    """Why a figure's median alone would mislead, by its name.
+
+    Its runs spread too far, or the part comes out above the whole: ttft above ttft_e2e.
+    """
+    told = {
+        name: f"its runs spread by {figure.spread:.0%}, more than {WIDE:.0%}"
+        for name, figure in figures.items()
+        if figure.spread is not None and figure.spread > WIDE
+    }
+    part, whole = figures.get("ttft"), figures.get("ttft_e2e")
+    if part and whole and part.median > whole.median:
+        for name in ("ttft", "ttft_e2e"):
+            told.setdefault(name, "ttft, a part of ttft_e2e, came out above it")
+    return told
 
 
 def figures(runs: Runs) -> dict[str, Figure]:

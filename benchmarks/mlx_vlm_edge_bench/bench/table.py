@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .figures import UNACCOUNTED, Figure, ratio
+from .figures import UNACCOUNTED, Figure, doubts, ratio
 
 Record = Mapping[str, Any]
 SIDE_BY_SIDE = 112  # columns from which a figure's meaning stands beside it
@@ -48,6 +48,7 @@ def case(record: Record, width: int = 80) -> str:
     lines += _stages(record, figures, width)
     lines += _listed("tokens/s", RATES, figures, "{:,.1f}", width)
     lines += _listed("peak memory, GB", MEMORY, figures, "{:,.3f}", width)
+    lines += _warnings(figures, width)
     if power := record.get("energy"):
         lines.append(
             f"energy: {power['joules_per_answer']:.2f} J per answer, {power['watts']:.1f} W "
@@ -94,6 +95,18 @@ def _stages(record: Record, figures: Mapping[str, Figure], width: int) -> list[s
             width,
         )
     return lines
+
+
+def _warnings(figures: Mapping[str, Figure], width: int) -> list[str]:
+    """A line for each TTFT and rate that is not to be told by its median alone."""
+    told = {name: why for name, why in doubts(figures).items() if name in MEANINGS or name in RATES}
+    return [
+        line
+        for name, why in told.items()
+        for line in textwrap.wrap(
+            f"WARNING: {RATES.get(name, name)}: {why}: repeat on a quiet machine", width
+        )
+    ]
 
 
 def _group(

@@ -8,6 +8,7 @@ from mlx_vlm_edge_bench.bench.figures import (
     Runs,
     StagedRun,
     added,
+    doubts,
     figures,
     ratio,
     unaccounted,
@@ -33,6 +34,19 @@ def test_a_figure_has_the_median_the_minimum_and_the_spread():
         "median": 2.75, "min": 2.0, "max": 4.0, "spread": 1.0, "first": 9.0,
         "values": [3.0, 2.0, 2.5, 4.0],
     }  # fmt: skip
+
+
+def test_a_median_that_would_mislead_is_doubted():
+    """Runs that spread too far; a part that came out above its whole."""
+    steady = {"ttft": Figure((2.0, 2.1)), "ttft_e2e": Figure((2.2, 2.3)), "rss": Figure((1.0,))}
+    assert doubts(steady) == {}
+    wide = doubts(steady | {"ttft": Figure((2.0, 2.6))})
+    assert list(wide) == ["ttft", "ttft_e2e"]
+    assert wide["ttft"] == "its runs spread by 30%, more than 25%"
+    above = doubts(steady | {"ttft": Figure((2.4, 2.5))})
+    assert above == dict.fromkeys(
+        ("ttft", "ttft_e2e"), "ttft, a part of ttft_e2e, came out above it"
+    )
 
 
 def test_one_run_has_no_spread():
