@@ -12,7 +12,9 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 def gigabytes(nbytes: float) -> str:
     """1_520_000_000 -> "1.52 GB", 12_000_000 -> "12 MB"; 1e9 bytes are a gigabyte."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} kB"
 
 
 def first_line(error: BaseException) -> str:

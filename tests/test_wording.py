@@ -18,7 +18,7 @@ def test_the_first_few_names_and_how_many_more():
         (999_000_000, "999 MB"),
         (1_000_000_000, "1.00 GB"),
         (1_524_000_000, "1.52 GB"),
-        (4e5, "0 MB"),
+        (4e5, "400 kB"),
     ],
 )
 def test_sizes_are_in_powers_of_ten(nbytes, said):

@@ -91,7 +91,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..hub.verify import known_files, problems
+    from ..hub.verify import changed, damages, known_files
 
     path = expanded(args.name)
     if path.is_dir() or args.name == DEMO:
@@ -101,7 +101,8 @@ def _verify(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise UsageError(f"{repo_id(args.name)} is not on this machine: there is nothing here")
     files = known_files(folder)
-    wrong = list(problems(folder, files))
+    fetched_again = changed(folder, files)
+    wrong = [*fetched_again, *damages(folder, as_published=bool(files))]
     if args.json:
         print(json.dumps({"folder": str(folder), "hashes": len(files), "problems": wrong}))
         return 1 if wrong else 0
@@ -110,7 +111,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not wrong:
         held = f"{len(files)} files are the Hub's" if files else "whole; no hashes to hold it to"
         print(f"{folder}: {held}; its weights are finite")
-    elif files:
+    elif fetched_again:
         print(f"`mlx-vlm-edge models pull {args.name}` mends it", file=sys.stderr)
     return 1 if wrong else 0
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
 from ..errors import UsageError
-from ..wording import gigabytes
+from ..wording import first_line, gigabytes
 from . import published
 from .cache import cache_folder, repository_folder
 from .published import PublishedFile
@@ -129,7 +129,9 @@ def _check_room(remote: Remote, target: Path) -> None:
     rest = "" if missing == remote.nbytes else f" more of {gigabytes(remote.nbytes)}"
     if missing + _SPARE_BYTES > free:
         raise UsageError(f"{remote.repo} takes {size}{rest}, {target} has {gigabytes(free)} free")
-    print(f"downloading {remote.repo}: {size}{rest}, licence {remote.licence}", file=sys.stderr)
+    line = f"downloading {remote.repo}: {size}{rest}, licence {remote.licence}"
+    here = f"{remote.repo} is all here: its {gigabytes(remote.nbytes)} are checked"
+    print(line if missing else here, file=sys.stderr)
 
 
 def _published(sibling: "RepoSibling") -> PublishedFile:
@@ -167,7 +169,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} is not on the Hugging Face Hub, or private (`hf auth login`)"
         ) from error
     except unreachable as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if isinstance(error, OSError) and (error.filename or error.errno in _FULL):
             raise UsageError(
                 f"{cache_folder()}: cannot be written ({error.strerror}); HF_HUB_CACHE names "
@@ -178,4 +180,6 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             "connect to the network, or name a folder that has the model"
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{repo}: the Hub's answer cannot be used ({error})") from error
+        raise UsageError(
+            f"{repo}: the Hub's answer cannot be used ({first_line(error)})"
+        ) from error

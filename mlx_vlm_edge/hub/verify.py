@@ -15,18 +15,24 @@ def known_files(snapshot: Path) -> Files:
     return published.read(snapshot) or published.hashes_of(snapshot) if in_cache else {}
 
 
-def problems(folder: Path, files: Files) -> Iterator[str]:
-    """A line for each thing that is wrong with a model folder; reads all of its bytes.
-
-    Weights in PyTorch's format are held to their hashes alone.
-    """
+def changed(folder: Path, files: Files) -> list[str]:
+    """A line for each file that is not as the Hub has it; reads all of their bytes."""
     missing = published.absent(folder, files)
-    for name in published.differing(folder, files):
-        yield f"{name}: {'missing or cut off' if name in missing else 'not the bytes of the Hub'}"
-    if reason := lacking(folder, as_published=bool(files)):
+    return [
+        f"{name}: {'missing or cut off' if name in missing else 'not the bytes of the Hub'}"
+        for name in published.differing(folder, files)
+    ]
+
+
+def damages(folder: Path, *, as_published: bool = False) -> Iterator[str]:
+    """A line for each thing that is wrong with a folder itself; reads all of its safetensors.
+
+    Weights in PyTorch's format are not read. as_published: see `lacking`.
+    """
+    if reason := lacking(folder, as_published=as_published):
         yield f"not a whole model: {reason}"
-        return
-    yield from _weights(folder)
+    else:
+        yield from _weights(folder)
 
 
 def _weights(folder: Path) -> Iterator[str]:

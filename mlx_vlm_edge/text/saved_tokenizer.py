@@ -103,7 +103,7 @@ def _qwen2(folder: Path, config: Mapping[str, Any]) -> "Backend":
             "tokenizer.json: save it once with transformers' save_pretrained"
         )
     with Refusing(folder, "vocab.json or merges.txt is damaged", "fetch them again"):
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        model = models.BPE.from_file(*(str(folder / name) for name in files.VOCAB_AND_MERGES))
     backend = Backend(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -297,12 +297,13 @@ def test_wrong_bytes_that_come_again_are_not_kept(online):
     assert hub_cache.is_complete(hub.locate("fastvlm-0.5b"))
 
 
-def test_bytes_that_went_wrong_on_the_disk_heal_at_the_next_pull(online):
+def test_bytes_that_went_wrong_on_the_disk_heal_at_the_next_pull(online, capsys):
     folder = hub.locate("fastvlm-0.5b")
     path = folder / "model.safetensors"
     path.write_bytes(b"?" + path.read_bytes()[1:])
     hub.pull("fastvlm-0.5b")
     assert path.read_bytes() == online.files["model.safetensors"]
+    assert "is all here: its 2 MB are checked" in capsys.readouterr().err
 
 
 def test_leftovers_of_files_that_came_are_removed(online):
