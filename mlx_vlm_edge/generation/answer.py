@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ..text.prompt import Inputs, Processor
 from ..timings import Stages
+from .choosing import TokenLogprobs
 from .sampling import StopStrings
 
 
@@ -18,8 +19,8 @@ class GenerationResult:
     tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
     prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
     peak_memory is in GB (1e9 bytes).
-    finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, when
-    they were asked for.
+    finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, and
+    logprobs: of the token, when they were asked for.
     """
 
     text: str
@@ -35,6 +36,7 @@ class GenerationResult:
     stages: dict[str, float] | None = None
     reused_tokens: int = 0
     jpeg_draft: bool = False
+    logprobs: TokenLogprobs | None = None
 
 
 class Answer:
@@ -61,9 +63,11 @@ class Answer:
         self._inputs, self._reused = inputs, reused
         self._stages, self._started = stages, started
         self._first, self._tokens = 0.0, 0
+        self._logprobs: TokenLogprobs | None = None
 
-    def add(self, token: int) -> GenerationResult:
+    def add(self, token: int, logprobs: TokenLogprobs | None = None) -> GenerationResult:
         """The piece that a token completes; its finish_reason is "stop" where the answer ends."""
+        self._logprobs = logprobs
         self._tokens += 1
         if self._tokens == 1:
             self._stages.mark("first sample")
@@ -75,6 +79,7 @@ class Answer:
 
     def cut(self) -> GenerationResult:
         """The last piece of an answer that may have no more tokens."""
+        self._logprobs = None
         return self._piece(self._rest(), None, "length")
 
     def _rest(self) -> str:
@@ -97,4 +102,5 @@ class Answer:
             stages=dict(self._stages.seconds) if self._stages.measured else None,
             reused_tokens=self._reused,
             jpeg_draft=self._inputs.jpeg_draft,
+            logprobs=self._logprobs,
         )

@@ -20,6 +20,7 @@ from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Processor
 from ..timings import Stages
 from .answer import Answer, GenerationResult
+from .choosing import TokenSampler
 from .loop import Options, budget, make_cache, token_sampler
 from .prefix import PrefixCache, Run
 
@@ -87,9 +88,16 @@ class Line:
 class _Row:
     """A prompt that is being answered: its caches, its next token, and its answer so far."""
 
-    def __init__(self, ticket: Ticket, answer: Answer, cache: list[Cache], run: Run | None) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        answer: Answer,
+        cache: list[Cache],
+        sample: TokenSampler,
+        run: Run | None,
+    ) -> None:
         self.ticket, self.answer, self.cache, self.run = ticket, answer, cache, run
-        self.sample = token_sampler(ticket.inputs, ticket.options)
+        self.sample = sample
         self.token = mx.array([0])  # int[1], under way
         self.left = 0  # tokens that may come, the one under way included
         self.said: list[int] = []
@@ -97,7 +105,7 @@ class _Row:
     def deliver(self) -> bool:
         """Hand out the token under way; whether the answer goes on."""
         token = cast(int, self.token.item())
-        piece = self.answer.add(token)
+        piece = self.answer.add(token, self.sample.told())
         self.said.append(token)
         self.left -= 1
         self.ticket.deliver(piece)
@@ -228,7 +236,8 @@ class Engine:
         stages.mark("queue")
         skip = options.skip_special_tokens
         answer = Answer(self.processor, inputs, options.stop, stages, ticket.started, reused, skip)
-        row = _Row(ticket, answer, cache, run)
+        sample = token_sampler(self.model, self.processor, inputs, options)
+        row = _Row(ticket, answer, cache, sample, run)
         row.left = budget(self.model, inputs, options)
         logits = self.model.prefill(rest, cache, options.prefill_step_size, stages)
         row.token = row.sample(logits)

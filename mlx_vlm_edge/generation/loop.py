@@ -4,8 +4,9 @@ The next token is computed while the last one is shown. Timings end where text c
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -17,13 +18,16 @@ from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Stages
 from .answer import Answer
 from .answer import GenerationResult as GenerationResult
-from .sampling import Sampling, check_number, make_logits_processors, make_sampler
+from .choosing import TokenSampler
+from .grammar import Grammar, Matcher
+from .sampling import Sampling, check_number
 
 if TYPE_CHECKING:
     from .prefix import PrefixCache
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
+MAX_LOGPROBS = 20
 KEPT_POSITIONS = 4  # of a text-only prompt in a rotating cache, as mlx-lm
 
 
@@ -32,7 +36,9 @@ class Options(Sampling):
     """How to generate; names and defaults as in mlx-lm.
 
     stop: texts that end an answer, special tokens among them. skip_special_tokens: whether those
-    of an answer have no text; docling's models answer in them.
+    of an answer have no text; docling's models answer in them. schema: a JSON schema, or its text,
+    that the answer must follow; choices: texts of which it must be one. logprobs: tell every
+    token's log-probability, and those of this many of the likeliest ones.
     """
 
     max_tokens: int = 256
@@ -43,6 +49,9 @@ class Options(Sampling):
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
     prefill_step_size: int = 2048
+    schema: Mapping[str, Any] | str | None = None
+    choices: Sequence[str] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +67,18 @@ class Options(Sampling):
             raise UsageError(f"stop must be a text or a list of texts, not {self.stop!r}")
         if self.kv_bits and self.max_kv_size:
             raise UsageError("a rotating cache cannot be quantised: set max_kv_size or kv_bits")
+        if self.logprobs is not None:
+            check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        if self.schema is not None and self.choices is not None:
+            raise UsageError("an answer follows a schema or is one of the choices: set one of them")
+        _ = self.grammar  # or a clear line, before anything is loaded
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the answer must look like, None for anything."""
+        if self.choices is not None:
+            return Grammar.choices(self.choices)
+        return None if self.schema is None else Grammar.json_schema(self.schema)
 
 
 def generate(
@@ -123,18 +144,20 @@ def stream_inputs(
 ) -> Iterator[GenerationResult]:
     limit, skip = budget(model, inputs, options), options.skip_special_tokens
     cache = make_cache(model, inputs, options)
+    sample = token_sampler(model, processor, inputs, options)
     mx.reset_peak_memory()
     inputs = _encoded(model, inputs, stages)
     if prefix_cache is None:
         answer = Answer(processor, inputs, options.stop, stages, started, skip=skip)
-        yield from _results(decode(model, inputs, cache, options, stages, limit), answer)
+        tokens = decode(model, inputs, cache, options, stages, limit, sample)
+        yield from _results(tokens, answer, sample)
         return
     run = prefix_cache.begin(model, processor, inputs, cache, stages)
     answer = Answer(processor, inputs, options.stop, stages, started, run.start, skip)
-    tokens = decode(model, inputs, cache, options, stages, limit, run.rest)
+    tokens = decode(model, inputs, cache, options, stages, limit, sample, run.rest)
     said: list[int] = []
     try:
-        for result in _results(tokens, answer):
+        for result in _results(tokens, answer, sample):
             if result.token is not None:
                 said.append(result.token)
             yield result
@@ -153,10 +176,12 @@ def _encoded(model: VisionLanguageModel, inputs: Inputs, stages: Stages) -> Inpu
     return replace(inputs, tokens=tokens)
 
 
-def _results(tokens: Iterator[int], answer: Answer) -> Iterator[GenerationResult]:
+def _results(
+    tokens: Iterator[int], answer: Answer, sample: TokenSampler
+) -> Iterator[GenerationResult]:
     """Token ids as pieces of text, up to the end of the answer."""
     for token in tokens:
-        piece = answer.add(token)
+        piece = answer.add(token, sample.told())
         yield piece
         if piece.finish_reason is not None:
             return
@@ -206,13 +231,13 @@ def decode(
     options: Options,
     stages: Stages,
     budget: int,
+    sample: TokenSampler,
     rest: Inputs | None = None,
 ) -> Iterator[int]:
     """Yield up to `budget` token ids; each next one is under way while the last is handed out.
 
     rest: what of the prompt is not in `cache` yet; all of it by default.
     """
-    sample = token_sampler(inputs, options)
     token = sample(model.prefill(rest or inputs, cache, options.prefill_step_size, stages))
     mx.async_eval(token)
     for index in range(budget):
@@ -226,20 +251,15 @@ def decode(
         token = following
 
 
-def token_sampler(inputs: Inputs, options: Options) -> Callable[[mx.array], mx.array]:
-    """Logits [1, V] -> token int[1], with the penalties that look at the tokens so far."""
+def token_sampler(
+    model: VisionLanguageModel, processor: Processor, inputs: Inputs, options: Options
+) -> TokenSampler:
+    """What chooses the tokens of one answer. Raises UsageError for a schema that cannot be met."""
     sampling = Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
-    draw, processors = make_sampler(sampling), make_logits_processors(sampling)
-    if not processors:
-        return draw
-    size = options.repetition_context_size
-    recent = [mx.array(inputs.input_ids[0, -size:])]  # the last `size` tokens, then the newest
-
-    def sample(logits: mx.array) -> mx.array:
-        recent[:] = [mx.concatenate(recent)[-size:]]
-        for process in processors:
-            logits = process(recent[0], logits)
-        recent.append(draw(logits))
-        return recent[-1]
-
-    return sample
+    matcher = None
+    if options.grammar is not None:
+        vocabulary = model.language_model.config.vocab_size
+        matcher = Matcher(
+            options.grammar, processor.tokenizer, sorted(processor.eos_ids), vocabulary
+        )
+    return TokenSampler(sampling, mx.array(inputs.input_ids[0]), options.logprobs, matcher)

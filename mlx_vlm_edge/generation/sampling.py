@@ -13,7 +13,6 @@ import mlx.core as mx
 from ..errors import UsageError
 
 Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Sampling:
     temperature: 0 is greedy. top_p: the smallest set with this probability (0 or 1: all).
     top_k: the k likeliest (0: all). min_p: at least this share of the likeliest one's probability.
     repetition_penalty: logits of the last repetition_context_size tokens are divided by it
-    (multiplied, where negative); 1 is none.
+    (multiplied, where negative); 1 is none. presence_penalty is taken from the logits of every
+    token that the answer has already, frequency_penalty once for each time (as OpenAI's API).
     """
 
     temperature: float = 0.0
@@ -32,6 +32,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,6 +41,8 @@ class Sampling:
         check_number("top_p", self.top_p, 0, 1)
         check_number("min_p", self.min_p, 0, 1)
         check_number("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         check_number("top_k", self.top_k, 0, math.inf, whole=True)
         check_number(
             "repetition_context_size", self.repetition_context_size, 1, math.inf, whole=True
@@ -122,18 +126,6 @@ def keep_top_k(logits: mx.array, top_k: int) -> mx.array:
     return mx.put_along_axis(logits, rest, mx.array(-math.inf, logits.dtype), axis=-1)
 
 
-def make_logits_processors(sampling: Sampling) -> list[LogitsProcessor]:
-    """Functions (tokens so far int[N], logits [1, V]) -> logits, to be applied in order."""
-    if sampling.repetition_penalty == 1:
-        return []
-    penalty, context = sampling.repetition_penalty, sampling.repetition_context_size
-
-    def repetition(tokens: mx.array, logits: mx.array) -> mx.array:
-        return penalize(tokens[-context:], logits, penalty)
-
-    return [repetition]
-
-
 def penalize(tokens: mx.array, logits: mx.array, penalty: float) -> mx.array:
     """Make `tokens` less likely (arXiv 1909.05858), each once however often it is there.
 
@@ -145,6 +137,14 @@ def penalize(tokens: mx.array, logits: mx.array, penalty: float) -> mx.array:
     seen[mx.where(known, tokens, vocabulary)] = True
     penalized = mx.where(logits < 0, logits * penalty, logits / penalty)
     return mx.where(seen[:vocabulary], penalized, logits)
+
+
+def penalize_counted(
+    counts: mx.array, logits: mx.array, presence: float, frequency: float
+) -> mx.array:
+    """Logits [1, V] less `presence` for every token that was counted, and `frequency` times its
+    count, float[V]. Source: OpenAI's API reference, frequency and presence penalties."""
+    return logits - (presence * (counts > 0) + frequency * counts).astype(logits.dtype)
 
 
 class StopStrings:

@@ -80,11 +80,13 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
         finally:
             if loading is not None:
                 loading.cancel()
-            if served.engine is not None:
-                await asyncio.to_thread(served.engine.close)
+                if served.engine is not None:
+                    await asyncio.to_thread(served.engine.close)
 
     app = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found}
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={404: _not_found, 405: _not_found, Exception: _failed},
     )
     return Guards(app, served.access, served.limits)
 
@@ -102,15 +104,24 @@ def _endpoint(served: Served, handler: Handler) -> Callable[[Request], Awaitable
             return await handler(served, request)
         except ApiError as error:
             served.metrics.refused(error.status)
-            raise
+            return _refused(request, error)
 
     return endpoint
+
+
+def _refused(request: Request, error: ApiError) -> Response:
+    return JSONResponse(error.form(request.url.path), error.status, error.headers)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     told = ApiError(status, "there is nothing at this address; see /openapi.json", code="not_found")
-    return JSONResponse(told.openai(), status)
+    return _refused(request, told)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    told = ApiError(500, f"the request failed ({type(error).__name__})", code="failed")
+    return _refused(request, told)
 
 
 async def _body(request: Request) -> Any:
@@ -125,31 +136,22 @@ async def _body(request: Request) -> Any:
 
 async def _chat(served: Served, request: Request) -> Response:
     asked = parse(ChatRequest, await _body(request))
-    served.check_model(asked.model)
-    reply = openai.Reply(True, served.name, asked.n, _wants_usage(asked))
-    return await _reply(
-        served, request, openai.chat_asked(asked, served.limits), reply, asked.stream
-    )
+    return await _reply(served, request, openai.chat_asked(asked, served.limits), asked)
 
 
 async def _completion(served: Served, request: Request) -> Response:
     asked = parse(CompletionRequest, await _body(request))
-    served.check_model(asked.model)
-    reply = openai.Reply(False, served.name, asked.n, _wants_usage(asked))
-    return await _reply(
-        served, request, openai.completion_asked(asked, served.limits), reply, asked.stream
-    )
-
-
-def _wants_usage(asked: ChatRequest | CompletionRequest) -> bool:
-    return asked.stream_options is not None and asked.stream_options.include_usage
+    return await _reply(served, request, openai.completion_asked(asked, served.limits), asked)
 
 
 async def _reply(
-    served: Served, request: Request, asked: Asked, reply: openai.Reply, stream: bool
+    served: Served, request: Request, asked: Asked, sent: ChatRequest | CompletionRequest
 ) -> Response:
-    answers = await served.ready().start(asked)
-    if stream:
+    served.check_model(sent.model)
+    answering = served.ready()
+    reply = openai.Reply(sent, served.name, answering.engine.processor.tokenizer)
+    answers = await answering.start(asked)
+    if sent.stream:
         return StreamingResponse(
             served.metrics.counted(reply.events(answers), reply.choices),
             media_type="text/event-stream",

@@ -45,6 +45,10 @@ class ApiError(Exception):
             headers["WWW-Authenticate"] = "Bearer"
         return headers
 
+    def form(self, path: str) -> dict[str, Any]:
+        """The error in the dialect of the path that was asked for."""
+        return self.anthropic() if path.startswith("/v1/messages") else self.openai()
+
     def openai(self) -> dict[str, Any]:
         """{"error": {message, type, param, code}}."""
         return {

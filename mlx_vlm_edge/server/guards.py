@@ -41,14 +41,14 @@ class Access:
         origin = headers.get("origin")
         if origin is not None and not self.same_origin(origin, host) and origin not in self.origins:
             raise ApiError(403, "pages of other origins may not use this server", code="origin")
-        if method != "OPTIONS" and path not in OPEN_PATHS and not self._has_key(path, headers):
+        if method != "OPTIONS" and path not in OPEN_PATHS and not self._has_key(headers):
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="api_key")
 
     @staticmethod
     def same_origin(origin: str, host: str) -> bool:
         return origin in (f"http://{host}", f"https://{host}")
 
-    def _has_key(self, path: str, headers: Headers) -> bool:
+    def _has_key(self, headers: Headers) -> bool:
         if self.key is None:
             return True
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -153,9 +153,8 @@ SECURITY = [
 
 
 async def respond_error(send: Send, error: ApiError, path: str) -> None:
-    """An error in the dialect of the path it is for."""
-    form = error.anthropic() if path.startswith("/v1/messages") else error.openai()
-    await _respond(send, error.status, json.dumps(form).encode(), error.headers)
+    """Answer with an error, in front of the application."""
+    await _respond(send, error.status, json.dumps(error.form(path)).encode(), error.headers)
 
 
 async def _respond(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
+from ..errors import UsageError
 from ..generation.answer import GenerationResult
 from ..generation.loop import Options
+from ..text.tokenizer import Tokenizer
 from .answering import Answers, Asked, Choice
-from .errors import ApiError
+from .errors import ApiError, bad_request
 from .limits import Limits
 from .requests import ChatRequest, CompletionRequest, Sampling
 
@@ -27,25 +29,42 @@ STAGES = {
 }
 
 
-def sampling_options(request: Sampling, limit: int | None, limits: Limits) -> list[Options]:
-    """The options of each of the n answers; a seed is counted up from one answer to the next."""
-    chosen = {
+def sampling_options(
+    request: Sampling, limit: int | None, limits: Limits, **more: Any
+) -> list[Options]:
+    """The options of each of the n answers; a seed is counted up from one answer to the next.
+
+    Raises ApiError for a schema that cannot be enforced.
+    """
+    chosen: dict[str, Any] = {
         name: value
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
                      "presence_penalty", "frequency_penalty")
         if (value := getattr(request, name)) is not None
     }  # fmt: skip
     chosen.setdefault("temperature", 0.0)
+    chosen.update(more)
     seed = None if request.seed is None else request.seed % 2**64
-    return [
-        Options(
-            **chosen,
-            max_tokens=min(limit or limits.tokens, limits.tokens),
-            stop=tuple(request.stop),
-            seed=None if seed is None else (seed + index) % 2**64,
-        )
-        for index in range(request.n)
-    ]
+    try:
+        return [
+            Options(
+                **chosen,
+                max_tokens=min(limit or limits.tokens, limits.tokens),
+                stop=tuple(request.stop),
+                seed=None if seed is None else (seed + index) % 2**64,
+            )
+            for index in range(request.n)
+        ]
+    except UsageError as error:  # all else is checked
+        raise bad_request(str(error), "response_format", "invalid_schema") from None
+
+
+def response_schema(request: ChatRequest) -> Mapping[str, Any] | None:
+    """The JSON schema that answers must follow, None for any text."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    return {"type": "object"} if wanted.type == "json_object" else wanted.json_schema.schema_
 
 
 def chat_asked(request: ChatRequest, limits: Limits) -> Asked:
@@ -63,12 +82,15 @@ def chat_asked(request: ChatRequest, limits: Limits) -> Asked:
                 addresses.append((field, part.image_url.url))
                 parts.append({"type": "image"})
         messages.append({"role": role, "content": parts})
-    options = sampling_options(request, request.limit, limits)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    options = sampling_options(
+        request, request.limit, limits, schema=response_schema(request), logprobs=logprobs
+    )
     return Asked(messages, addresses, options, client=request.user or "")
 
 
 def completion_asked(request: CompletionRequest, limits: Limits) -> Asked:
-    options = sampling_options(request, request.limit, limits)
+    options = sampling_options(request, request.limit, limits, logprobs=request.logprobs)
     return Asked(request.prompt, (), options, client=request.user or "", raw=True)
 
 
@@ -102,11 +124,15 @@ def timings(piece: GenerationResult) -> dict[str, float]:
 class Reply:
     """How the answers to one request are written: as an object, or as events."""
 
-    def __init__(self, chat: bool, model: str, count: int, include_usage: bool) -> None:
-        self.chat, self.include_usage = chat, include_usage
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}"
+    def __init__(
+        self, request: ChatRequest | CompletionRequest, model: str, tokenizer: Tokenizer
+    ) -> None:
+        self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
+        wanted = request.stream_options
+        self.include_usage = wanted is not None and wanted.include_usage
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid4().hex}"
         self.created, self.model = int(time.time()), model
-        self.choices = [Choice() for _ in range(count)]
+        self.choices = [Choice() for _ in range(request.n)]
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         async for index, piece in answers:
@@ -126,7 +152,7 @@ class Reply:
         try:
             async for index, piece in answers:
                 self.choices[index].add(piece)
-                if piece.text or piece.finish_reason:
+                if piece.text or piece.finish_reason or piece.logprobs:
                     yield event(head | self._piece(index, piece))
         except ApiError as error:  # the status is on its way already
             yield event(error.openai())
@@ -144,20 +170,51 @@ class Reply:
     def _piece(self, index: int, piece: GenerationResult) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text else {}
         more = {"timings": timings(piece)} if piece.finish_reason else {}
-        return {"choices": [self._delta(index, delta, piece.finish_reason)], **more}
+        logprobs = self._logprobs([piece])
+        return {"choices": [self._delta(index, delta, piece.finish_reason, logprobs)], **more}
 
-    def _delta(self, index: int, delta: Mapping[str, str], reason: str | None) -> dict[str, Any]:
+    def _delta(
+        self, index: int, delta: Mapping[str, str], reason: str | None, logprobs: Any = None
+    ) -> dict[str, Any]:
         content: dict[str, Any] = (
             {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         )
-        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, pieces: Sequence[GenerationResult]) -> dict[str, Any] | None:
+        """What was told of the pieces' tokens, None where nothing was."""
+        told = [(piece.token, piece.logprobs) for piece in pieces if piece.logprobs is not None]
+        if not told:
+            return None
+        entries = [
+            {
+                **self._token(cast(int, token), of.logprob),
+                "top_logprobs": [self._token(id, logprob) for id, logprob in of.top],
+            }
+            for token, of in told
+        ]
+        if self.chat:
+            return {"content": entries, "refusal": None}
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [
+                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
+            ],
+        }
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        """A token's text, bytes and log-probability, which JSON cannot have infinite."""
+        text = self.tokenizer.decode([id], skip_special=False)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text: dict[str, Any] = {"text": choice.text}
         if self.chat:
             text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
         return {
-            "index": index, **text, "logprobs": None, "finish_reason": choice.last.finish_reason,
+            "index": index, **text, "logprobs": self._logprobs(choice.pieces),
+            "finish_reason": choice.last.finish_reason,
         }  # fmt: skip
 
 

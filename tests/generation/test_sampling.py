@@ -14,7 +14,6 @@ from mlx_vlm_edge.generation.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    make_logits_processors,
     make_sampler,
     penalize,
 )
@@ -116,11 +115,6 @@ def test_repetition_penalty_equals_the_formula_and_counts_a_token_once():
     tokens = mx.array([0, 1, 1, 0, -200, 99])  # -200 and 99 are no vocabulary entries
     got = np.array(penalize(tokens, mx.array(logits), 2.0))
     assert got.tolist() == [[1.0, -4.0, 1.0, -1.0, 0.5]]
-    (process,) = make_logits_processors(Sampling(repetition_penalty=2.0, repetition_context_size=2))
-    assert np.array(process(mx.array([0, 1, 2, 4]), mx.array(logits))).tolist() == [
-        [2.0, -2.0, 0.5, -1.0, 0.25]
-    ]
-    assert make_logits_processors(Sampling()) == []
 
 
 @pytest.mark.parametrize(

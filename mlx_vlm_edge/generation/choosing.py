@@ -1,0 +1,86 @@
+"""An answer's tokens, chosen one after the other: logits in, with all that depends on the ones
+chosen before (penalties, a grammar), and what they were likely to be."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from .grammar import Matcher
+from .sampling import Sampling, make_sampler, penalize, penalize_counted
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log-probability by the model, before any setting, and the likeliest ones' (id,
+    log-probability), likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class TokenSampler:
+    """Logits [1, V] -> token int[1], for one answer.
+
+    prompt: its token ids, int[N]. logprobs: how many of the likeliest tokens to tell of with each
+    token; None tells nothing. matcher: what the answer must match; it needs each token on the host
+    before the next can be chosen.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: mx.array,
+        logprobs: int | None = None,
+        matcher: Matcher | None = None,
+    ) -> None:
+        self._draw, self._sampling, self._matcher = make_sampler(sampling), sampling, matcher
+        self._recent = [prompt[-sampling.repetition_context_size :]]
+        self._counts: mx.array | None = None
+        self._last: mx.array | None = None
+        self._count, self._told = logprobs, deque[tuple[mx.array, mx.array, mx.array]]()
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        chosen_from = self._penalized(logits)
+        if self._matcher is not None:
+            if self._last is not None:
+                self._matcher.take(cast(int, self._last.item()))
+            chosen_from = self._matcher.allow(chosen_from)
+        token = self._draw(chosen_from)
+        self._last = token
+        if self._count is not None:
+            self._tell(logits, token, self._count)
+        return token
+
+    def _penalized(self, logits: mx.array) -> mx.array:
+        sampling = self._sampling
+        if sampling.repetition_penalty != 1:
+            size = sampling.repetition_context_size
+            new = [] if self._last is None else [self._last]
+            self._recent = [mx.concatenate([*self._recent, *new])[-size:]]
+            logits = penalize(self._recent[0], logits, sampling.repetition_penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            if self._counts is None:
+                self._counts = mx.zeros(logits.shape[-1])
+            if self._last is not None:
+                self._counts = self._counts.at[self._last].add(1)
+            logits = penalize_counted(
+                self._counts, logits, sampling.presence_penalty, sampling.frequency_penalty
+            )
+        return logits
+
+    def _tell(self, logits: mx.array, token: mx.array, count: int) -> None:
+        """Keep a token's log-probability and the likeliest ones', not evaluated yet."""
+        logits = logits[0].astype(mx.float32)
+        every = logits - mx.logsumexp(logits)
+        top = mx.argsort(-every)[:count]
+        self._told.append((every[token], top, every[top]))
+
+    def told(self) -> TokenLogprobs | None:
+        """Of the token that is handed out next; None where none was asked for."""
+        if not self._told:
+            return None
+        own, ids, values = self._told.popleft()
+        top = zip(cast(list[int], ids.tolist()), cast(list[float], values.tolist()), strict=True)
+        return TokenLogprobs(cast(float, own.item()), tuple(top))

@@ -1,0 +1,372 @@
+"""Every limit and guard of the server, tried by a request that would break it."""
+
+import base64
+import copy
+import io
+import json
+import logging
+import socket
+import time
+import zlib
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from mlx_vlm_edge import Options
+from mlx_vlm_edge.generation.engine import Engine
+from mlx_vlm_edge.server import connections, remote
+from mlx_vlm_edge.server.app import Served
+from mlx_vlm_edge.server.errors import ApiError
+from mlx_vlm_edge.server.guards import LOCAL_NAMES, Access
+from mlx_vlm_edge.server.limits import Limits
+
+from .conftest import data_url, question, running
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+def refusal(response, status):
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "", "[::2]"])
+def test_another_host_name_is_not_answered(client, host):
+    refusal(client.get("/v1/models", headers={"host": host}), 421)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
+def test_pages_of_other_origins_may_not_use_the_server(client, origin):
+    response = client.post(CHAT, json=HELLO, headers={"origin": origin})
+    refusal(response, 403)
+    preflight = client.options(
+        CHAT, headers={"origin": origin, "access-control-request-method": "POST"}
+    )
+    assert preflight.status_code == 403
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_an_origin_that_was_named_may(served):
+    page = "https://page.example"
+    with running(Served("demo", access=Access(origins=(page,)), engine=served.engine)) as url:
+        asked = httpx.options(url + CHAT, headers={"origin": page})
+        assert asked.status_code == 204
+        assert asked.headers["access-control-allow-origin"] == page
+        answer = httpx.post(url + CHAT, json=HELLO, headers={"origin": page})
+        assert answer.headers["access-control-allow-origin"] == page
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_the_page_s_own_origin_may(client, address):
+    assert client.post(CHAT, json=HELLO, headers={"origin": address}).status_code == 200
+
+
+def test_a_key_is_needed_where_one_is_set(served):
+    with running(Served("demo", access=Access(key="secret"), engine=served.engine)) as url:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"},
+                        {"x-api-key": "ſecret"}):  # fmt: skip
+            sent = {name: value.encode() for name, value in headers.items()}
+            assert refusal(httpx.post(url + CHAT, json=HELLO, headers=sent), 401)
+        for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert httpx.post(url + CHAT, json=HELLO, headers=headers).status_code == 200
+        assert httpx.get(url + "/health").status_code == 200
+        assert httpx.get(url + "/metrics").status_code == 401
+
+
+@pytest.mark.parametrize("named", [
+    "/etc/passwd", "file:///etc/passwd", "file:///no/such/file", "http://127.0.0.1:1/x.png",
+    "https://example.org/x.png", "ftp://x", "x.png", "", "DATA", "~/x.png",
+])  # fmt: skip
+def test_local_paths_and_other_addresses_get_the_same_words(client, named):
+    error = refusal(client.post(CHAT, json={"messages": [question("x", named)]}), 400)
+    field = "messages.0.content.0.image_url"
+    assert error["param"] == field
+    assert error["message"] == f"{field}: an image must be a data: URL (data:image/png;base64,...)"
+
+
+def test_a_body_that_is_too_large(served):
+    limits = Limits(body_bytes=10_000)
+    with running(Served("demo", limits, engine=served.engine)) as url:
+        secret = "sesame" * 5000
+        error = httpx.post(url + CHAT, json={"messages": secret})
+        assert refusal(error, 413)
+        assert "sesame" not in error.text
+
+        def endless():
+            for _ in range(100):
+                yield b" " * 1000
+
+        response = httpx.post(url + CHAT, content=endless())
+        assert refusal(response, 413)
+        assert httpx.post(url + CHAT, json=HELLO).status_code == 200
+
+
+def png(width, height):
+    """A PNG that says it has width x height pixels, and nothing else."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return len(content).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+def asked_about(content):
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    return {"messages": [question("x", url)]}
+
+
+def test_a_picture_of_too_many_pixels_is_refused_by_its_header(client, monkeypatch):
+    from PIL import ImageFile
+
+    def decoding(*_):
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoding)
+    error = refusal(client.post(CHAT, json=asked_about(png(12_000, 12_000))), 413)
+    assert error["code"] == "image_too_large"
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"GIF89a"])
+def test_what_is_no_picture_is_refused_and_never_echoed(client, content):
+    response = client.post(CHAT, json=asked_about(content))
+    error = refusal(response, 400)
+    assert error["param"] == "messages.0.content.0.image_url"
+    assert "no picture" not in response.text
+    damaged = question("x", "data:image/png;base64,@@sesame@@")
+    response = client.post(CHAT, json={"messages": [damaged]})
+    refusal(response, 400)
+    assert "sesame" not in response.text
+
+
+def test_too_many_pictures(client):
+    messages = [question("x", *[data_url()] * 17)]
+    assert refusal(client.post(CHAT, json={"messages": messages}), 400)["code"] == "too_many"
+
+
+def test_errors_do_not_repeat_what_was_sent(client):
+    for body in (
+        {"messages": [{"role": "sesame", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "sesame"}]}]},
+        {"messages": "sesame"}, {"messages": [{"role": "user", "content": "x"}], "n": "sesame"},
+        {"messages": [{"role": "user", "content": "x"}], "model": "sesame"},
+    ):  # fmt: skip
+        response = client.post(CHAT, json=body)
+        assert response.status_code in (400, 404)
+        assert "sesame" not in response.text
+
+
+@pytest.fixture
+def endless(demo):
+    """An engine of one row whose answers do not end by themselves."""
+    model, processor = demo
+    processor = copy.copy(processor)
+    processor.eos_ids = frozenset()
+    engine = Engine(model, processor, rows=1, waiting=1)
+    yield engine
+    engine.close()
+
+
+def test_a_full_line_answers_429_with_when_to_try_again(endless):
+    inputs = endless.processor("Describe the image.")
+    arrived = SimpleQueue()
+    first = endless.submit(inputs, Options(max_tokens=2000), arrived.put)
+    arrived.get()
+    second = endless.submit(inputs, Options(max_tokens=2), lambda piece: None)
+    with running(Served("demo", Limits(rows=1, waiting=1), engine=endless)) as url:
+        response = httpx.post(url + CHAT, json=HELLO, timeout=60)
+        first.cancel()
+        second.cancel()
+    assert refusal(response, 429)["code"] == "busy"
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_before_the_model_is_there_nothing_says_ready(demo):
+    served = Served("demo")
+    with running(served) as url:
+        assert httpx.get(url + "/health").status_code == 503
+        response = httpx.post(url + CHAT, json=HELLO)
+        assert refusal(response, 503)["code"] == "loading"
+        assert "retry-after" in response.headers
+
+
+def leave_early(url, body):
+    """Send a request, and go away while it is answered."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with connect(url) as connection:
+        connection.sendall(head.encode() + content)
+        if body["stream"]:
+            assert connection.recv(100)
+        else:
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_frees_its_place(endless, stream):
+    body = {**HELLO, "max_tokens": 2000, "stream": stream}
+    with running(Served("demo", engine=endless)) as url:
+        leave_early(url, body)
+        deadline = time.monotonic() + 20
+        while endless.answering and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert endless.answering == 0
+        assert httpx.post(url + CHAT, json=HELLO, timeout=30).status_code == 200
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_slow_clients_are_cut_off(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    with running(Served("demo", Limits(body_seconds=0.2), engine=served.engine)) as url:
+        silent, dripping, slow = connect(url), connect(url), connect(url)
+        dripping.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                     b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")  # fmt: skip
+        assert silent.recv(100) == b""
+        assert dripping.recv(100) == b""
+        assert b"408" in slow.recv(1000)
+        for connection in (silent, dripping, slow):
+            connection.close()
+
+
+def test_no_prompt_reaches_the_logs(client, caplog, capfd):
+    with caplog.at_level(logging.DEBUG):
+        client.post(CHAT, json={"messages": [{"role": "user", "content": "sesame"}], **HELLO})
+        client.post(CHAT, json={"messages": [{"role": "user", "content": "sesame"}], "n": 0})
+    out, err = capfd.readouterr()
+    assert "sesame" not in out + err
+    assert not [r for r in caplog.records if r.name.startswith("mlx") and "sesame" in r.message]
+
+
+@pytest.mark.parametrize("addresses", [
+    ["127.0.0.1"], ["10.0.0.1"], ["169.254.169.254"], ["192.168.0.1"], ["::1"], ["fe80::1"],
+    ["::ffff:127.0.0.1"], ["0.0.0.0"], ["224.0.0.1"], ["100.64.0.1"], ["8.8.8.8", "127.0.0.1"], [],
+])  # fmt: skip
+def test_only_public_addresses_are_connected_to(addresses, monkeypatch):
+    entries = [(None, None, None, "", (address, 443)) for address in addresses]
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *_, **__: entries)
+    with pytest.raises(ValueError, match="public"):
+        remote.public_address("name.example", 443)
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
+    looked_up, connected = [], []
+
+    def lookup(host, port, **_):
+        looked_up.append(host)
+        return [(None, None, None, "", ("8.8.8.8" if len(looked_up) == 1 else "127.0.0.1", port))]
+
+    def connect_to(address, timeout):
+        connected.append(address)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(remote.socket, "create_connection", connect_to)
+    with pytest.raises(ApiError, match="cannot be fetched"):
+        remote.download("https://name.example/x.png", "field", Limits())
+    assert looked_up == ["name.example"]
+    assert connected == [("8.8.8.8", 443)]
+
+
+@pytest.mark.parametrize("url", [
+    "http://name.example/x", "https://u:p@name.example/x", "https:///x", "https://[x/", "x",
+    "https://name.example:99999/", "file:///x",
+])  # fmt: skip
+def test_only_plain_https_is_fetched(url, monkeypatch):
+    monkeypatch.setattr(remote.socket, "create_connection", None)
+    with pytest.raises(ApiError, match="cannot be fetched"):
+        remote.download(url, "field", Limits())
+
+
+class Answer:
+    """An HTTP answer of a test's."""
+
+    def __init__(self, status=200, content=b"", location=""):
+        self.status, self.headers = status, {"Location": location}
+        self._content = io.BytesIO(content)
+
+    def read1(self, size):
+        return self._content.read(size)
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """Answers by address in place of connections; the addresses asked for."""
+    answers, asked = {}, []
+
+    class Connection:
+        def __init__(self, host, port, deadline):
+            self.host = host
+            remote.public_address(host, port)
+
+        def request(self, method, path, headers):
+            asked.append(f"https://{self.host}{path}")
+
+        def getresponse(self):
+            return answers[asked[-1]]
+
+        def check_time(self):
+            pass
+
+        def close(self):
+            pass
+
+    def lookup(host, port, **_):
+        return [(None, None, None, "", ("127.0.0.1" if host == "inside" else "8.8.8.8", port))]
+
+    monkeypatch.setattr(remote, "_Connection", Connection)
+    monkeypatch.setattr(remote, "socket", SimpleNamespace(getaddrinfo=lookup, SOCK_STREAM=1))
+    return answers, asked
+
+
+def test_redirects_are_followed_and_each_is_checked_again(web):
+    answers, asked = web
+    answers["https://a/x"] = Answer(302, location="https://b/y")
+    answers["https://b/y"] = Answer(200, b"picture")
+    assert remote.download("https://a/x", "field", Limits()) == b"picture"
+    assert asked == ["https://a/x", "https://b/y"]
+    for location in ("https://inside/y", "http://b/y", "https://a/x"):
+        answers["https://a/x"] = Answer(302, location=location)
+        with pytest.raises(ApiError, match="cannot be fetched"):
+            remote.download("https://a/x", "field", Limits())
+    assert "https://inside/y" not in asked
+
+
+def test_a_remote_picture_has_a_size_limit(web):
+    web[0]["https://a/x"] = Answer(200, b"x" * 1001)
+    with pytest.raises(ApiError, match="cannot be fetched"):
+        remote.download("https://a/x", "field", Limits(body_bytes=1000))
+
+
+def test_remote_pictures_work_where_they_are_allowed(served, web):
+    web[0]["https://pictures/x.png"] = Answer(200, base64.b64decode(data_url().split(",")[1]))
+    with running(Served("demo", remote_images=True, engine=served.engine)) as url:
+        asked = {"messages": [question("Describe the image.", "https://pictures/x.png")]}
+        assert httpx.post(url + CHAT, json=asked, timeout=30).status_code == 200
+
+
+def test_the_names_of_this_machine():
+    assert set(LOCAL_NAMES) == {"localhost", "127.0.0.1", "[::1]"}
+
+
+def test_the_page_allows_nothing_from_elsewhere(client):
+    policy = client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    for path in ("/", "/page.js", "/page.css"):
+        text = client.get(path).text
+        assert "http://" not in text.replace("http://www.w3.org", "")
+        assert "https://" not in text
+    assert "<script>" not in client.get("/").text
