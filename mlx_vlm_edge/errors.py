@@ -1,5 +1,7 @@
 """The one exception meant for users: a single line that names the cause and the remedy."""
 
+from .wording import first_line
+
 
 class UsageError(Exception):
     """A mistake the user can mend. The command line prints it and exits with code 2.
@@ -24,5 +26,5 @@ class Refusing:
         through = (UsageError, KeyboardInterrupt, SystemExit, GeneratorExit)
         if error is None or isinstance(error, through):
             return
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        reason = first_line(error)[:80]
         raise UsageError(f"{self._source}: {self._fault} ({reason}): {self._remedy}") from None

@@ -147,8 +147,8 @@ def use_backend(
     weights: the checkpoint's folder, or a name for weights that have none. The package for the
     size of the processor's pictures is there when this returns.
     """
+    from mlx_vlm_edge_convert.coreml.features import attach
     from mlx_vlm_edge_convert.coreml.run.cache import identity
-    from mlx_vlm_edge_convert.coreml.run.features import attach
 
     name = identity(weights) if isinstance(weights, Path) else weights
     pixels = processor.preprocess(open_image(np.zeros((BLANK, BLANK, 3), np.uint8)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import first_line
 
 from ..emit.toolkit import quiet, tools
 from ..names import MAIN, PACKAGE_SUFFIX
@@ -28,7 +29,7 @@ def save_package(part: Part, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _save(function: Function, minimum: str, path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import first_line
 
 from ..check.interpreter import Package
 from ..emit.toolkit import tools
@@ -71,17 +72,13 @@ def compiled(package: Path, folder: Path, say: Say = lambda _: None) -> Path:
         try:
             tools().ct.models.utils.compile_model(str(package), str(fresh))
         except RuntimeError as error:
-            raise UsageError(f"{package.name}: cannot be compiled ({_line(error)})") from error
+            raise UsageError(f"{package.name}: cannot be compiled ({first_line(error)})") from error
         try:
             fresh.rename(target)
         except OSError:
             if not target.exists():  # or another process was faster
                 raise
     return target
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class CoreMLPackage:
@@ -105,7 +102,9 @@ class CoreMLPackage:
                 self._compiled, compute_units=self._units, function_name=asked
             )
         except RuntimeError as error:
-            raise UsageError(f"{self._name}: Core ML cannot load it ({_line(error)})") from error
+            raise UsageError(
+                f"{self._name}: Core ML cannot load it ({first_line(error)})"
+            ) from error
 
     def new_state(self, function: str) -> Any:
         """A state of zeros; functions with the same states can share it."""
@@ -121,7 +120,9 @@ class CoreMLPackage:
         try:
             return dict(model.predict(*arguments))
         except RuntimeError as error:
-            raise UsageError(f"{self._name}: Core ML cannot run it ({_line(error)})") from error
+            raise UsageError(
+                f"{self._name}: Core ML cannot run it ({first_line(error)})"
+            ) from error
 
     def entered(self, function: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Inputs as coremltools takes them: pictures as Pillow's, numbers as arrays."""

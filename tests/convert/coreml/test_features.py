@@ -4,8 +4,8 @@ import weakref
 
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert.coreml import features as backend
 from mlx_vlm_edge_convert.coreml.run import cache
-from mlx_vlm_edge_convert.coreml.run import features as backend
 
 from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.cli import main

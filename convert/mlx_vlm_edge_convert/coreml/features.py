@@ -19,15 +19,15 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.base import VisionLanguageModel
 
-from ...save import new_folder
-from ..check.verify import saved_and_checked
-from ..names import FEATURES, IMAGE, MAIN, PACKAGE_SUFFIX, TOKENS
-from ..part import Compute, Options, Precision, Say, Size
-from ..parts.encoders import encoder
-from ..parts.pictures import drawn_cases
-from ..parts.vision import Tower, VisionPart
-from . import cache
-from .runner import Runner, runner
+from ..save import new_folder
+from .check.verify import saved_and_checked
+from .names import FEATURES, IMAGE, MAIN, PACKAGE_SUFFIX, TOKENS
+from .part import Compute, Options, Precision, Say, Size
+from .parts.encoders import encoder
+from .parts.pictures import drawn_cases
+from .parts.vision import Tower, VisionPart
+from .run import cache
+from .run.runner import Runner, runner
 
 PACKAGE = f"vision{PACKAGE_SUFFIX}"
 DTYPES = {"fp16": np.float16, "fp32": np.float32}  # of what goes in, by precision
