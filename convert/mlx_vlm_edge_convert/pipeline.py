@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
+from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family, family_name
@@ -18,7 +19,7 @@ from mlx_vlm_edge.models.build import build, read_native
 from . import verify as verification
 from .checkpoint import read_checkpoint
 from .families import fastvlm
-from .quantize import cast, dequantize, quantize
+from .quantize import cast, quantize
 from .reparam import is_training_form
 from .rules import Arrays
 from .save import Report, copy_files, new_folder, save_json, save_weights
@@ -57,7 +58,8 @@ def to_native(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if foreign and not family(config).is_native(weights):
         raise UsageError(f"{folder}: quantised with {foreign}; convert the full-precision model")
     preprocessor = config.get(PREPROCESSOR) or {}
-    native: tuple[dict[str, Any], Arrays] = module.to_native(config, weights, preprocessor)
+    with reading_values(f"{folder}/config.json"):
+        native: tuple[dict[str, Any], Arrays] = module.to_native(config, weights, preprocessor)
     return native
 
 
@@ -122,7 +124,7 @@ def _reshape(
     config = dict(config)
     block = config.get("quantization") or config.get("quantization_config")
     if bits is not None and block:
-        weights = dequantize(weights, block)
+        weights = dequantized(weights, block)
     if dtype is not None:
         weights = cast(weights, dtype)
         config["torch_dtype"] = dtype

@@ -9,16 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_edge.checkpoint.quantization import LANGUAGE_MODEL, PARTS
 from mlx_vlm_edge.checkpoint.weights import DTYPES
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.models.build import TOWERS
 
 from .rules import Arrays
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-LANGUAGE_MODEL = "language_model."
-VISION_TOWERS = ("vision_tower.", "vision_model.")
-_NAMES = ("weight", "scales", "biases")
 
 
 def cast(weights: Mapping[str, mx.array], dtype: str) -> Arrays:
@@ -32,7 +31,7 @@ def cast(weights: Mapping[str, mx.array], dtype: str) -> Arrays:
     wanted = DTYPES[dtype]
 
     def convert(name: str, array: mx.array) -> mx.array:
-        kept = wanted == mx.float16 and name.startswith(VISION_TOWERS)
+        kept = wanted == mx.float16 and name.startswith(TOWERS)
         floating = mx.issubdtype(array.dtype, mx.floating)
         return array.astype(wanted) if floating and not kept else array
 
@@ -65,40 +64,10 @@ def quantize(
             )
         stem = name.removesuffix("weight")
         parts = mx.quantize(array, group_size=group_size, bits=bits)
-        packed |= {f"{stem}{part}": value for part, value in zip(_NAMES, parts, strict=True)}
+        packed |= {f"{stem}{part}": value for part, value in zip(PARTS, parts, strict=True)}
     block: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     kept = (name.removesuffix(".weight") for name in packed if _is_kept_matrix(name, packed[name]))
     return packed, block | dict.fromkeys(kept, False)
-
-
-def dequantize(weights: Mapping[str, mx.array], block: Mapping[str, Any]) -> Arrays:
-    """The full-precision form of affine-quantised weights, in the dtype of their scales.
-
-    `block` is the config's `quantization`. Raises UsageError for another mode.
-    """
-    plain: Arrays = {}
-    for name, array in weights.items():
-        path, part = name.rpartition(".")[::2]
-        if f"{path}.scales" not in weights or part not in _NAMES:
-            plain[name] = array
-        elif part == "weight":
-            kind = _kind(block, path)
-            plain[name] = mx.dequantize(
-                array,
-                weights[f"{path}.scales"],
-                weights[f"{path}.biases"],
-                group_size=kind["group_size"],
-                bits=kind["bits"],
-            )
-    return plain
-
-
-def _kind(block: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    own = block.get(path, block.get(path.removeprefix(LANGUAGE_MODEL)))
-    kind = {**block, **own} if isinstance(own, dict) else block
-    if kind.get("mode", "affine") != "affine":
-        raise UsageError(f"{path} is quantised as {kind['mode']}; convert the full-precision model")
-    return kind
 
 
 def _quantised_by_default(name: str, array: mx.array) -> bool:
@@ -108,7 +77,7 @@ def _quantised_by_default(name: str, array: mx.array) -> bool:
 
 def _is_kept_matrix(name: str, array: mx.array) -> bool:
     """A linear layer of the connector."""
-    return not name.startswith((LANGUAGE_MODEL, *VISION_TOWERS)) and _is_matrix(name, array)
+    return not name.startswith((LANGUAGE_MODEL, *TOWERS)) and _is_matrix(name, array)
 
 
 def _is_matrix(name: str, array: mx.array) -> bool:

@@ -1,6 +1,8 @@
 """The configs of a model folder as one, and their values held against the types of a dataclass."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -8,6 +10,8 @@ from ..errors import UsageError
 from .files import CONFIG, GENERATION_CONFIG, read_json, read_preprocessor
 
 PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
+MAX_NUMBER = 1 << 31  # what MLX counts a dimension with
+MAX_LAYERS = 1000
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -32,8 +36,26 @@ def _joined(ids: Any, more: Any) -> Any:
     return both[0] if len(both) == 1 else both
 
 
+@contextmanager
+def reading_values(where: str) -> Iterator[None]:
+    """The one net for values that are of another kind than a model's: one line that names `where`.
+
+    Values are checked by `check` and `number`; what they do not see ends here, as what Python or
+    MLX makes of it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+            RuntimeError) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
+        raise UsageError(f"{where}: a value cannot be ({reason})") from error
+
+
 def check(config: Any, *, positive: bool = False) -> None:
-    """Raises UsageError naming the first field of a dataclass whose value is of another type.
+    """Raises UsageError naming the first field of a dataclass whose value is of another type, not
+    finite, or beyond what any model has.
 
     With `positive`, every number in it must be above zero, as sizes are.
     """
@@ -41,8 +63,30 @@ def check(config: Any, *, positive: bool = False) -> None:
         value = getattr(config, name)
         if not fits(value, hint):
             raise UsageError(f"config.json: {name} cannot be {_shown(value)}")
-        if positive and any(number <= 0 for number in _numbers(value)):
-            raise UsageError(f"config.json: {name} must be above zero, not {_shown(value)}")
+        for one in _numbers(value):
+            if not math.isfinite(one) or abs(one) >= MAX_NUMBER:
+                raise UsageError(f"config.json: {name} cannot be {_shown(value)}")
+            if positive and not one > 0:
+                raise UsageError(f"config.json: {name} must be above zero, not {_shown(value)}")
+            if name.endswith("layers") and one > MAX_LAYERS:
+                raise UsageError(f"config.json: {name} {one:,} is more than any model has")
+
+
+def number(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number of a config that must be finite and above zero, the default where it is missing or
+    null. Raises UsageError for anything else, and where it is missing without a default."""
+    value = first(settings.get(key), default)
+    if value is None:
+        raise UsageError(f"config.json lacks {key!r}")
+    fitting = fits(value, float) and abs(value) < MAX_NUMBER and math.isfinite(value)
+    if not fitting or not value > 0:
+        raise UsageError(f"config.json: {key} must be a number above zero, not {_shown(value)}")
+    return float(value)
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None, which is how a config says nothing: 0, [] and false are said."""
+    return next((value for value in values if value is not None), None)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -99,6 +99,10 @@ def not_finite(arrays: Mapping[str, mx.array]) -> Iterator[str]:
             yield name
 
 
+def _kind(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
 class Weights:
     """Named arrays handed out once each, so that none is used twice, missed or left over.
 
@@ -107,16 +111,25 @@ class Weights:
 
     def __init__(self, arrays: Mapping[str, mx.array]) -> None:
         self._left = dict(arrays)
+        self._packed = {n.removesuffix("scales") for n in arrays if n.endswith(".scales")}
 
     def take(self, name: str, *shape: int) -> mx.array:
         """The array of that name. Raises UsageError when it is missing or has another shape."""
         if name not in self._left:
             raise UsageError(f"the checkpoint lacks {name}; it is incomplete or of another model")
-        array = self._left.pop(name)
+        array = self._pop(name)
         if tuple(array.shape) != shape:
             raise UsageError(
                 f"{name} is {tuple(array.shape)} in the checkpoint, {shape} by its config"
             )
+        return array
+
+    def _pop(self, name: str) -> mx.array:
+        """Raises UsageError for whole numbers, which only a quantised layer is made of."""
+        array = self._left.pop(name)
+        whole = not mx.issubdtype(array.dtype, mx.floating)
+        if whole and name.removesuffix("scales").removesuffix("weight") not in self._packed:
+            raise UsageError(f"{name} holds {_kind(array)} in the checkpoint, not weights")
         return array
 
     def drop(self, name: str) -> None:
@@ -126,7 +139,7 @@ class Weights:
     def take_prefix(self, prefix: str) -> dict[str, mx.array]:
         """Every array whose name starts with `prefix`, under its full name."""
         names = [name for name in self._left if name.startswith(prefix)]
-        return {name: self._left.pop(name) for name in names}
+        return {name: self._pop(name) for name in names}
 
     def finish(self) -> None:
         """Raises UsageError when arrays are left that no part of the model asked for."""

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoint.config import check
+from ..checkpoint.config import check, first, number
 from ..errors import UsageError
 from ..kernels import swiglu
 from . import decoder
@@ -59,19 +59,20 @@ class TextConfig:
         try:
             hidden, heads = config["hidden_size"], config["num_attention_heads"]
             bias = config.get("attention_bias", _BIASES[model_type])
-            rope = config.get("rope_parameters") or {}
-            scaling = config.get("rope_scaling") or (rope if rope.get("rope_type") else None)
+            rope = first(config.get("rope_parameters"), {})
+            own = first(config.get("rope_scaling"), {})
+            scaling = rope if own == {} and rope.get("rope_type") else own
             return cls(
                 hidden_size=hidden,
                 num_hidden_layers=config["num_hidden_layers"],
                 intermediate_size=config["intermediate_size"],
                 num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                num_key_value_heads=first(config.get("num_key_value_heads"), heads),
                 vocab_size=config["vocab_size"],
-                head_dim=config.get("head_dim") or hidden // heads,
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-                max_position_embeddings=config.get("max_position_embeddings", 32768),
+                head_dim=first(config.get("head_dim"), hidden // heads),
+                rms_norm_eps=first(config.get("rms_norm_eps"), 1e-6),
+                rope_theta=first(config.get("rope_theta"), rope.get("rope_theta"), 10000.0),
+                max_position_embeddings=first(config.get("max_position_embeddings"), 32768),
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 rope_scaling=scaling,
                 qkv_bias=bias,
@@ -95,13 +96,15 @@ def rope_periods(config: TextConfig) -> mx.array | None:
     if kind == "default":
         return None
     periods = config.rope_theta ** (mx.arange(0, config.head_dim, 2) / config.head_dim)
-    factor = scaling.get("factor", 1.0)
+    if kind not in ("linear", "llama3"):
+        raise UsageError(f"config.json: rope_scaling type {kind!r} is not known")
+    factor = number(scaling, "factor")
     if kind == "linear":
         return periods * factor
-    if kind != "llama3":
-        raise UsageError(f"config.json: rope_scaling type {kind!r} is not known")
-    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
-    context = scaling["original_max_position_embeddings"]
+    low, high = number(scaling, "low_freq_factor", 1.0), number(scaling, "high_freq_factor", 4.0)
+    context = number(scaling, "original_max_position_embeddings")
+    if not high > low:
+        raise UsageError(f"config.json: high_freq_factor {high:g} is not above the low one")
     turns = context / (2 * math.pi * periods)  # rotations within the original context
     smooth = mx.clip((turns - low) / (high - low), 0.0, 1.0)
     return periods / ((1 - smooth) / factor + smooth)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint.config import check, first
 from ..errors import UsageError
 from ..kernels import relu_squared
 from . import decoder
@@ -35,6 +36,11 @@ class TextConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
 
+    def __post_init__(self) -> None:
+        check(self, positive=True)
+        if self.hidden_size % self.num_attention_heads or self.partial_rotary_factor > 1:
+            raise UsageError("config.json: hidden_size or partial_rotary_factor fits no heads")
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -47,7 +53,7 @@ class TextConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "TextConfig":
         """Read a Persimmon config. Raises UsageError for a missing key or an unknown value."""
-        rope = config.get("rope_parameters") or {}
+        rope = first(config.get("rope_parameters"), {})
         _check(config, rope)
         try:
             return cls(
@@ -56,11 +62,12 @@ class TextConfig:
                 intermediate_size=config["intermediate_size"],
                 num_attention_heads=config["num_attention_heads"],
                 vocab_size=config["vocab_size"],
-                layer_norm_eps=config.get("layer_norm_eps", 1e-5),
-                rope_theta=config.get("rope_theta") or rope.get("rope_theta", 25000.0),
-                partial_rotary_factor=config.get("partial_rotary_factor")
-                or rope.get("partial_rotary_factor", 0.5),
-                max_position_embeddings=config.get("max_position_embeddings", 16384),
+                layer_norm_eps=first(config.get("layer_norm_eps"), 1e-5),
+                rope_theta=first(config.get("rope_theta"), rope.get("rope_theta"), 25000.0),
+                partial_rotary_factor=first(
+                    config.get("partial_rotary_factor"), rope.get("partial_rotary_factor"), 0.5
+                ),
+                max_position_embeddings=first(config.get("max_position_embeddings"), 16384),
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
             )
         except KeyError as error:
@@ -68,7 +75,7 @@ class TextConfig:
 
 
 def _check(config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    scaling = config.get("rope_scaling") or rope
+    scaling = first(config.get("rope_scaling"), rope)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise UsageError(f"config.json: rope_scaling type {kind!r} is not known for Persimmon")

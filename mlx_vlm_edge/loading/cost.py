@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint import configs
 from ..checkpoint.config import read_config
+from ..checkpoint.quantization import declared
 from ..checkpoint.weights import DTYPES
 from ..errors import UsageError
 from ..hub.cache import local_snapshot
@@ -141,15 +142,12 @@ def blueprint(
 
 def _quantise(model: nn.Module, rename: Callable[[str], str], block: Mapping[str, Any]) -> None:
     said = {rename(f"{path}.").rstrip("."): kind for path, kind in block.items()}
-    layers = [
-        f"{path}.scales"
+    paths = [
+        path
         for path, layer in model.named_modules()
         if hasattr(layer, "to_quantized") and said.get(path, path.startswith(LANGUAGE)) is not False
     ]
-    try:
-        place_quantized_layers(model, rename, block, layers)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"config.json: this quantization cannot be: {first_line(error)}") from None
+    place_quantized_layers(model, paths, lambda path, _: declared(block, path, rename))
 
 
 def blank(size: Size) -> Any:

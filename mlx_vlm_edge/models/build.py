@@ -1,6 +1,6 @@
 """A family's native config and weights -> its model; every weight used, every parameter filled."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint.config import says_tied
+from ..checkpoint.config import check, reading_values, says_tied
 from ..checkpoint.files import SAFETENSORS, weight_files
+from ..checkpoint.quantization import dequantized, form, quantized_paths
 from ..checkpoint.weights import Weights, check_names, read_safetensors
 from ..errors import UsageError
+from ..wording import first_line
 from . import family
 from .base import VisionLanguageModel
 from .contract import Family
 
 Quantization = Mapping[str, Any]
+TOWERS = ("vision_tower.", "vision_model.")  # folded, so never run quantised
 
 
 def read_native(folder: Path, config: Mapping[str, Any]) -> dict[str, mx.array] | None:
@@ -32,13 +35,18 @@ def build(
     kind: Family[Any], config: Mapping[str, Any], arrays: Mapping[str, mx.array]
 ) -> VisionLanguageModel:
     """A family's model from its native config and weights; nothing is evaluated yet."""
-    native = Weights({kind.rename(name): array for name, array in arrays.items()})
-    tied = "language_model.lm_head.weight" not in arrays and says_tied(config)
-    parsed = kind.Config.from_dict({**config, "tie_word_embeddings": tied})
+    with reading_values("config.json"):
+        tied = "language_model.lm_head.weight" not in arrays and says_tied(config)
+        parsed = kind.Config.from_dict({**config, "tie_word_embeddings": tied})
+        check(parsed)
+        plain = dequantized(arrays, config.get("quantization"), TOWERS)
+        model = kind.Model(parsed)
+    native = Weights({kind.rename(name): array for name, array in plain.items()})
     weights = kind.fold(native, parsed)
     native.finish()
-    model = kind.Model(parsed)
-    place_quantized_layers(model, kind.rename, config.get("quantization"), weights)
+    if paths := quantized_paths(weights):
+        settings = _by_shapes(kind.rename, config.get("quantization"), weights)
+        place_quantized_layers(model, paths, settings)
     expected = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
     check_names(expected, weights)
     model.update(tree_unflatten(list(weights.items())))
@@ -47,27 +55,31 @@ def build(
 
 
 def place_quantized_layers(
-    model: nn.Module,
-    rename: Callable[[str], str],
-    quantization: Quantization | None,
-    weights: Iterable[str],
+    model: nn.Module, paths: Collection[str], settings: Callable[[str, nn.Module], Any]
 ) -> None:
-    """Turn the layers that have scales among a checkpoint's names into quantised ones."""
-    quantised = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
-    if not quantised:
-        return
-    if not quantization:
+    """Turn the layers at `paths` into quantised ones of the group size, bits and mode that
+    `settings` tells for each. Raises UsageError for what MLX does not have."""
+
+    def kind(path: str, layer: nn.Module) -> Any:
+        return path in paths and hasattr(layer, "to_quantized") and settings(path, layer)
+
+    try:
+        nn.quantize(model, class_predicate=kind)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UsageError(f"config.json: this quantization cannot be: {first_line(error)}") from None
+
+
+def _by_shapes(
+    rename: Callable[[str], str], block: Any, weights: Mapping[str, mx.array]
+) -> Callable[[str, nn.Module], dict[str, Any]]:
+    """The settings of a checkpoint's layers. Raises UsageError without a quantization block."""
+    if not isinstance(block, Mapping) or not block:
         raise UsageError("the weights are quantised but config.json has no quantization block")
-    defaults = {
-        key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization
-    }
-    own = {rename(f"{path}."): kind for path, kind in quantization.items()}
 
-    def kind(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        if path not in quantised:
-            return False
-        short = path.removeprefix("language_model.")  # some published configs leave it out
-        named = own.get(f"{path}.", own.get(f"{short}."))
-        return named if isinstance(named, dict) else defaults
+    def settings(path: str, layer: nn.Module) -> dict[str, Any]:
+        if f"{path}.weight" not in weights:
+            raise UsageError(f"the checkpoint has {path}.scales and no {path}.weight")
+        weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
+        return form(block, path, weight, scales, layer.weight.shape[-1], rename)._asdict()
 
-    nn.quantize(model, class_predicate=kind)
+    return settings

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.config import first
 from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
@@ -72,7 +73,7 @@ class Config:
             image_size=size,
             ratio=ratio,
             image_token_index=config.get("image_token_index", -200),
-            bos_token_id=config.get("bos_token_id", llava.BOS),
+            bos_token_id=first(config.get("bos_token_id"), llava.BOS),
             eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             source=config,

@@ -59,7 +59,7 @@ class Config:
             raise UsageError(
                 f"config.json: scale_factor {scale} does not divide tiles of {self.tile} pixels"
             )
-        if self.longest_edge < 1 or not all(self.std):
+        if self.longest_edge < 1 or min(self.std) <= 0:
             raise UsageError("preprocessor_config.json: size or image_std is not above zero")
 
     @classmethod

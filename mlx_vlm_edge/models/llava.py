@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.config import first
 from ..checkpoint.configs.defaults import LLAMA
 from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
@@ -84,7 +85,7 @@ class Config:
             ),
             image_strategy=image_strategy(config),
             image_token_index=config.get("image_token_index", 32000),
-            bos_token_id=config.get("bos_token_id", BOS),
+            bos_token_id=first(config.get("bos_token_id"), BOS),
             eos_token_ids=eos_ids(config),
             context=text["max_position_embeddings"],
             keeps_class_token=keeps_class_token(

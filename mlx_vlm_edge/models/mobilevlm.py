@@ -13,6 +13,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint.config import first
 from ..checkpoint.weights import Weights
 from ..connectors.ldp import LDP, POOLED, LDPv2
 from ..errors import UsageError
@@ -66,7 +67,7 @@ class Config(llava.Config):
             ),
             image_strategy=image_strategy(config),
             image_token_index=config.get("image_token_index", -200),
-            bos_token_id=config.get("bos_token_id", llava.BOS),
+            bos_token_id=first(config.get("bos_token_id"), llava.BOS),
             eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
             keeps_class_token=llava.keeps_class_token(

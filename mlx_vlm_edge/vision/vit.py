@@ -65,7 +65,7 @@ class ViTConfig:
 
     @classmethod
     def from_dict(
-        cls, config: Mapping[str, Any], feature_layer: int, *, post_norm: bool = False
+        cls, config: Mapping[str, Any], feature_layer: Any, *, post_norm: bool = False
     ) -> "ViTConfig":
         """Read a `vision_config` of CLIP or SigLIP.
 
@@ -73,6 +73,13 @@ class ViTConfig:
         are; -2 is what leaves the last but one. Raises UsageError for a missing key or a layer
         that is not there.
         """
+        if isinstance(feature_layer, list) and len(feature_layer) == 1:
+            feature_layer = feature_layer[0]
+        if type(feature_layer) is not int:
+            raise UsageError(
+                f"config.json: vision_feature_layer {str(feature_layer)[:40]}: features of one "
+                "layer are supported, not of several"
+            )
         kind = config.get("model_type", "clip_vision_model")
         if kind not in KINDS:
             raise UsageError(f"vision_config: model_type {kind!r} is not known")

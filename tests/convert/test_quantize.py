@@ -7,9 +7,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert, to_native
-from mlx_vlm_edge_convert.quantize import cast, dequantize, quantize
+from mlx_vlm_edge_convert.quantize import cast, quantize
 
 from mlx_vlm_edge.checkpoint.config import read_config
+from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading.load import read_checkpoint
 
@@ -70,16 +71,16 @@ def test_what_cannot_be_quantised_is_said(bits, group, said, weights):
 
 def test_dequantising_gives_what_the_packed_weights_mean(weights):
     packed, block = quantize(weights, 8, 32)
-    plain = dequantize(packed, block)
+    plain = dequantized(packed, block)
     assert set(plain) == set(weights)
     name = "language_model.model.layers.0.mlp.up_proj.weight"
     assert mx.allclose(plain[name], weights[name], atol=1e-2)
     mixed = {"group_size": 64, "bits": 4, "model.layers.0.mlp.up_proj": {"bits": 8}}
     mixed["model.layers.0.mlp.up_proj"]["group_size"] = 32
     one = {k: v for k, v in packed.items() if k.startswith(name.removesuffix("weight"))}
-    assert mx.array_equal(dequantize(one, mixed)[name], plain[name])
+    assert mx.array_equal(dequantized(one, mixed)[name], plain[name])
     with pytest.raises(UsageError, match="mxfp4"):
-        dequantize(one, {**block, "mode": "mxfp4"})
+        dequantized(one, {**block, "mode": "mxfp4"})
 
 
 def test_casting(weights):

@@ -1,5 +1,6 @@
 """LLaVA-1.5 whole, against transformers' parts: layouts, pixels, prompt, logits, greedy ids."""
 
+import copy
 import json
 import shutil
 
@@ -23,7 +24,9 @@ from ..parity import FLOAT32, distance
 from ..reference import llava as theirs
 
 QUANTISED = nn.QuantizedLinear | quantized.Linear  # by device
-LAYOUTS = ("original", "hub", "transformers 5", "towerless")
+LAYOUTS = (
+    "original", "hub", "transformers 5", "transformers 5.5", "transformers 5.6", "towerless",
+)  # fmt: skip
 QUESTION = "What is in the image?"
 
 
@@ -73,6 +76,83 @@ def test_every_layout_gives_the_same_parameters(loaded):
         got = parameters(model)
         assert got.keys() == want.keys()
         assert all(mx.array_equal(got[name], want[name]) for name in want)
+
+
+def test_what_the_installed_transformers_saves_is_read(reference, folders, loaded, tmp_path):
+    folder = shutil.copytree(folders["hub"], tmp_path / "saved")
+    (folder / "model.safetensors").unlink()
+    copy.deepcopy(reference.model).float().save_pretrained(folder)
+    got, want = parameters(load(str(folder))[0]), parameters(loaded["hub"][0])
+    assert got.keys() == want.keys()
+    assert all(mx.array_equal(got[name], want[name]) for name in want)
+
+
+def test_a_quantised_tower_is_run_in_full_precision(folders, tmp_path):
+    """As early uploads have it: every linear layer with scales, the tower's too."""
+    folder = convert(folders["hub"], tmp_path / "native")
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    plain, packed = dict(arrays), dict(arrays)
+    for name in [n for n in arrays if n.endswith("_proj.weight") or n.endswith(".fc1.weight")]:
+        stem = name.removesuffix("weight")
+        parts = mx.quantize(arrays[name], group_size=32, bits=4)
+        packed |= dict(zip((name, f"{stem}scales", f"{stem}biases"), parts, strict=True))
+        plain[name] = mx.dequantize(*parts, group_size=32, bits=4)
+    config = json.loads((folder / "config.json").read_text())
+    mx.save_safetensors(str(folder / "model.safetensors"), plain)
+    want, processor = load(str(folder))
+    config["quantization"] = {"group_size": 32, "bits": 8}  # the shapes say 4
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), packed)
+    got, _ = load(str(folder))
+    pixels = processor(QUESTION, images=[picture()]).pixels[0]
+    assert mx.array_equal(got.encode_image(pixels), want.encode_image(pixels))
+    assert isinstance(got.language_model.model.layers[0].mlp.down_proj, QUANTISED)
+    out = convert(folder, tmp_path / "again", bits=8, group_size=32)
+    again, _ = load(str(out))
+    assert mx.array_equal(again.encode_image(pixels), want.encode_image(pixels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, "one layer"),
+        ({"vision_feature_layer": True}, "one layer"),
+        ({"bos_token_id": "1"}, "bos_token_id"),
+        ({"image_token_index": float("nan")}, "image_token_index"),
+        ({"text_config": [1]}, "config.json"),
+        ({"vision_config": 3}, "config.json"),
+        ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio"),
+        ({"vision_feature_select_strategy": ["full"]}, "config.json"),
+        ({"eos_token_id": [[2]]}, "eos_token_ids"),
+    ],
+)
+def test_values_that_cannot_be_are_one_line(changes, says, reference, folders, tmp_path):
+    folder = shutil.copytree(folders["hub"], tmp_path / "changed")
+    (folder / "config.json").write_text(json.dumps(theirs.config("hub", **changes)))
+    with pytest.raises(UsageError, match=says) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_null_and_a_list_of_one_are_what_they_mean(folders, loaded, tmp_path):
+    folder = shutil.copytree(folders["hub"], tmp_path / "changed")
+    changes = {"bos_token_id": None, "vision_feature_layer": [-2]}
+    (folder / "config.json").write_text(json.dumps(theirs.config("hub", **changes)))
+    model, processor = load(str(folder))
+    assert model.config.bos_token_id == loaded["hub"][0].config.bos_token_id == 1
+    assert model.config.vision == loaded["hub"][0].config.vision
+
+
+@pytest.mark.parametrize(
+    "name", ["language_model.model.norm.weight", "vision_tower.vision_model.pre_layrnorm.bias"]
+)
+def test_whole_numbers_are_no_weights(name, folders, tmp_path):
+    folder = shutil.copytree(folders["hub"], tmp_path / "changed")
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    arrays[name] = arrays[name].astype(mx.int32)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    with pytest.raises(UsageError, match=f"{name} holds int32"):
+        load(str(folder))
 
 
 def test_every_stage_is_transformers(pair, reference):

@@ -137,7 +137,9 @@ def weights(reference: Reference, layout: str) -> dict[str, np.ndarray]:
     named = {}
     for name, tensor in copy.deepcopy(reference.model).float().state_dict().items():
         array = tensor.contiguous().numpy()
-        if layout != "transformers 5":
+        if layout in NESTED:
+            name = NESTED[layout](name)
+        elif layout != "transformers 5":
             name = to_hub(name)
         if layout in ("original", "towerless"):
             name = to_original(name)
@@ -152,6 +154,20 @@ def to_hub(name: str) -> str:
     name = name.replace("lm_head.", "language_model.lm_head.")
     name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
     return name.replace("model.multi_modal_projector.", "multi_modal_projector.")
+
+
+def to_5_5(name: str) -> str:
+    """transformers 5's names in memory -> those that 5.4 and 5.5 wrote."""
+    name = name.replace("model.language_model.", "model.language_model.model.")
+    name = name.replace("lm_head.", "language_model.lm_head.")
+    return name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
+
+
+# From 5.6 on the Hub's names, without vision_model.
+NESTED = {
+    "transformers 5.5": to_5_5,
+    "transformers 5.6": lambda name: to_hub(name).replace("vision_model.", ""),
+}
 
 
 def to_original(name: str) -> str:
@@ -194,7 +210,7 @@ def save(reference: Reference, layout: str, folder: Path, **changes: Any) -> Pat
     (folder / "config.json").write_text(json.dumps(config(layout, **changes)))
     shutil.copyfile(GOLDEN / "tokenizer.model", folder / "tokenizer.model")
     tokenizer = json.loads((GOLDEN / "tokenizer_config.json").read_text())
-    if layout in ("hub", "transformers 5"):
+    if layout not in ("original", "towerless"):
         extra = {str(IMAGE): "<image>", str(PAD): "<pad>"}
         tokenizer["added_tokens_decoder"] = {
             index: {"content": content, "special": True, "normalized": False}

@@ -25,13 +25,14 @@ _LAYER = (
     rf"self_attn\.(?:query_key_value|dense|[qk]_layernorm)\.{_WB}"
     rf"|mlp\.dense_(?:h_to_4h|4h_to_h)\.{_WB}|(?:input|post_attention)_layernorm\.{_WB}"
 )
+_DECODER = r"model\.language_model\.(?:model\.)?"  # with the second model. in 5.4 and 5.5
 _TRANSFORMERS = (
     Rule(
-        rf"model\.language_model\.(layers\.\d+\.(?:{_LAYER})|final_layernorm\.{_WB})",
+        rf"{_DECODER}(layers\.\d+\.(?:{_LAYER})|final_layernorm\.{_WB})",
         r"language_model.model.\1",
     ),
-    Rule(r"model\.language_model\.(embed_tokens\.weight)", r"language_model.model.\1"),
-    Rule(r"(lm_head\.weight)", r"language_model.\1"),
+    Rule(rf"{_DECODER}(embed_tokens\.weight)", r"language_model.model.\1"),
+    Rule(r"(?:language_model\.)?(lm_head\.weight)", r"language_model.\1"),
     Rule(rf"model\.(vision_embed_tokens\.{_WB})", r"\1"),
 )
 

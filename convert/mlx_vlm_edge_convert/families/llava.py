@@ -23,12 +23,12 @@ from ..save import clip_preprocessor, complete_json
 from .clip import complete, fetch_tower
 from .clip import probe as probe
 from .decoder import decoder_rules, settle_head
+from .spellings import CONNECTOR, transformers_rules
 from .vit import TOWER, tower_rules
 
 Config = dict[str, Any]
 
 ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
-CONNECTOR = "multi_modal_projector."
 _PROJECTORS = ("mlp2x_gelu",)
 _WB = r"(?:weight|bias)"
 _TEXT_KEYS = (
@@ -45,18 +45,6 @@ def original_rules() -> tuple[Rule, ...]:
         Rule(rf"model\.mm_projector\.0\.({_WB})", rf"{CONNECTOR}linear_1.\1"),
         Rule(rf"model\.mm_projector\.2\.({_WB})", rf"{CONNECTOR}linear_2.\1"),
         *decoder_rules("model."),
-    )
-
-
-def transformers_rules() -> tuple[Rule, ...]:
-    """transformers' names: on the Hub, and as version 5 has them in memory."""
-    return (
-        *tower_rules("vision_tower.vision_model."),
-        *tower_rules("model.vision_tower.vision_model."),
-        *tower_rules("model.vision_tower."),
-        Rule(rf"(?:model\.)?({CONNECTOR}linear_[12]\.{_WB})", r"\1"),
-        *decoder_rules("language_model.model.", "language_model.lm_head"),
-        *decoder_rules("model.language_model."),
     )
 
 
@@ -156,7 +144,7 @@ def check_pixels(preprocessor: Mapping[str, Any]) -> None:
     """Raises UsageError when preprocessor_config.json does not normalise as CLIP does."""
     for key, ours in (("image_mean", MEAN), ("image_std", STD)):
         theirs = preprocessor.get(key, ours)
-        if any(abs(a - b) > 1e-6 for a, b in zip(theirs, ours, strict=True)):
+        if not all(abs(a - b) <= 1e-6 for a, b in zip(theirs, ours, strict=True)):
             raise UsageError(f"preprocessor_config.json: {key} {theirs} is not CLIP's")
 
 

@@ -1,8 +1,7 @@
 """LLaVA-OneVision checkpoints -> the native (mlx-vlm) layout, which is transformers' but for NHWC.
 
-Three published layouts: the original one (`model.mm_projector.*`, a flat config), the Hub's of
-transformers (`language_model.model.*`), and the one that transformers has held in memory since 4.52
-(`model.language_model.*`). Version 5 leaves `vision_model.` out of the last two.
+Published as the original one (`model.mm_projector.*`, a flat config) and as transformers', in all
+its spellings.
 Source: transformers, models/llava_onevision/convert_llava_onevision_weights_to_hf.py.
 """
 
@@ -30,6 +29,7 @@ from mlx_vlm_edge.wording import some
 from ..rules import Arrays, Rule, apply
 from ..save import complete_json
 from .decoder import decoder_rules, settle_head
+from .spellings import CONNECTOR, transformers_rules
 from .vit import tower_rules
 
 Config = dict[str, Any]
@@ -62,16 +62,6 @@ def _original_rules() -> tuple[Rule, ...]:
     )
 
 
-def _transformers_rules(model: str, decoder: str, head: str) -> tuple[Rule, ...]:
-    return (
-        _NEWLINE,
-        *tower_rules(f"{model}vision_tower.vision_model."),
-        *tower_rules(f"{model}vision_tower."),
-        Rule(rf"(?:model\.)?(multi_modal_projector\.linear_[12]\.{_WB})", r"\1"),
-        *decoder_rules(decoder, head),
-    )
-
-
 def rename(weights: Mapping[str, mx.array]) -> Arrays:
     """Any published layout -> native names and tensor layouts. Lazy.
 
@@ -81,12 +71,9 @@ def rename(weights: Mapping[str, mx.array]) -> Arrays:
         return dict(weights)
     if "model.mm_projector.0.weight" in weights:
         return apply(_original_rules(), weights, "LLaVA-OneVision's original layout")
-    if "model.multi_modal_projector.linear_1.weight" in weights:
-        rules = _transformers_rules("model.", "model.language_model.", "lm_head")
+    if any(CONNECTOR in name for name in weights):
+        rules = (_NEWLINE, *transformers_rules())
         return apply(rules, weights, "transformers' llava_onevision layout")
-    if "multi_modal_projector.linear_1.weight" in weights:
-        rules = _transformers_rules("", "language_model.model.", "language_model.lm_head")
-        return apply(rules, weights, "the Hub's llava_onevision layout")
     raise UsageError(f"no LLaVA-OneVision layout has names such as {some(weights)}")
 
 
