@@ -99,6 +99,16 @@ def not_finite(arrays: Mapping[str, mx.array]) -> Iterator[str]:
             yield name
 
 
+def check_finite(arrays: Mapping[str, mx.array]) -> None:
+    """The same of small arrays, with one wait for the device. Raises UsageError naming some."""
+    floats = [a for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating) and a.size]
+    if floats and not mx.stack([mx.isfinite(a).all() for a in floats]).all().item():
+        raise UsageError(
+            f"{some(not_finite(arrays))} has values that are not finite: the checkpoint is "
+            "damaged, or the dtype cannot hold its weights; take bfloat16 or float32"
+        )
+
+
 def _kind(array: mx.array) -> str:
     return str(array.dtype).removeprefix("mlx.core.")
 

@@ -15,10 +15,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from .. import blas
 from ..checkpoint.config import read_config
-from ..checkpoint.weights import DTYPES
+from ..checkpoint.weights import DTYPES, check_finite
 from ..errors import UsageError
 from ..hub.models import locate
 from ..kernels import on_cpu, quantized
@@ -136,6 +137,9 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[Family[Any], VisionL
     mx.eval(model.language_model.model.embed_tokens.state)  # where Fuyu has its newline
     yield kind, model
     arrange(model)
+    # Norms and biases alone: they are small, and where a dtype is too narrow they show it as well.
+    parameters = tree_flatten(model.parameters())
+    check_finite({name: array for name, array in parameters if array.ndim == 1})
     yield kind, model
 
 

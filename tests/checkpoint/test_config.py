@@ -1,12 +1,13 @@
 """config.json values of the wrong type or sign: one line naming the key, whatever the value."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from mlx_vlm_edge.checkpoint.config import check, fits
+from mlx_vlm_edge.checkpoint.config import check, first, fits, number, reading_values
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import family, fastvlm
 
@@ -52,6 +53,112 @@ def test_check_names_the_field():
         check(Sizes("wide"))
     with pytest.raises(UsageError, match="ratios must be above zero"):
         check(Sizes(3, (1.0, 0.0)), positive=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, 1 << 40])
+def test_check_refuses_numbers_that_cannot_be(value):
+    @dataclass
+    class Scales:
+        theta: float
+        more: tuple[float, ...] = (1.0,)
+
+    for positive in (False, True):
+        with pytest.raises(UsageError, match="theta"):
+            check(Scales(value), positive=positive)
+        with pytest.raises(UsageError, match="more"):
+            check(Scales(1.0, (2.0, value)), positive=positive)
+
+
+def test_check_refuses_more_layers_than_any_model_has():
+    @dataclass
+    class Deep:
+        num_hidden_layers: int
+
+    check(Deep(126))
+    with pytest.raises(UsageError, match="more than any model"):
+        check(Deep(2147483647))
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, 0, -1, 0.0, [], {}, "1", True, False, 1 << 40]
+)
+def test_a_number_is_finite_and_above_zero(value):
+    with pytest.raises(UsageError, match="theta"):
+        number({"theta": value}, "theta", 3)
+
+
+def test_a_number_may_be_missing_or_null_where_it_has_a_default():
+    assert number({"theta": 2}, "theta") == 2.0
+    assert number({"theta": None}, "theta", 3) == number({}, "theta", 3) == 3.0
+    with pytest.raises(UsageError, match="lacks 'theta'"):
+        number({}, "theta")
+    assert [first(None, value, 1) for value in (0, [], False, None)] == [0, [], False, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("a"), TypeError("x\ny"), ValueError(), ZeroDivisionError(), RecursionError(),
+     RuntimeError("[reshape] no")],
+)  # fmt: skip
+def test_the_net_makes_one_line(error):
+    with (
+        pytest.raises(UsageError, match=r"^config\.json: a value cannot be \(.+\)$"),
+        reading_values("config.json"),
+    ):
+        raise error
+
+
+ROPES: list[tuple[dict[str, Any], str]] = [
+    ({"rope_theta": []}, "rope_theta"),
+    ({"rope_theta": False}, "rope_theta"),
+    ({"rope_theta": 0}, "rope_theta"),
+    ({"rope_theta": math.nan}, "rope_theta"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    ({"rope_scaling": []}, "rope_scaling"),
+    ({"rope_scaling": False}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 8}}, "factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max"),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                          "original_max_position_embeddings": 8}},
+        "high_freq_factor",
+    ),
+    ({"num_key_value_heads": 0}, "num_key_value_heads"),
+    ({"head_dim": []}, "head_dim"),
+    ({"num_attention_heads": 0}, "size or rope"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "says"), ROPES)
+def test_a_decoder_takes_no_number_that_cannot_be(changes, says):
+    from mlx_vlm_edge.language.llama import TextConfig, rope_periods
+
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    config = {**dict.fromkeys(sizes, 8), "num_attention_heads": 2, **changes}
+    with pytest.raises(UsageError, match=says):
+        rope_periods(TextConfig.from_dict(config, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps"),
+        ({"rope_theta": []}, "rope_theta"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
+        ({"num_attention_heads": 3}, "fits no heads"),
+        ({"vocab_size": "8"}, "vocab_size"),
+    ],
+)
+def test_persimmon_takes_no_number_that_cannot_be(changes, says):
+    from mlx_vlm_edge.language.persimmon import TextConfig
+
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    config = {**dict.fromkeys(sizes, 8), "num_attention_heads": 2}
+    assert TextConfig.from_dict({**config, "max_position_embeddings": None}).rope_theta == 25000
+    with pytest.raises(UsageError, match=says):
+        TextConfig.from_dict({**config, **changes})
 
 
 def _paths():

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from mlx_vlm_edge.checkpoint.weights import (
     Weights,
+    check_finite,
     check_names,
     read_header,
     read_safetensors,
@@ -111,3 +112,20 @@ def test_names_are_compared_both_ways():
     ):
         with pytest.raises(UsageError, match=message):
             check_names(expected, weights)
+
+
+def test_values_that_are_not_finite_are_named():
+    good = {"a": mx.ones(3), "b": mx.array([1, 2]), "empty": mx.zeros(0)}
+    check_finite(good)
+    check_finite({"b": mx.array([1, 2])})
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="norm has values that are not finite"):
+            check_finite({**good, "norm": mx.array([1.0, value], mx.bfloat16)})
+
+
+def test_whole_numbers_are_handed_out_where_a_layer_is_quantised_alone():
+    packed = mx.zeros((2, 4), mx.uint32)
+    weights = Weights({"a.weight": packed, "a.scales": mx.ones((2, 1)), "b.weight": packed})
+    assert set(weights.take_prefix("a.")) == {"a.weight", "a.scales"}
+    with pytest.raises(UsageError, match=r"b\.weight holds uint32"):
+        weights.take("b.weight", 2, 4)

@@ -138,7 +138,7 @@ def test_null_and_a_list_of_one_are_what_they_mean(folders, loaded, tmp_path):
     folder = shutil.copytree(folders["hub"], tmp_path / "changed")
     changes = {"bos_token_id": None, "vision_feature_layer": [-2]}
     (folder / "config.json").write_text(json.dumps(theirs.config("hub", **changes)))
-    model, processor = load(str(folder))
+    model, _ = load(str(folder))
     assert model.config.bos_token_id == loaded["hub"][0].config.bos_token_id == 1
     assert model.config.vision == loaded["hub"][0].config.vision
 
