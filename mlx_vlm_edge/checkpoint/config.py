@@ -50,7 +50,7 @@ def reading_values(where: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"it lacks {reason}"
-        raise UsageError(f"{where}: a value cannot be ({reason})") from error
+        raise UsageError(f"{where}: a value is of the wrong kind ({reason})") from error
 
 
 def check(config: Any, *, positive: bool = False) -> None:

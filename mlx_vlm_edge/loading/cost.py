@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint import configs
-from ..checkpoint.config import read_config
+from ..checkpoint.config import check, read_config, reading_values
 from ..checkpoint.quantization import declared
 from ..checkpoint.weights import DTYPES
 from ..errors import UsageError
@@ -28,7 +28,6 @@ from ..picture.image import MAX_PIXELS, Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..text.prompt import Inputs, Processor
 from ..timings import Stages
-from ..wording import first_line
 from .counting import Counter, Work, counting
 
 Size = tuple[int, int]  # width, height
@@ -124,13 +123,10 @@ def blueprint(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     kind = family(source)
-    try:
+    with reading_values("config.json"):
         config = kind.Config.from_dict(source)
+        check(config)
         model = kind.Model(config)
-    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
-        raise UsageError(
-            f"config.json: a value is of the wrong kind ({first_line(error)})"
-        ) from error
     model.eval()
     model.apply(lambda p: p.astype(DTYPES[dtype]))
     if quantization:
