@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ..hub.cache import cache_folder, cached_models, local_snapshot, snapshot_fo
 from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
 from ..wording import gigabytes
 
+INTERRUPTED = 130  # exit code
 HELP = "List, pull, show, verify and remove models."
 PICTURES = ((640, 480), (1920, 1080), (1024, 1024))  # whose visual tokens are shown
 
@@ -70,7 +72,11 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    print(pull(args.name, revision=args.revision))
+    try:
+        print(pull(args.name, revision=args.revision))
+    except KeyboardInterrupt:  # already told what is here; the threads of the download go on
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
     return 0
 
 

@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
@@ -96,12 +99,34 @@ def _fetch(remote: Remote, revision: str | None, target: Path) -> list[str]:
     """Download what is missing; the files whose bytes are not the Hub's."""
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(
-        remote.repo, revision=revision, allow_patterns=list(remote.files), cache_dir=target
-    )
+    fetch = partial(
+        snapshot_download,
+        remote.repo, revision=revision, allow_patterns=list(remote.files), cache_dir=target,
+    )  # fmt: skip
+    try:
+        folder = _in_thread(fetch)
+    except KeyboardInterrupt:
+        here = gigabytes(remote.nbytes - _missing(remote))
+        line = f"\n{here} of {gigabytes(remote.nbytes)} are here: the same command goes on"
+        print(line, file=sys.stderr)
+        raise
     if Path(folder).name != remote.commit:
         raise UsageError(f"{remote.repo} was changed meanwhile: pull it again")
     return published.differing(Path(folder), remote.files)
+
+
+def _in_thread(call: Callable[[], str]) -> str:
+    """Run a call in a thread: huggingface_hub answers Ctrl-C when all its files have come only."""
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (raised again where the result is awaited)
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return result.result()
 
 
 def _forget(file: Path) -> None:
@@ -120,11 +145,7 @@ def _clear(blobs: Path, files: Mapping[str, PublishedFile]) -> None:
 
 def _check_room(remote: Remote, target: Path) -> None:
     """Say what is downloaded. Raises UsageError when the disk has too little room for it."""
-    home = repository_folder(remote.repo)
-    absent = published.absent(home / "snapshots" / remote.commit, remote.files)
-    blobs = {path.name for path in (home / "blobs").glob("*")}  # whole, and maybe not linked yet
-    files = (remote.files[name] for name in absent)
-    missing = sum(file.size for file in files if file.hash not in blobs)
+    missing = _missing(remote)
     free, size = shutil.disk_usage(target).free, gigabytes(missing)
     rest = "" if missing == remote.nbytes else f" more of {gigabytes(remote.nbytes)}"
     if missing + _SPARE_BYTES > free:
@@ -132,6 +153,15 @@ def _check_room(remote: Remote, target: Path) -> None:
     line = f"downloading {remote.repo}: {size}{rest}, licence {remote.licence}"
     here = f"{remote.repo} is all here: its {gigabytes(remote.nbytes)} are checked"
     print(line if missing else here, file=sys.stderr)
+
+
+def _missing(remote: Remote) -> int:
+    """The bytes that a download has still to fetch."""
+    home = repository_folder(remote.repo)
+    absent = published.absent(home / "snapshots" / remote.commit, remote.files)
+    blobs = {path.name for path in (home / "blobs").glob("*")}  # whole, and maybe not linked yet
+    files = (remote.files[name] for name in absent)
+    return sum(file.size for file in files if file.hash not in blobs)
 
 
 def _published(sibling: "RepoSibling") -> PublishedFile:

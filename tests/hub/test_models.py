@@ -4,13 +4,16 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import cache as hub_cache
 from mlx_vlm_edge.hub import models as hub
@@ -319,6 +322,30 @@ def test_leftovers_of_files_that_came_are_removed(online):
     hub.locate("fastvlm-0.5b")
     assert not ours.exists()
     assert other.exists(), "of another revision, which may be on its way"
+
+
+def test_ctrl_c_is_answered_while_the_download_goes_on(online, monkeypatch, capsys):
+    """Its threads end with their files, which may be gigabytes: nobody waits for them."""
+    gone_on = threading.Event()
+
+    def download(repo, **asked):
+        online.breaks = 3
+        with pytest.raises(ConnectionError):
+            online.snapshot_download(repo, **asked)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        gone_on.wait()
+        return ""
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(KeyboardInterrupt):
+        hub.pull("fastvlm-0.5b")
+    gone_on.set()
+    assert "of 2 MB are here: the same command goes on" in capsys.readouterr().err
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    main(["models", "pull", "fastvlm-0.5b"])
+    assert codes == [130]
 
 
 def test_what_is_not_a_model_is_said_before_the_download(online):
