@@ -13,6 +13,7 @@ from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
 from ..wording import gigabytes
 
 INTERRUPTED = 130  # exit code
+SIZES = ("size", "download")  # facts that are bytes
 HELP = "List, pull, show, verify and remove models."
 PICTURES = ((640, 480), (1920, 1080), (1024, 1024))  # whose visual tokens are shown
 
@@ -45,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-
     names = {repo: alias for alias, repo in ALIASES.items()}
     rows: list[dict[str, Any]] = [
         {
@@ -92,7 +92,8 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
         return 0
     for key, value in facts.items():
-        print(f"{key + ':':18} {_said(value)}")
+        said = gigabytes(value) if key in SIZES else _said(value)
+        print(f"{key + ':':18} {said}")
     return 0
 
 
@@ -131,24 +132,29 @@ def _said(value: Any) -> str:
 
 def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a model that is not here: by its config, where that is shipped, and by the
-    Hub, unless the user is offline."""
+    Hub, unless the user is offline. The Hub's part may be missing where there is a config."""
     from ..checkpoint import configs
 
-    repo, known = repo_id(args.name), args.name.lower() in ALIASES
+    repo = repo_id(args.name)
     facts: dict[str, Any] = {
         "model": repo,
         "on this machine": f"no; `mlx-vlm-edge models pull {args.name}` gets it",
     }
-    if known:
-        facts |= _config_facts(configs.read(args.name))
-    if args.offline:
-        if not known:
+    alias = next((alias for alias, one in ALIASES.items() if one == repo), None)
+    if alias is not None:
+        facts |= _config_facts(configs.read(alias))
+    try:
+        if args.offline:
             raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
-        return facts
-    from ..hub.download import describe
+        from ..hub.download import describe
 
-    remote = describe(repo, args.revision)
-    return {**facts, "download": gigabytes(remote.nbytes), "licence": remote.licence}
+        remote = describe(repo, args.revision)
+    except UsageError as error:
+        if alias is None:
+            raise
+        print(f"size and licence are not known: {error}", file=sys.stderr)
+        return facts
+    return {**facts, "download": remote.nbytes, "licence": remote.licence}
 
 
 def _local_facts(folder: Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def _local_facts(folder: Path) -> dict[str, Any]:
     return {
         "model": str(folder),
         **_config_facts(native(read_config(folder))),
-        "size": gigabytes(size),
+        "size": size,
         "licence": licence(folder),
     }
 

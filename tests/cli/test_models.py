@@ -11,6 +11,7 @@ import pytest
 
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.models import licence
+from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import models as hub
 from mlx_vlm_edge.hub import published
 from mlx_vlm_edge.hub.published import PublishedFile
@@ -130,6 +131,7 @@ def test_show_of_a_model_that_is_here(cached, capsys):
     assert main(["models", "show", "fastvlm-0.5b", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["tokens per image"] == 9
+    assert 2e6 < facts["size"] < 3e6
     assert facts["quantisation"] == "none"
 
 
@@ -157,6 +159,24 @@ def test_show_of_a_model_that_is_not_here(cached, capsys, monkeypatch):
     assert "15.50 GB" in shown
     assert "apple-amlr" in shown
     assert "models pull fastvlm-7b" in shown
+    assert main(["models", "show", "fastvlm-7b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["download"] == 15_500_000_000
+
+
+def test_show_of_an_alias_needs_nobody(cached, capsys, monkeypatch):
+    """Its config is shipped: what only the Hub knows is missing, and a line says why."""
+    from mlx_vlm_edge.hub import download
+
+    def unreachable(repo, revision):
+        raise UsageError("the Hub cannot be reached")
+
+    monkeypatch.setattr(download, "describe", unreachable)
+    for name in ("fastvlm-7b", "apple/FastVLM-7B"):
+        assert main(["models", "show", name]) == 0
+        shown = capsys.readouterr()
+        assert re.search("tokens per image: +256", shown.out)
+        assert "size and licence are not known: the Hub cannot be reached" in shown.err
+    assert main(["models", "show", "some/model"]) == 2
 
 
 # Of 640 x 480, 1920 x 1080 and 1024 x 1024 pixels; one number where they are the same.
