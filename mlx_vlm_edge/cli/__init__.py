@@ -18,6 +18,7 @@ VERBS = {
     "generate": "answer a question about images",
     "chat": "talk with a model about images",
     "serve": "serve a model over HTTP, with a page to try it on",
+    "batch": "ask the same questions about many pictures",
     "estimate": "what a model would take on a chip, without running it",
     "models": "list, pull, show, verify and remove models",
     "bench": "measure time to first token, and the paper's claims",

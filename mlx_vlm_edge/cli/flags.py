@@ -3,7 +3,10 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..loading.load import Options
@@ -100,6 +103,12 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
         "--skip-special-tokens", action=argparse.BooleanOptionalAction, default=True,
         help="leave special tokens out of the answer's text",
     )  # fmt: skip
+    group.add_argument(
+        "--schema", metavar="FILE", help="answers follow the JSON schema in this file"
+    )
+    group.add_argument(
+        "--choices", metavar="A,B,C", help="the answer is one of these, commas between them"
+    )
     for name, (kind, default, text) in SAMPLING.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, default=default, metavar="N", help=text)
@@ -108,7 +117,20 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling_arguments`' flags ask for, as keywords of `stream_generate`."""
     names = ("temperature", "stop", "skip_special_tokens", *SAMPLING)
-    return {name: getattr(args, name) for name in names}
+    chosen = {name: getattr(args, name) for name in names}
+    if args.schema is not None:
+        chosen["schema"] = _read_schema(args.schema)
+    if args.choices is not None:
+        chosen["choices"] = [choice.strip() for choice in args.choices.split(",")]
+    return chosen
+
+
+def _read_schema(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UsageError(f"--schema {name}: cannot be read ({reason})") from None
 
 
 def load_options(args: argparse.Namespace) -> "Options":

@@ -1,0 +1,191 @@
+"""`mlx-vlm-edge batch`: the same questions about many pictures, answers as JSON lines."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .flags import (
+    add_model_arguments,
+    add_picture_arguments,
+    add_sampling_arguments,
+    default_model,
+    load_model,
+    load_options,
+    sampling_options,
+)
+
+if TYPE_CHECKING:
+    from ..generation.batch import Batch, Progress
+    from ..generation.engine import Engine
+
+HELP = "Ask the same questions about many pictures; answers go to a file of JSON lines."
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
+EVERY = 5.0  # seconds between lines of progress where standard error is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} PATTERN|DIR|- ... --prompt TEXT -o FILE [options]"
+    group = parser.add_argument_group("work")
+    group.add_argument(
+        "pictures", nargs="+", metavar="PATTERN|DIR|-",
+        help="files, patterns such as 'photos/*.jpg', folders (with what is below them), "
+        "addresses; - reads names from standard input, one a line",
+    )  # fmt: skip
+    group.add_argument(
+        "-p", "--prompt", action="append", required=True, metavar="TEXT",
+        help="a question; several are asked about each picture",
+    )  # fmt: skip
+    group.add_argument(
+        "-o", "--output", required=True, metavar="FILE",
+        help="JSON lines; a run that was stopped goes on where it was",
+    )  # fmt: skip
+    group.add_argument(
+        "--retry-errors", action="store_true", help="try again what an earlier run failed at"
+    )
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="the system prompt")
+    group.add_argument(
+        "--rows", type=int, default=8, metavar="N", help="pictures answered together"
+    )
+    add_model_arguments(parser.add_argument_group("model"))
+    add_picture_arguments(parser.add_argument_group("pictures"))
+    add_sampling_arguments(parser.add_argument_group("generation"))
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..generation.batch import Batch, Output, Run, content_of, share
+    from ..generation.loop import Options
+
+    if args.rows < 1:
+        raise UsageError(f"--rows must be 1 or more, not {args.rows}")
+    if not all(text.strip() for text in args.prompt):
+        raise UsageError("--prompt is empty: ask something")
+    options, pictures = Options(**sampling_options(args)), _pictures(args.pictures)
+    rank, size = _group()
+    pictures = share(pictures, rank, size, content_of) if size > 1 else pictures
+    name = args.model or default_model()
+    loading = repr(load_options(args))
+    asked = Run(name, args.prompt, args.system, options, loading)
+    output = Output(_output(args.output, rank, size), asked, args.retry_errors)
+    try:
+        engine = _engine(args, name)
+        try:
+            return _answer(Batch(engine, asked, output, pictures))
+        finally:
+            engine.close()
+    finally:
+        output.close()
+
+
+def _engine(args: argparse.Namespace, name: str) -> "Engine":
+    from ..generation.engine import Engine
+    from ..generation.prefix import PrefixCache
+
+    model, processor = load_model(args, name)
+    waiting = 2 * args.rows + 8
+    return Engine(model, processor, rows=args.rows, waiting=waiting, prefix_cache=PrefixCache())
+
+
+def _group() -> tuple[int, int]:
+    """This process's rank and how many there are, as `mlx.launch` starts them."""
+    import os
+
+    if not any(name in os.environ for name in ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")):
+        return 0, 1
+    import mlx.core as mx
+
+    group = mx.distributed.init()
+    return group.rank(), group.size()
+
+
+def _output(name: str, rank: int, size: int) -> Path:
+    """out.jsonl, or of several processes out-0-of-2.jsonl and so on."""
+    path = Path(name).expanduser()
+    return path if size == 1 else path.with_name(f"{path.stem}-{rank}-of-{size}{path.suffix}")
+
+
+def _pictures(asked: list[str]) -> list[str]:
+    """The pictures' names, each once. Raises UsageError where there are none."""
+    names: dict[str, None] = {}
+    for item in asked:
+        names.update(dict.fromkeys(_named(item)))
+    if not names:
+        raise UsageError(f"no pictures in {', '.join(asked)}")
+    return list(names)
+
+
+def _named(item: str) -> list[str]:
+    import glob
+
+    if item == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed: there are no names to read")
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if "://" in item:
+        return [item]
+    path = Path(item).expanduser()
+    if path.is_dir():
+        below = sorted(path.rglob("*"))
+        return [str(file) for file in below if file.suffix.lower() in SUFFIXES]
+    if path.is_file():
+        return [str(path)]
+    matching = sorted(glob.glob(str(path), recursive=True))
+    if not matching:
+        raise UsageError(f"{item}: no such file or folder, and no file is named like it")
+    return [name for name in matching if Path(name).is_file()]
+
+
+def _answer(batch: "Batch") -> int:
+    """Work through a batch; 0 when every line is an answer, 1 when some are errors."""
+    shown = _Shown()
+    already = len(batch.output.done)
+    if already:
+        _note(f"{already} are there already, {batch.progress.total} are left")
+    code = 0
+    try:
+        for progress in batch:
+            shown.update(progress)
+    except KeyboardInterrupt:
+        code = 130
+    progress = batch.progress
+    shown.end(f"{progress.answered} answered, {progress.failed} failed")
+    if code:
+        _note("stopped; the same command goes on from here")
+    return code or int(progress.failed > 0)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Shown:
+    """Progress on standard error: one line that changes, or lines now and then."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def update(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._terminal else EVERY):
+            return
+        self._last = now
+        rate = progress.done / (now - self._started)
+        left = (progress.total - progress.done) / rate
+        line = (
+            f"{progress.done}/{progress.total}, {rate:.2f} a second, "
+            f"{left / 60:.0f} min left, {progress.failed} failed"
+        )
+        if self._terminal:
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+        else:
+            _note(line)
+
+    def end(self, line: str) -> None:
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        _note(f"{line} in {time.monotonic() - self._started:.1f} s")
