@@ -92,8 +92,7 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
         return 0
     for key, value in facts.items():
-        said = gigabytes(value) if key in SIZES else _said(value)
-        print(f"{key + ':':18} {said}")
+        print(f"{key + ':':18} {_said(key, value)}")
     return 0
 
 
@@ -123,8 +122,18 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _said(value: Any) -> str:
+def _said(key: str, value: Any) -> str:
     """A fact for people: 2873 -> "2,873", {"640x480": 256} -> "256 of 640x480 pixels"."""
+    if key in SIZES:
+        return gigabytes(value)
+    if key == "memory":
+        free = f"; {gigabytes(value['free'])} are free here" if value["free"] else ""
+        return (
+            f"{gigabytes(value['total'])} for a short question about a picture: weights "
+            f"{gigabytes(value['weights'])}, KV cache {gigabytes(value['cache'])} "
+            f"({gigabytes(value['cache_position'])} a position), activations about "
+            f"{gigabytes(value['activations'])}{free}"
+        )
     if isinstance(value, dict):
         return ", ".join(f"{count:,} of {size} pixels" for size, count in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -175,7 +184,7 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     """What a native config says, asked of the model in its shapes and of its processor."""
     from ..loading.cost import blueprint
 
-    plan = blueprint(config, quantization=config.get("quantization"))
+    plan = blueprint(config, dtype=None, quantization=config.get("quantization"))
     text, tower = plan.config.text, config.get("vision_config") or {}
     heads = text.num_attention_heads
     facts: dict[str, Any] = {
@@ -197,7 +206,17 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     same = len(set(counts.values())) == 1
     facts["tokens per image"] = next(iter(counts.values())) if same else counts
     facts["quantisation"] = _quantisation(plan.model)
+    facts["memory"] = _memory(config)
     return facts
+
+
+def _memory(config: dict[str, Any]) -> dict[str, int | None]:
+    """Bytes that a short question about a picture takes here, and what there is."""
+    from ..loading import memory
+
+    cost = memory.needed(config)
+    parts = cost.memory(cost.prompt_tokens + memory.ANSWER)
+    return {**parts, "cache_position": cost.cached, "free": memory.usable()}
 
 
 def _quantisation(model: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checkpoint import configs
@@ -22,7 +23,7 @@ from ..hub.cache import local_snapshot
 from ..hub.models import ALIASES, DEMO, expanded, locate, repo_id
 from ..models import family
 from ..models.base import VisionLanguageModel
-from ..models.build import place_quantized_layers
+from ..models.build import cast, place_quantized_layers
 from ..models.contract import Family
 from ..picture.image import MAX_PIXELS, Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
@@ -31,6 +32,8 @@ from ..timings import Stages
 from .counting import Counter, Work, counting
 
 Size = tuple[int, int]  # width, height
+SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
+TEXT_TOKENS = 64  # of a question, about
 STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
 LANGUAGE = "language_model."
 # What the CPU back end was seen to hold in float32 (mlx 0.32): FastViTHD at 256 and 512 pixels 7.7
@@ -109,31 +112,43 @@ def native(config: Mapping[str, Any]) -> dict[str, Any]:
 def blueprint(
     source: Mapping[str, Any],
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = "bfloat16",
     quantization: Mapping[str, Any] | None = None,
+    asked: Preprocessing = AS_PUBLISHED,
     fused: bool = False,
 ) -> Blueprint:
     """The shapes of a model by its native config.
 
+    dtype: None for what `load` gives it on this device.
     quantization: as a config's block of that name has it (bits, group_size, mode, and names of
     layers with their own); the language model's linear layers and embeddings are quantised where it
     says nothing of a layer. fused: with the decoder's projections merged, as on a GPU.
     Raises UsageError for what the family refuses.
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     kind = family(source)
     with reading_values("config.json"):
         config = kind.Config.from_dict(source)
         check(config)
+        config.adapted(asked)  # or a clear line
         model = kind.Model(config)
     model.eval()
-    model.apply(lambda p: p.astype(DTYPES[dtype]))
+    model.apply(lambda p: p.astype(DTYPES[dtype or _own_dtype(source)]))
     if quantization:
         _quantise(model, kind.rename, quantization)
+    if dtype is None:
+        cast(model, None)
     for layer in model.language_model.model.layers if fused else ():
         layer.fuse()
-    return Blueprint(kind, config, model, DTYPES[dtype])
+    return Blueprint(kind, config, model, model.language_model.model.norm.weight.dtype, asked)
+
+
+def _own_dtype(source: Mapping[str, Any]) -> str:
+    """The checkpoint's, as transformers has written it: in the one key or the other."""
+    parts = (source, source.get("text_config") or {})
+    said = [part[key] for key in ("torch_dtype", "dtype") for part in parts if key in part]
+    return next((name for name in said if name in DTYPES), "bfloat16")
 
 
 def _quantise(model: nn.Module, rename: Callable[[str], str], block: Mapping[str, Any]) -> None:
@@ -208,6 +223,14 @@ class _Boundaries(Stages):
 
     def mark(self, name: str, *arrays: Any) -> None:
         self.works[name] = self.works.get(name, Work()) + self.counter.take()
+
+
+def question(plan: Blueprint, image: Size = SQUARE, text_tokens: int = TEXT_TOKENS) -> Inputs:
+    """A prompt of that length about a picture of that size, without words: to be counted only."""
+    pixels = plan.pixels(image)
+    visual = plan.processor.visual_tokens(pixels)
+    ids = np.zeros((1, visual + text_tokens), np.int32)
+    return Inputs(ids, np.arange(visual, dtype=np.int32), [pixels])
 
 
 def cost(plan: Blueprint, inputs: Inputs) -> Cost:

@@ -25,7 +25,7 @@ from ..hub.models import locate
 from ..kernels import on_cpu, quantized
 from ..models import family
 from ..models.base import VisionLanguageModel
-from ..models.build import Quantization, build, read_native
+from ..models.build import Quantization, build, cast, read_native
 from ..models.contract import Family
 from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
@@ -128,7 +128,7 @@ def _read(folder: Path, options: Options) -> Iterator[tuple[Family[Any], VisionL
     model.config.adapted(options.preprocessing)  # or a clear line
     if options.quantize is not None:
         quantize_language_model(model, config, options.quantize)
-    _cast(model, options.dtype)
+    cast(model, options.dtype)
     del arrays  # so that nothing is held twice
     yield kind, model
     # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
@@ -215,16 +215,3 @@ def quantize_language_model(model: VisionLanguageModel, config: Quantization, bi
                 f"divide: quantise with `mlx-vlm-edge convert --bits {bits} --group-size 32`"
             )
     nn.quantize(model.language_model, GROUP_SIZE, bits)
-
-
-def _cast(model: VisionLanguageModel, dtype: str | None) -> None:
-    """Give the floating-point parameters their dtype; packed quantised weights stay."""
-
-    def cast(part: nn.Module, wanted: mx.Dtype) -> None:
-        part.apply(lambda p: p.astype(wanted) if mx.issubdtype(p.dtype, mx.floating) else p)
-
-    own = model.language_model.model.norm.weight.dtype
-    text = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else own)
-    vision = text if dtype or text != mx.float16 else mx.float32
-    for name, part in _parts(model):
-        cast(part, text if name == "language_model" else vision)

@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..checkpoint.config import check, reading_values, says_tied
 from ..checkpoint.files import SAFETENSORS, weight_files
 from ..checkpoint.quantization import dequantized, form, quantized_paths
-from ..checkpoint.weights import Weights, check_names, read_safetensors
+from ..checkpoint.weights import DTYPES, Weights, check_names, read_safetensors
 from ..errors import UsageError
+from ..kernels import on_cpu
 from ..wording import first_line
 from . import family
 from .base import VisionLanguageModel
@@ -83,3 +84,21 @@ def _by_shapes(
         return form(block, path, weight, scales, layer.weight.shape[-1], rename)._asdict()
 
     return settings
+
+
+def cast(model: VisionLanguageModel, dtype: str | None) -> None:
+    """Give the floating-point parameters their dtype; packed quantised weights stay.
+
+    dtype: by default the language model's own, float32 on the CPU back end, and the vision tower
+    never in float16.
+    """
+
+    def give(part: nn.Module, wanted: mx.Dtype) -> None:
+        part.apply(lambda p: p.astype(wanted) if mx.issubdtype(p.dtype, mx.floating) else p)
+
+    own = model.language_model.model.norm.weight.dtype
+    text = DTYPES[dtype] if dtype else (mx.float32 if on_cpu() else own)
+    vision = text if dtype or text != mx.float16 else mx.float32
+    for name, part in model.children().items():
+        if isinstance(part, nn.Module):
+            give(part, text if name == "language_model" else vision)

@@ -99,7 +99,7 @@ def test_a_mistake_is_one_line_before_anything_runs(capsys, clean, monkeypatch, 
 
 
 def test_random_weights_that_will_not_fit_are_refused(capsys, clean, monkeypatch):
-    monkeypatch.setattr(cases.machine, "free_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr(cases.memory, "free_memory", lambda: 1_000_000_000)
     assert main(["bench", "--model", "fastvlm-0.5b", "--random-weights"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "fastvlm-0.5b would take" in line

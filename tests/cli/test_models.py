@@ -133,6 +133,9 @@ def test_show_of_a_model_that_is_here(cached, capsys):
     assert facts["tokens per image"] == 9
     assert 2e6 < facts["size"] < 3e6
     assert facts["quantisation"] == "none"
+    needed = facts["memory"]
+    assert needed["total"] == needed["weights"] + needed["cache"] + needed["activations"]
+    assert "for a short question about a picture: weights " in shown
 
 
 def test_show_of_a_converted_folder(cached, tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES, DEMO, expanded, repo_id
+from mlx_vlm_edge.loading import memory
 from mlx_vlm_edge.loading.cost import config_of
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.picture.image import open_image
@@ -109,16 +110,15 @@ def _refuse_too_large(choice: Choice, options: Options) -> None:
     from mlx_vlm_edge.loading.cost import cost
 
     from ..random.weights import blueprint, processor_of
-    from . import memory
 
     plan = blueprint(choice.model, dtype=choice.dtype, bits=choice.bits)
-    free = memory.usable(machine.free_memory())
+    free = memory.usable()
     for resolution in options.resolutions:
         asked = Preprocessing(resolution=resolution)
         processor = processor_of(replace(plan, asked=asked), words_only=True)
         text = text_of(processor, options.image, options.prompt_tokens)
         prompt = cost(plan, processor(text, [options.image]))
-        parts = memory.needed(prompt, prompt.prompt_tokens + options.max_tokens)
+        parts = memory.by_use(prompt, prompt.prompt_tokens + options.max_tokens)
         memory.refuse_too_large(choice.model, parts, free)
 
 

@@ -6,33 +6,22 @@ Nothing here is fatal: what a system does not tell is None.
 import os
 import platform
 import re
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge import __version__, blas
+from mlx_vlm_edge.loading.memory import Ask, ask, total_memory
 
-Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when that cannot be had
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-lm", "numpy", "pillow", "tokenizers")
 THREADS = (
     "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
     "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 )  # fmt: skip
-PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
 BUSY = 0.5  # of the cores' time, from which figures are not to be trusted
 CHECKOUT = Path(__file__).parents[3]
-
-
-def ask(command: Sequence[str]) -> str:
-    """Run a short command of the system's own."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def record(ask: Ask = ask, system: str = platform.system()) -> dict[str, Any]:
@@ -41,7 +30,7 @@ def record(ask: Ask = ask, system: str = platform.system()) -> dict[str, Any]:
     return {
         **hardware,
         "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(ask, system),
+        "memory_bytes": total_memory(ask, system),
         "os": _system(system),
         "python": platform.python_version(),
         "mlx_vlm_edge": __version__,
@@ -60,28 +49,6 @@ def load_average() -> float | None:
         return round(os.getloadavg()[0], 2)
     except OSError:
         return None
-
-
-def free_memory(ask: Ask = ask, system: str = platform.system()) -> int | None:
-    """Bytes that can be had without swapping, None where the system does not tell."""
-    if system == "Darwin":
-        return parse_vm_stat(ask(["vm_stat"]))
-    return parse_meminfo(_read("/proc/meminfo"), "MemAvailable")
-
-
-def parse_vm_stat(text: str) -> int | None:
-    """macOS's vm_stat: free, inactive, speculative and purgeable pages, in bytes."""
-    size = re.search(r"page size of (\d+) bytes", text)
-    counts = dict(re.findall(r"^([^:\n]+):\s+(\d+)\.?$", text, re.MULTILINE))
-    if not size or not any(name in counts for name in PAGES):
-        return None
-    return int(size[1]) * sum(int(counts.get(name, 0)) for name in PAGES)
-
-
-def parse_meminfo(text: str, name: str) -> int | None:
-    """A line of Linux's /proc/meminfo in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def same_chip(chip: str | None, claimed: str | None) -> bool:
@@ -130,13 +97,6 @@ def _mac(ask: Ask) -> dict[str, Any]:
 def _linux(cpuinfo: str) -> dict[str, Any]:
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return {"chip": found[1].strip() if found else platform.machine() or None}
-
-
-def _memory_bytes(ask: Ask, system: str) -> int | None:
-    if system == "Darwin":
-        text = ask(["sysctl", "-n", "hw.memsize"])
-        return int(text) if text.isdigit() else None
-    return parse_meminfo(_read("/proc/meminfo"), "MemTotal")
 
 
 def _system(system: str) -> str:

@@ -4,17 +4,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_vlm_edge.loading import memory
 from mlx_vlm_edge.wording import gigabytes
 
 from ..bench import machine
 from ..bench.figures import Figure, added, ratio
-from ..bench.memory import ALLOWANCE, usable
 from .counted import counted, flops
 from .read import Claim, Subject, Verdict, verdict
 from .timed import Workshop
 
 Progress = Callable[[str], None]
 NOT_HERE = "not runnable here"
+ALLOWANCE = 1_500_000_000  # bytes for the activations of a part that is run by itself
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def _not_here(claim: Claim, setting: Setting, shop: Workshop) -> dict[str, Any] 
 
 def _too_large(claim: Claim, shop: Workshop) -> dict[str, Any] | None:
     parts = [part for subject in claim.subjects for part in subject.parts]
-    free = usable(machine.free_memory())
+    free = memory.usable()
     if free is not None and shop.missing(parts) + ALLOWANCE > free:
         shop.clear()
-        free = usable(machine.free_memory()) or 0
+        free = memory.usable() or 0
         needed = shop.missing(parts) + ALLOWANCE
         if needed > free:
             why = f"needs {gigabytes(needed)}, {gigabytes(free)} are free"

@@ -3,6 +3,8 @@
 import pytest
 from mlx_vlm_edge_bench.bench import machine
 
+from mlx_vlm_edge.loading import memory
+
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
 Pages free:                               10000.
 Pages active:                            500000.
@@ -37,27 +39,26 @@ def test_a_mac_tells_chip_cores_and_memory():
     assert (found["chip"], found["model"]) == ("Apple M1 Max", "MacBookPro18,2")
     assert (found["gpu_cores"], found["memory_bytes"]) == (32, 34359738368)
     assert found["os"].startswith("macOS")
-    assert machine.free_memory(mac, "Darwin") == 34_000 * 16384
+    assert memory.free_memory(mac, "Darwin") == 34_000 * 16384
 
 
 def test_a_system_that_tells_nothing_is_no_failure():
     found = machine.record(lambda command: "", "Darwin")
     assert (found["chip"], found["gpu_cores"], found["memory_bytes"]) == (None, None, None)
-    assert machine.free_memory(lambda command: "", "Darwin") is None
+    assert memory.free_memory(lambda command: "", "Darwin") is None
     assert "unknown chip" in machine.summary(found)
 
 
 def test_linux_tells_by_its_files():
-    assert machine.parse_meminfo("MemTotal:  9 kB\nMemAvailable:   2048 kB\n", "MemAvailable") == (
-        2 << 20
-    )
-    assert machine.parse_meminfo("", "MemAvailable") is None
+    text = "MemTotal:  9 kB\nMemAvailable:   2048 kB\n"
+    assert memory.parse_meminfo("MemAvailable", text) == 2 << 20
+    assert memory.parse_meminfo("MemAvailable", "") is None
     cpuinfo = "processor : 0\nmodel name\t: AMD EPYC 9B14\nflags : x\nmodel name : other\n"
     assert machine._linux(cpuinfo) == {"chip": "AMD EPYC 9B14"}
 
 
 def test_the_record_has_everything_a_figure_depends_on():
-    found = machine.record(machine.ask)
+    found = machine.record(memory.ask)
     assert found["device"] in ("CPU", "GPU")
     assert {"mlx", "numpy", "tokenizers"} <= found["versions"].keys()
     for key in ("python", "os", "date", "blas", "threads", "commit", "mlx_vlm_edge", "cores"):
@@ -66,8 +67,8 @@ def test_the_record_has_everything_a_figure_depends_on():
 
 
 def test_a_command_that_is_not_there_gives_nothing():
-    assert machine.ask(["no-such-command-here"]) == ""
-    assert machine.ask(["false"]) == ""
+    assert memory.ask(["no-such-command-here"]) == ""
+    assert memory.ask(["false"]) == ""
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_milliseconds_are_not_run_on_a_cpu_unless_named(claim):
 
 
 def test_what_does_not_fit_is_not_run(claim, monkeypatch):
-    monkeypatch.setattr(claim_run.machine, "free_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr(claim_run.memory, "free_memory", lambda: 1_000_000_000)
     record = claim_run.run(claim, claim_run.Setting(MACHINE, 1, False), Workshop(True), print)
     assert record["verdict"] == "not runnable here"
     assert "1.00 GB are free" in record["why"]

@@ -6,17 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_vlm_edge_bench.bench import memory
 from mlx_vlm_edge_bench.bench.measure import Question, measure
 from mlx_vlm_edge_bench.bench.picture import default_picture
 from mlx_vlm_edge_bench.random.question import text_of
-from mlx_vlm_edge_bench.random.weights import blueprint, build, config_of, fill, processor_of
+from mlx_vlm_edge_bench.random.weights import blueprint, build, config_of, fill
 
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.kernels import on_cpu
-from mlx_vlm_edge.loading.cost import cost
 
 FAMILIES = (
     "fastvlm-0.5b", "smolvlm2-256m", "idefics3-8b", "fuyu-8b", "eve-7b",
@@ -123,32 +121,3 @@ def test_a_folder_with_a_config_alone_will_do(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shrunk("smolvlm-256m")))
     assert config_of(str(tmp_path))["model_type"] == "idefics3"
     assert config_of(ALIASES["fastvlm-0.5b"])["model_type"] == "llava_qwen2"
-
-
-def cost_of(name, dtype, side):
-    config = configs.read(name)
-    config["vision_config"]["image_size"] = side
-    plan = blueprint(name, dtype=dtype, config=config)
-    processor = processor_of(plan, words_only=True)
-    return cost(plan, processor("Hi", [default_picture(96)]))
-
-
-def test_what_will_not_fit_is_refused_with_the_figures():
-    parts = memory.needed(cost_of("fastvlm-7b", "bfloat16", 1024), 1000)
-    assert parts["weights"] == pytest.approx(15.52e9, rel=0.01)
-    assert parts["KV cache"] == 57_344_000
-    with pytest.raises(UsageError) as refused:
-        memory.refuse_too_large("fastvlm-7b", parts, 8_000_000_000)
-    assert f"would take {sum(parts.values()) / 1e9:.2f} GB (15.52 GB weights + " in str(
-        refused.value
-    )
-    assert "8.00 GB are free" in str(refused.value)
-    memory.refuse_too_large("fastvlm-7b", parts, 18_000_000_000)
-    memory.refuse_too_large("fastvlm-7b", parts, None)
-
-
-def test_a_larger_picture_needs_more():
-    small, large = (
-        memory.needed(cost_of("fastvlm-0.5b", "float32", side), 300) for side in (256, 1024)
-    )
-    assert large["activations (estimated)"] > 8 * small["activations (estimated)"]

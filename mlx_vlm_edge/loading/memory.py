@@ -1,0 +1,141 @@
+"""What a model will take of memory, held against what the machine has, before it is read.
+
+`needed` and `fit` are what a caller asks before `load`; sizes are bytes.
+"""
+
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import UsageError
+from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..wording import gigabytes
+from .cost import SQUARE, Cost, Size, blueprint, cost, question
+
+Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when that cannot be had
+PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
+GROUP_SIZE = 64  # of quantisation at load
+ANSWER = 256  # positions that an answer takes
+PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def needed(
+    config: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    asked: Preprocessing = AS_PUBLISHED,
+    image: Size = SQUARE,
+) -> Cost:
+    """What a model costs as `load` would hold it on this device, asked about a picture.
+
+    config: native (`cost.config_of`, `cost.native`). Nothing is read; a fraction of a second.
+    """
+    block = config.get("quantization")
+    if quantize is not None:
+        block = {"bits": quantize, "group_size": GROUP_SIZE}
+    plan = blueprint(config, dtype=dtype, quantization=block, asked=asked)
+    return cost(plan, question(plan, image))
+
+
+def fit(name: str, found: Cost, limit: int | None, wanted: int | None = None) -> int:
+    """How many positions the KV cache may have within `limit` bytes: `wanted`, or fewer.
+
+    wanted: by default the prompt and 256 more. limit: None where it is not known, so that all is
+    right. Raises UsageError with the figures where not even the prompt and one token fit.
+    """
+    wanted = found.prompt_tokens + ANSWER if wanted is None else wanted
+    if limit is None:
+        return wanted
+    least = found.prompt_tokens + 1
+    refuse_too_large(name, by_use(found, min(least, wanted)), limit)
+    spare = limit - sum(by_use(found, 0).values())
+    return min(wanted, spare // found.cached)
+
+
+def by_use(found: Cost, positions: int) -> dict[str, int]:
+    """Bytes by what they are for. positions: of the KV cache. The activations' are an estimate."""
+    memory = found.memory(positions)
+    return {
+        "weights": memory["weights"],
+        "KV cache": memory["cache"],
+        "activations (estimated)": memory["activations"],
+        "program": PROGRAM,
+    }
+
+
+def refuse_too_large(name: str, parts: Mapping[str, int], limit: int | None) -> None:
+    """Raises UsageError with the figures when the parts together are more than there is."""
+    total = sum(parts.values())
+    if limit is None or total <= limit:
+        return
+    shown = " + ".join(f"{gigabytes(size)} {part}" for part, size in parts.items() if size)
+    raise UsageError(
+        f"{name} would take {gigabytes(total)} ({shown}) and {gigabytes(limit)} are free: "
+        "take a smaller model, fewer bits or bfloat16, or close other programs"
+    )
+
+
+def parse_size(text: str) -> int:
+    """ "6GB", "512 MB", "4.5g" or bytes -> bytes. Raises UsageError for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is no size of memory, as 6GB or 512MB is")
+    return size
+
+
+def usable() -> int | None:
+    """What a model may take now: what is free and, on Metal, no more than the system recommends."""
+    details: dict[str, Any] = mx.device_info()
+    limit = details.get("max_recommended_working_set_size")
+    known = [int(size) for size in (free_memory(), limit) if size]
+    return min(known) if known else None
+
+
+def ask(command: Sequence[str]) -> str:
+    """Run a short command of the system's own."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def free_memory(ask: Ask = ask, system: str = platform.system()) -> int | None:
+    """Bytes that can be had without swapping, None where the system does not tell."""
+    if system == "Darwin":
+        return parse_vm_stat(ask(["vm_stat"]))
+    return parse_meminfo("MemAvailable")
+
+
+def total_memory(ask: Ask = ask, system: str = platform.system()) -> int | None:
+    """Bytes that the machine has, None where the system does not tell."""
+    if system == "Darwin":
+        text = ask(["sysctl", "-n", "hw.memsize"])
+        return int(text) if text.isdigit() else None
+    return parse_meminfo("MemTotal")
+
+
+def parse_vm_stat(text: str) -> int | None:
+    """macOS's vm_stat: free, inactive, speculative and purgeable pages, in bytes."""
+    size = re.search(r"page size of (\d+) bytes", text)
+    counts = dict(re.findall(r"^([^:\n]+):\s+(\d+)\.?$", text, re.MULTILINE))
+    if not size or not any(name in counts for name in PAGES):
+        return None
+    return int(size[1]) * sum(int(counts.get(name, 0)) for name in PAGES)
+
+
+def parse_meminfo(name: str, text: str | None = None) -> int | None:
+    """A line of Linux's /proc/meminfo in bytes."""
+    if text is None:
+        path = Path("/proc/meminfo")
+        text = path.read_text() if path.is_file() else ""
+    line = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(line[1]) * 1024 if line else None
