@@ -25,10 +25,10 @@ class Ours:
 
     def __init__(self, folder: str, whole: bool = True) -> None:
         """whole: wait for all weights, as `load` does; the command line sets out without."""
-        from mlx_vlm_edge.loading.load import Options, load_ahead
+        from mlx_vlm_edge.loading.load import LoadOptions, load_ahead
 
         self.folder = folder
-        self.model, self.processor = load_ahead(folder, Options(dtype="float32"))
+        self.model, self.processor = load_ahead(folder, LoadOptions(dtype="float32"))
         if whole:
             self.model.arrive()
         self.native = self.model.config.image_size

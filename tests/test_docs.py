@@ -106,6 +106,15 @@ def test_the_workflow_uses_what_is_there_and_keeps_what_it_saw():
     assert steps[-1]["with"]["path"] == "results"
 
 
+def test_the_python_names_in_the_documents_exist():
+    texts = [path.read_text() for path in DOCUMENTS]
+    named = {name for text in texts for name in re.findall(r"`(mlx_vlm_edge\w*(?:\.\w+)+)`", text)}
+    assert named
+    for name in named:
+        module, _, leaf = name.rpartition(".")
+        assert hasattr(import_module(module), leaf) or find_spec(name), name
+
+
 def test_every_extra_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [path.read_text() for path in (*DOCUMENTS, WORKFLOW)]

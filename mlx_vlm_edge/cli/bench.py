@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .flags import BACKENDS, DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
-    from mlx_vlm_edge_bench.bench.cases import Options
+    from mlx_vlm_edge_bench.bench.cases import BenchOptions
     from mlx_vlm_edge_bench.claims.read import Claim
 
 HELP = (
@@ -24,7 +24,7 @@ HELP = (
 MAX_TOKENS, RUNS = 32, 5
 CASES_ONLY = (
     "model", "random_weights", "resolution", "bits", "dtype", "image", "prompt_tokens", "no_cold",
-    "energy", "vision_backend", "max_tokens",
+    "energy",
 )  # fmt: skip
 NARROW, WIDE = 40, 120
 IN_PARTS = (
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: the checkpoint's, or bfloat16 for random ones, "
         "on a GPU; float32 on a CPU)",
     )  # fmt: skip
-    what.add_argument("--vision-backend", metavar="NAME", help=f"{BACKENDS} (default: mlx)")
+    what.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
     what.add_argument(
         "--image", metavar="FILE", help="picture to ask about (default: a drawn one, 1024 x 1024)"
     )
@@ -68,9 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text tokens of the prompt, exactly; visual ones come on top (default: a question's)",
     )  # fmt: skip
     what.add_argument(
-        "--max-tokens", type=int, metavar="N",
-        help="tokens to decode, exactly: an end token does not end a run (default: "
-        f"{MAX_TOKENS})",
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
+        help="tokens to decode, exactly: an end token does not end a run",
     )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -138,8 +137,7 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
             raise UsageError("--in-parts is for --claims")
         return
     for name in CASES_ONLY:
-        value = getattr(args, name)
-        if value is not None and value is not False and value != []:
+        if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is not for --claims: each claim says what it runs")
 
@@ -171,24 +169,24 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
     return code
 
 
-def _options(args: argparse.Namespace) -> "Options":
-    from mlx_vlm_edge_bench.bench.cases import Options
+def _options(args: argparse.Namespace) -> "BenchOptions":
+    from mlx_vlm_edge_bench.bench.cases import BenchOptions
     from mlx_vlm_edge_bench.bench.picture import NAME, default_picture
 
-    return Options(
+    return BenchOptions(
         models=tuple(args.model) or (DEFAULT_MODEL if args.random_weights else default_model(),),
         resolutions=tuple(args.resolution) or (None,),
         bits=tuple(args.bits) or (None,),
         random=args.random_weights,
         dtype=args.dtype,
         prompt_tokens=args.prompt_tokens,
-        max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
+        max_tokens=args.max_tokens,
         runs=args.runs,
         image=_read(args.image) if args.image else default_picture(),
         image_name=args.image or NAME,
         cold=not args.no_cold,
         energy=args.energy,
-        vision_backend=args.vision_backend or "mlx",
+        vision_backend=args.vision_backend,
     )
 
 

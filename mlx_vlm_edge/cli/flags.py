@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..loading.load import Options
+    from ..loading.load import LoadOptions
     from ..models.base import VisionLanguageModel
     from ..text.prompt import Processor
 
@@ -133,11 +133,11 @@ def _read_schema(name: str) -> str:
         raise UsageError(f"--schema {name}: cannot be read ({reason})") from None
 
 
-def load_options(args: argparse.Namespace) -> "Options":
+def load_options(args: argparse.Namespace) -> "LoadOptions":
     """What the flags about the model and about pictures ask for."""
-    from ..loading.load import Options
+    from ..loading.load import LoadOptions
 
-    return Options(
+    return LoadOptions(
         dtype=args.dtype, revision=args.revision, quantize=args.bits, offline=args.offline,
         image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
         jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,

@@ -40,7 +40,7 @@ BLANK = 64  # side of a picture whose size as the model takes it is asked for
 
 
 @dataclass(frozen=True)
-class Options:
+class LoadOptions:
     """What `load` takes besides the name.
 
     dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
@@ -83,16 +83,16 @@ class Options:
 
 
 def load(name: str = "demo", **options: Any) -> tuple[VisionLanguageModel, Processor]:
-    """Load a model by alias ("fastvlm-0.5b"), Hub id or folder. options: the fields of Options.
+    """Load a model by alias ("fastvlm-0.5b"), Hub id or folder. options: the fields of LoadOptions.
 
     Raises UsageError for anything that is missing, damaged or unknown.
     """
-    model, processor = load_ahead(name, Options(**options))
+    model, processor = load_ahead(name, LoadOptions(**options))
     model.arrive()
     return model, processor
 
 
-def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Processor]:
+def load_ahead(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Processor]:
     """`load`, but on a CPU the language model is still being read when this returns.
 
     Until `model.arrive()` only `stream_generate` may use the model: it encodes the images first.
@@ -120,7 +120,7 @@ def load_ahead(name: str, options: Options) -> tuple[VisionLanguageModel, Proces
     return model, processor
 
 
-def _read(folder: Path, options: Options) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
+def _read(folder: Path, options: LoadOptions) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
     """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
     config, arrays = read_checkpoint(folder)
     kind = family(config)

@@ -27,7 +27,7 @@ COLD_RUNS = 3  # at most; each loads the model
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What `bench` was asked for. None in resolutions or bits: the checkpoint's own."""
 
     models: tuple[str, ...]
@@ -58,7 +58,7 @@ class Options:
         return len(self.choices) * len(self.resolutions)
 
 
-def check(options: Options) -> None:
+def check(options: BenchOptions) -> None:
     """Raises UsageError for what can be known to be wrong before anything is loaded or timed."""
     open_image(options.image)
     for name, number in (("runs", options.runs), ("max-tokens", options.max_tokens)):
@@ -89,7 +89,7 @@ def _config(model: str, random: bool) -> dict[str, Any] | None:
 
 
 def run(
-    options: Options, progress: Progress, clock: Clock = time.perf_counter
+    options: BenchOptions, progress: Progress, clock: Clock = time.perf_counter
 ) -> Iterator[dict[str, Any]]:
     """Measure all cases, yielding the record of each when it is done."""
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def run(
             del opened
 
 
-def _refuse_too_large(choice: Choice, options: Options) -> None:
+def _refuse_too_large(choice: Choice, options: BenchOptions) -> None:
     """Raises UsageError when random weights would not fit into what is free."""
     from mlx_vlm_edge.loading.cost import cost
 
@@ -126,7 +126,7 @@ def _case(
     opened: Opened,
     choice: Choice,
     resolution: int | None,
-    options: Options,
+    options: BenchOptions,
     picture: Path,
     progress: Progress,
     clock: Clock,

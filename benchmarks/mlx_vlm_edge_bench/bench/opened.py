@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_vlm_edge.loading.load import Options, load_ahead, use_backend
+from mlx_vlm_edge.loading.load import LoadOptions, load_ahead, use_backend
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
@@ -39,7 +39,7 @@ class Opened:
                 name = f"random {choice.model}"
                 use_backend(self.model, self._processor, name, choice.vision_backend)
         else:
-            options = Options(
+            options = LoadOptions(
                 dtype=choice.dtype, quantize=choice.bits, vision_backend=choice.vision_backend
             )
             self.model, self._processor = load_ahead(choice.model, options)
