@@ -9,17 +9,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 CODE := mlx_vlm_edge convert benchmarks/mlx_vlm_edge_bench
+COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchmarks/test_coreml_on_mac.py
+SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py
+PAGE := tests/server/test_page.py
 IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-coreml test-swift test-server test-page check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COREML) $(SWIFT) tests/server) $(ARGS)
+
+test-coreml: $(VENV)/.dev
+	$(BIN)/python -m pytest $(COREML) $(ARGS)
+
+test-swift: $(VENV)/.dev
+	$(BIN)/python -m pytest $(SWIFT) $(ARGS)
+
+test-server: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/server --ignore=$(PAGE) $(ARGS)
+
+test-page: $(VENV)/.page
+	$(BIN)/python -m pytest $(PAGE) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -53,3 +68,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@$(PIP) install $$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml | head -1)
 	@$(PIP) install -e '.[dev]'
 	@touch $(VENV)/.runtime $@
+
+# The browser itself is the system's: apt-get install chromium.
+$(VENV)/.page: $(VENV)/.dev
+	@echo "Installing playwright and axe-core in $(VENV)"
+	@$(PIP) install 'playwright>=1.45'
+	@npm install --silent --no-fund --no-audit --prefix $(VENV)/node axe-core >/dev/null
+	@touch $@

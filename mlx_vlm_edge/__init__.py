@@ -5,6 +5,7 @@ model, processor = load("fastvlm-0.5b")
 print(generate(model, processor, "What is this?", images=["x.jpg"]))
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from .generation.prefix import PrefixCache
     from .loading.load import load
 
+if sys.orig_argv[1:3] == ["-m", __name__] or "".join(sys.argv[:1]).endswith("mlx-vlm-edge"):
+    # Ctrl-C while the program's modules are imported ends it; `cli.main` takes it from there.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 blas.prepare()  # before anything imports mlx
 
 _HOME = {

@@ -5,15 +5,16 @@ user's is one line and exit code 2.
 """
 
 import argparse
-import io
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__, blas
 from ..errors import UsageError
+from . import streams
 
 PROGRAM = "mlx-vlm-edge"
+BROKEN_PIPE = 141  # exit code
 VERBS = {
     "generate": "answer a question about images",
     "chat": "talk with a model about images",
@@ -63,6 +64,8 @@ def _help() -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: there is nowhere to write the answer")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if arguments else 2
@@ -81,20 +84,24 @@ def _dispatch(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    with streams.safe():
+        code = _coded(sys.argv[1:] if arguments is None else arguments)
+    if code == BROKEN_PIPE and sys.stderr is not None:
+        sys.stderr.close()  # or Python reports the lost end of our stdout there
+    return code
+
+
+def _coded(arguments: list[str]) -> int:
+    """`_dispatch`, whatever goes wrong in it turned into one line and an exit code."""
     try:
-        if sys.stdout is None:
-            raise UsageError("standard output is closed: there is nowhere to write the answer")
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        return _dispatch(arguments)
     except UsageError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return streams.INTERRUPTED
     except BrokenPipeError:  # the reader of our stdout went away
-        sys.stderr.close()
-        return 141
+        return BROKEN_PIPE
     except OSError as error:  # a full disk under stdout, say; files of the user's are UsageErrors
         print(f"{PROGRAM}: error: {error.strerror or error}", file=sys.stderr)
         return 2

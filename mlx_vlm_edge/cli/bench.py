@@ -24,7 +24,7 @@ HELP = (
 MAX_TOKENS, RUNS = 32, 5
 CASES_ONLY = (
     "model", "random_weights", "resolution", "bits", "dtype", "image", "prompt_tokens", "no_cold",
-    "energy",
+    "energy", "vision_backend", "max_tokens",
 )  # fmt: skip
 NARROW, WIDE = 40, 120
 IN_PARTS = (
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: the checkpoint's, or bfloat16 for random ones, "
         "on a GPU; float32 on a CPU)",
     )  # fmt: skip
-    what.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
+    what.add_argument("--vision-backend", metavar="NAME", help=f"{BACKENDS} (default: mlx)")
     what.add_argument(
         "--image", metavar="FILE", help="picture to ask about (default: a drawn one, 1024 x 1024)"
     )
@@ -68,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text tokens of the prompt, exactly; visual ones come on top (default: a question's)",
     )  # fmt: skip
     what.add_argument(
-        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
-        help="tokens to decode, exactly: an end token does not end a run",
+        "--max-tokens", type=int, metavar="N",
+        help="tokens to decode, exactly: an end token does not end a run (default: "
+        f"{MAX_TOKENS})",
     )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -137,7 +138,8 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
             raise UsageError("--in-parts is for --claims")
         return
     for name in CASES_ONLY:
-        if getattr(args, name):
+        value = getattr(args, name)
+        if value is not None and value is not False and value != []:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is not for --claims: each claim says what it runs")
 
@@ -180,13 +182,13 @@ def _options(args: argparse.Namespace) -> "BenchOptions":
         random=args.random_weights,
         dtype=args.dtype,
         prompt_tokens=args.prompt_tokens,
-        max_tokens=args.max_tokens,
+        max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         runs=args.runs,
         image=_read(args.image) if args.image else default_picture(),
         image_name=args.image or NAME,
         cold=not args.no_cold,
         energy=args.energy,
-        vision_backend=args.vision_backend,
+        vision_backend=args.vision_backend or "mlx",
     )
 
 

@@ -1,9 +1,11 @@
 """Work in a thread: results in their order, errors where they are wanted."""
 
+import contextlib
 import subprocess
 import sys
 import threading
-from threading import Event
+from queue import Queue
+from threading import Barrier, BrokenBarrierError, Event
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import load as loading
+from mlx_vlm_edge.loading import steps as stepping
 from mlx_vlm_edge.loading.load import LoadOptions, load_ahead
-from mlx_vlm_edge.loading.steps import Steps
+from mlx_vlm_edge.loading.steps import Background, Steps
 from mlx_vlm_edge.models.fastvlm import Model
 
 from ..reference.fastvlm import picture
@@ -110,6 +113,54 @@ def test_one_thread_does_all_and_never_ends():
     workers = [t for t in threading.enumerate() if "_work" in t.name]
     assert len(workers) == 1
     assert workers[0].daemon
+
+
+def test_two_first_jobs_start_one_thread(monkeypatch):
+    """They meet while the thread is being started, if they can."""
+    meeting, started, worker = Barrier(2), [], stepping._Worker()
+
+    def queue():
+        with contextlib.suppress(BrokenBarrierError):
+            meeting.wait(0.2)
+        return Queue()
+
+    def thread(**options):
+        started.append(options)
+        return threading.Thread(**options)
+
+    monkeypatch.setattr(stepping, "Queue", queue)
+    monkeypatch.setattr(stepping, "Thread", thread)
+    done = [Event(), Event()]
+    callers = [threading.Thread(target=worker.put, args=(event.set,)) for event in done]
+    for caller in callers:
+        caller.start()
+    assert all(event.wait(10) for event in done)
+    assert len(started) == 1
+
+
+def test_a_function_in_the_background():
+    assert Background(lambda: 7).wait() == 7
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 // 0).wait()
+
+
+def test_long_work_ends_between_its_parts_when_the_process_does():
+    program = """if True:
+        import sys
+        from threading import Event
+        from mlx_vlm_edge.loading.steps import Steps, stop_if_exiting
+        begun = Event()
+        def work():
+            begun.set()
+            while True:
+                stop_if_exiting()
+            yield 0
+        Steps(work())
+        begun.wait()
+        sys.exit(2)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
 
 
 def test_a_process_that_ends_while_work_is_under_way_says_its_own_exit_code():

@@ -41,12 +41,15 @@ def measure(
 
     An end token does not end a run: exactly `max_tokens` are decoded.
     """
-    processor.eos_ids = frozenset()
     staged, plain = [], []
-    for index in range(runs + 1):
-        progress("warm-up" if index == 0 else f"run {index} of {runs}")
-        staged.append(staged_run(model, processor, question, clock))
-        plain.append(plain_run(model, processor, question, clock))
+    ends, processor.eos_ids = processor.eos_ids, frozenset()
+    try:
+        for index in range(runs + 1):
+            progress("warm-up" if index == 0 else f"run {index} of {runs}")
+            staged.append(staged_run(model, processor, question, clock))
+            plain.append(plain_run(model, processor, question, clock))
+    finally:
+        processor.eos_ids = ends  # the caller's processor goes on answering
     return Runs(staged, plain)
 
 

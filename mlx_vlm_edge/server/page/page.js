@@ -12,6 +12,7 @@ const STAGES = [
 ];
 const SETTINGS = ["system", "max_tokens", "temperature", "top_p", "seed"];
 const WELCOME = $("welcome");
+$("no-script").remove();
 
 let model = null;
 let turns = [];        // {role, text, pictures: [data URL], timings?, usage?, failed?}
@@ -284,10 +285,10 @@ async function respond() {
     else reply.failed = reply.text ? "Stopped." : "Stopped before the first word.";
   }
   turns.push(reply);
+  await keep();
   running = null;
   busy(false);
   render();
-  keep();
 }
 
 function retry() {
@@ -345,7 +346,7 @@ async function loop() {
     running = new AbortController();
     try {
       const reply = await answer([{ role: "user", text, pictures: [frame()] }], running.signal, (growing) => {
-        $("live-answer").textContent = growing.text;
+        if (growing.text) $("live-answer").textContent = growing.text;
       });
       const rate = 1000 / (performance.now() - started);
       smoothed = smoothed ? 0.7 * smoothed + 0.3 * rate : rate;

@@ -107,6 +107,7 @@ def test_an_end_token_does_not_end_a_run(parts):
     model, processor, clock = parts
     runs = measure(model, processor, Question(b"", "Hi", 5), 1, clock=clock)
     assert [run.generated for run in runs.plain] == [5, 5]
+    assert processor.eos_ids == {tiny.STOP}, "the caller's processor is as it was"
 
 
 def test_staged_and_plain_runs_alternate(parts, monkeypatch):
