@@ -141,6 +141,8 @@ def _parts(
 def _save(part: Part, path: Path, say: Report) -> None:
     say(f"{part.name}: writing {path.name}")
     save_package(part, path)
+    for line in part.warnings():
+        say(f"  {part.name}: {line}")
 
 
 def _lint(path: Path, say: Report) -> dict[str, int]:

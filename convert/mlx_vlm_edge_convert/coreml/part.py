@@ -79,6 +79,10 @@ class Part(Protocol):
         """What the manifest says of the part beyond its inputs and outputs."""
         ...
 
+    def warnings(self) -> list[str]:
+        """What the user should know of the package as it was saved."""
+        ...
+
     def verified(self, path: Path) -> "tuple[Part, Check]":
         """Save the package and compare it with MLX: the part as it was saved, repaired maybe."""
         ...

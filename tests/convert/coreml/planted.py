@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_vlm_edge_convert.coreml.check.interpreter import BGR, RGB
 from mlx_vlm_edge_convert.coreml.package.interface import blocks
 from mlx_vlm_edge_convert.coreml.package.saved import Saved
 
@@ -11,6 +12,15 @@ from mlx_vlm_edge.vision.fastvit import AttentionBlock, DepthwiseConv, FastViTHD
 
 DATA = Path("Data/com.apple.CoreML")
 WEIGHTS = DATA / "weights" / "weight.bin"
+
+
+def blue_first(package):
+    """The picture is declared to be BGR."""
+    saved = Saved(package)
+    (picture,) = saved.spec.description.input
+    assert picture.type.imageType.colorSpace == RGB
+    picture.type.imageType.colorSpace = BGR
+    (package / DATA / "model.mlmodel").write_bytes(saved.spec.SerializeToString())
 
 
 def _operations(saved):

@@ -126,6 +126,17 @@ def test_a_manifest_that_is_not_true(bundle, tmp_path, change):
         manifest.read(folder)
 
 
+def test_others_may_read_it(bundle, tmp_path):
+    """As files and folders that are made here are; coremltools keeps some for their owner."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    usual = {path.is_dir(): path.stat().st_mode for path in tmp_path.iterdir()}
+    assert {path.stat().st_mode for path in bundle[0].rglob("*") if path.is_file()} == {
+        usual[False]
+    }
+    assert {path.stat().st_mode for path in bundle[0].rglob("*") if path.is_dir()} == {usual[True]}
+
+
 def run(code, *arguments):
     """A process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -137,12 +148,18 @@ FAULTS = {
     "a bias zeroed": (planted.bias_zeroed, "not as it was emitted"),
     "a blob truncated": (planted.blob_truncated, "weight.bin"),
     "axes swapped": (planted.transposed, "not as it was emitted|declared"),
+    "blue first": (planted.blue_first, "the exported vision is wrong: off by"),
 }
 
 
 @pytest.mark.parametrize(
     ("fault", "precision"),
-    [*((fault, "fp32") for fault in FAULTS), ("a bias zeroed", "fp16"), ("gelu for relu", "fp16")],
+    [
+        *((fault, "fp32") for fault in FAULTS),
+        ("a bias zeroed", "fp16"),
+        ("gelu for relu", "fp16"),
+        ("blue first", "fp16"),
+    ],
 )
 def test_planted_faults_leave_nothing_behind(
     fault, precision, tools, native_folder, tmp_path, monkeypatch

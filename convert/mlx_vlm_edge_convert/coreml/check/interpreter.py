@@ -23,6 +23,7 @@ from .rounding import to_half
 
 Mode = Literal["declared", "fp32"]
 State = dict[str, np.ndarray]
+RGB, BGR = 20, 30  # FeatureTypes_pb2.ImageFeatureType.ColorSpace
 _LISTS = {"concat": "values", "stack": "values"}  # inputs that are several values
 # Operations whose float result need not have the dtype of their float inputs.
 _FREE = frozenset({"cast", "fill", "shape", "range_1d", "select", "gather"})
@@ -74,7 +75,7 @@ class Package:
     ) -> dict[str, np.ndarray]:
         """Outputs by name; `state` is updated in place (without one the states start at zero).
 
-        A picture is an array [1, 3, H, W] of 0..255. Raises UsageError for wrong inputs.
+        A picture is an array [1, 3, H, W] of 0..255, red first. Raises UsageError for wrong inputs.
         """
         declared = self._function(function)
         block = declared.block_specializations[declared.opset]
@@ -109,26 +110,42 @@ class Package:
                 )
             if kind.dtype not in FLOATS and array.dtype.kind == "f":
                 raise UsageError(f"{self._saved.name}, {function}: input {name!r} takes integers")
-            entered[name] = self.stored(array, kind.dtype)
+            entered[name] = self.stored(self._coloured(function, name, array), kind.dtype)
         return entered
+
+    def _described(self, function: str, name: str) -> Any:
+        """What the model's description says of an input beside its program; None for nothing."""
+        described = self.spec.description
+        several = {f.name: f for f in described.functions}
+        features = several.get(function, described).input
+        return next((feature.type for feature in features if feature.name == name), None)
+
+    def _coloured(self, function: str, name: str, array: np.ndarray) -> np.ndarray:
+        """A picture's channels, which come as RGB, in the order that the package asks for."""
+        described = self._described(function, name)
+        if described is None or described.WhichOneof("Type") != "imageType":
+            return array
+        picture = described.imageType
+        size = (picture.height, picture.width)
+        if picture.colorSpace not in (RGB, BGR) or size != array.shape[2:]:
+            raise UsageError(
+                f"{self._saved.name}, {function}: input {name!r} is no colour picture of its size"
+            )
+        return array if picture.colorSpace == RGB else array[:, ::-1]
 
     def _allowed(self, function: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the description's list or ranges of shapes, if it has any, hold this one."""
-        described = self.spec.description
-        several = {f.name: f for f in described.functions}
-        for feature in several.get(function, described).input:
-            if feature.name != name or feature.type.WhichOneof("Type") != "multiArrayType":
-                continue
-            array = feature.type.multiArrayType
-            kind = array.WhichOneof("ShapeFlexibility")
-            if kind == "enumeratedShapes":
-                return shape in {tuple(s.shape) for s in array.enumeratedShapes.shapes}
-            if kind == "shapeRange":
-                return all(
-                    r.lowerBound <= size and (r.upperBound < 0 or size <= r.upperBound)
-                    for r, size in zip(array.shapeRange.sizeRanges, shape, strict=True)
-                )
-        return True
+        described = self._described(function, name)
+        if described is None or described.WhichOneof("Type") != "multiArrayType":
+            return True
+        array = described.multiArrayType
+        kind = array.WhichOneof("ShapeFlexibility")
+        if kind == "enumeratedShapes":
+            return shape in {tuple(s.shape) for s in array.enumeratedShapes.shapes}
+        return kind != "shapeRange" or all(
+            r.lowerBound <= size and (r.upperBound < 0 or size <= r.upperBound)
+            for r, size in zip(array.shapeRange.sizeRanges, shape, strict=True)
+        )
 
     def _check_state(self, item: Any, state: State) -> None:
         if item.name not in state or not type_of(item.type).fits(state[item.name].shape):

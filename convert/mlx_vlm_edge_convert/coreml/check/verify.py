@@ -18,8 +18,8 @@ def saved_and_checked(part: Part, path: Path, say: Say) -> tuple[Part, Check]:
     say(f"{part.name}: writing {path.name} and comparing it with the MLX model")
     try:
         part, check = part.verified(path)
-        if repairs := _repairs(part):
-            say(f"  {part.name}: activations leave float16: {repairs}")
+        for line in part.warnings():
+            say(f"  {part.name}: {line}")
         judge(f"the exported {part.name}", check.parity, say)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
@@ -38,11 +38,3 @@ def judge(what: str, comparisons: Iterable[Parity], say: Say) -> None:
                 f"{what} is wrong: off by {parity.error:.2e} (relative) on {parity.inputs}, more "
                 f"than {parity.limit:.0e}; nothing was kept"
             )
-
-
-def _repairs(part: Part) -> str:
-    repair = part.describe().get("range_repair", {})
-    powers = ", ".join(f"{site} by 2^{k}" for site, k in repair.get("powers_of_two", {}).items())
-    islands = len(repair.get("float32", ()))
-    smaller = [f"held smaller, {powers}"] if powers else []
-    return "; ".join([*smaller, *([f"{islands} operations in float32"] if islands else [])])

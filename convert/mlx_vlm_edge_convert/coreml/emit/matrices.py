@@ -2,8 +2,9 @@
 
 MLX's affine groups, w = s q + b, become scale (data - offset) with the very same integers: no
 weight is quantised again. Half of MLX's scales are negative; with q' = M - q (M the largest q) and
-s' = -s they are positive. Offsets are integers in 0..M where every group allows it; groups whose
-weights have one sign lie outside of that, and their matrix gets offsets of floats.
+s' = -s they are positive. MLX chooses -b / s as an integer, in 0..M unless a group's weights have
+one sign; what half precision leaves of s and b has it no more exactly. A matrix gets integers for
+offsets where every group allows it, else all of its offsets stay as they are, floats.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +23,18 @@ from .toolkit import tools
 
 GROUPS = (64, 32)
 WIDTHS = (4, 8)
-OFF = 2.0**-6  # how far, in steps, an offset may be from the integer that stands for it
+# How far, in steps, an offset may be from the integer that stands for it: float32's rounding. What
+# half precision leaves of an integer (`ROUNDING` of it) goes back onto it as well, up to MOVED.
+OFF, MOVED = 2.0**-10, 2.0**-2
+ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}  # of s and of b, together
 
 
 @dataclass(frozen=True)
 class Groups:
     """data uint8 [out, in] of `bits`, scale and offset float32 [out, in / group].
 
-    whole: every offset is an integer in 0..2 ** bits - 1.
+    whole: every offset is an integer in 0..2 ** bits - 1. moved: half precision had lost some of
+    these integers, and they are restored.
     """
 
     data: np.ndarray
@@ -37,6 +42,7 @@ class Groups:
     offset: np.ndarray
     bits: int
     whole: bool
+    moved: bool = False
 
     @property
     def kind(self) -> str:
@@ -45,8 +51,7 @@ class Groups:
 
     def rows(self, part: slice) -> "Groups":
         """Some of the outputs."""
-        rows = (self.data[part], self.scale[part], self.offset[part])
-        return Groups(*rows, self.bits, self.whole)
+        return replace(self, data=self.data[part], scale=self.scale[part], offset=self.offset[part])
 
     def dense(self) -> np.ndarray:
         """The weights they stand for, float32 [out, in]."""
@@ -148,23 +153,34 @@ def unpacked(weight: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([each & 15, each >> 4], axis=-1).reshape(len(weight), -1)
 
 
-def groups(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> Groups:
-    """MLX's arrays, packed weight uint32, scales and biases float32 -> the same weights."""
+def groups(
+    weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, rounding: float = 0.0
+) -> Groups:
+    """MLX's arrays, packed weight uint32, scales and biases float32 -> the same weights.
+
+    rounding: relative, of a bias over a scale, from the dtype that both were stored in.
+    """
     data, largest = unpacked(weight, bits), (1 << bits) - 1
     scales, biases = scales.astype(np.float64), biases.astype(np.float64)
     width = data.shape[1] // scales.shape[1]
     split = data.reshape(*scales.shape, width)
     split, scales, biases = _without_flat(split, scales, biases)
+    steps = np.divide(np.abs(biases), np.abs(scales), out=0 * biases, where=scales != 0)
     negative = scales < 0
     split = np.where(negative[..., None], largest - split, split).astype(np.uint8)
     biases = np.where(negative, biases + scales * largest, biases)
     scales = np.abs(scales)
-    offset = np.divide(-biases, scales, out=np.zeros_like(biases), where=scales > 0)
-    nearest = np.round(offset)
-    offset = np.where(np.abs(offset - nearest) <= OFF, nearest, offset)
-    whole = bool(((offset == nearest) & (offset >= 0) & (offset <= largest)).all())
+    offset = np.divide(-biases, scales, out=0 * biases, where=scales > 0)
+    nearest = np.clip(np.round(offset), 0, largest)
+    away = np.abs(offset - nearest)
+    whole = bool((away <= np.clip(rounding * steps, OFF, MOVED)).all())
     return Groups(
-        split.reshape(data.shape), scales.astype(np.float32), offset.astype(np.float32), bits, whole
+        split.reshape(data.shape),
+        scales.astype(np.float32),
+        (nearest if whole else offset).astype(np.float32),
+        bits,
+        whole,
+        moved=whole and bool((away > OFF).any()),
     )
 
 
@@ -222,8 +238,7 @@ def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:
     if "scales" in layer:
         parts, form = (layer.weight, layer.scales, layer.biases), (layer.group_size, layer.bits)
     elif bits in WIDTHS:
-        group = _group(layer.weight.shape[1])
-        parts, form = mx.quantize(layer.weight, group_size=group, bits=bits), (group, bits)
+        parts, form = _compressed(layer.weight, bits), (group_size(layer.weight.shape[1]), bits)
     else:
         return numpy(layer.weight)
     packed, *rest = parts
@@ -231,7 +246,13 @@ def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:
     return np.array(mx.dequantize(packed, scales, biases, group_size=form[0], bits=form[1]))
 
 
-def _group(inputs: int) -> int:
+def _compressed(weight: mx.array, bits: int) -> Any:
+    """Quantised by MLX from float32: in half precision its offsets would be integers no more."""
+    wide = weight.astype(mx.float32)
+    return mx.quantize(wide, group_size=group_size(weight.shape[1]), bits=bits)
+
+
+def group_size(inputs: int) -> int:
     """The group size of weights that are quantised here. Raises UsageError where there is none."""
     for size in GROUPS:
         if inputs % size == 0:
@@ -249,8 +270,7 @@ def _weight(layer: nn.Module, bits: Bits | None) -> Dense | Groups | Palette:
         return palette(numpy(weight))
     if bits is None:
         return Dense(numpy(weight))
-    parts = mx.quantize(weight, group_size=_group(weight.shape[1]), bits=bits)
-    return groups(*_arrays(parts), bits)
+    return groups(*_arrays(_compressed(weight, bits)), bits)
 
 
 def _quantized(layer: nn.Module, bits: Bits | None) -> Groups | Palette:
@@ -264,7 +284,8 @@ def _quantized(layer: nn.Module, bits: Bits | None) -> Groups | Palette:
             f"decoder: its weights have {layer.bits} bits already: leave --bits out, or export "
             "the model in full precision"
         )
-    return groups(*_arrays((layer.weight, layer.scales, layer.biases)), layer.bits)
+    arrays = _arrays((layer.weight, layer.scales, layer.biases))
+    return groups(*arrays, layer.bits, ROUNDING[layer.scales.dtype])
 
 
 def _arrays(parts: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

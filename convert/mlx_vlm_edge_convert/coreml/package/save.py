@@ -19,13 +19,24 @@ def save_package(part: Part, path: Path) -> None:
     try:
         if len(functions) == 1:
             _save(functions[0], part.minimum, path)
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            _save_together([*functions], part.minimum, Path(folder), path)
+        else:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                _save_together([*functions], part.minimum, Path(folder), path)
+        readable(path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) or "write" in str(error).lower():
             raise UsageError(f"{path.name}: cannot be written ({_reason(error)})") from error
         raise
+
+
+def readable(path: Path) -> None:
+    """Whoever may read the folder that `path` is in may read it and all in it.
+
+    coremltools and safetensors write files for their owner alone.
+    """
+    folder = path.parent.stat().st_mode & 0o777
+    for each in (path, *path.rglob("*")):
+        each.chmod(folder if each.is_dir() else folder & 0o666)
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from ..emit import connectors
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, IMAGE, MAIN, TOKENS
-from ..package.save import save_package
+from ..package.save import readable, save_package
 from ..parity import Check, Parity, distance
 from ..part import Function, Options
 from .encoders import Encoder
@@ -181,13 +181,23 @@ class VisionPart:
     def write_files(self, folder: Path) -> None:
         """What of the family's vision weights the host computes with, where there is any."""
         if self.arrays:
-            save_file(dict(self.arrays), str(folder / f"{self.name}{ARRAYS}"))
+            path = folder / f"{self.name}{ARRAYS}"
+            save_file(dict(self.arrays), str(path))
+            readable(path)
 
     def describe(self) -> dict[str, Any]:
         """What was done about ranges, and what the family's host must do."""
         repairs = {"powers_of_two": dict(self.powers), "float32": sorted(self.islands)}
         files = {"arrays": f"{self.name}{ARRAYS}"} if self.arrays else {}
         return {**self.notes, **files, "range_repair": repairs}
+
+    def warnings(self) -> list[str]:
+        """How what leaves float16 is held."""
+        powers = ", ".join(f"{site} by 2^{k}" for site, k in self.powers.items())
+        smaller = [f"held smaller, {powers}"] if powers else []
+        islands = [f"{len(self.islands)} operations in float32"] if self.islands else []
+        repairs = "; ".join([*smaller, *islands])
+        return [f"activations leave float16: {repairs}"] if repairs else []
 
     def verified(self, path: Path) -> "tuple[VisionPart, Check]":
         """Save the package and compare it on every picture, its ranges repaired where they need it.

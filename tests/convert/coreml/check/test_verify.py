@@ -18,8 +18,8 @@ class Part:
     def __init__(self, *errors, limit=1e-2):
         self.parity = tuple(Parity("vision", f"case {i}", e, limit) for i, e in enumerate(errors))
 
-    def describe(self):
-        return {}
+    def warnings(self):
+        return ["it is only a double"]
 
     def verified(self, path):
         path.mkdir()
@@ -33,6 +33,7 @@ def test_a_package_that_passes_stays(tmp_path):
     assert check.parity == part.parity
     assert (tmp_path / "a.mlpackage").is_dir()
     assert said[1:] == [
+        "  vision: it is only a double",
         "  vision, case 0: relative error 1.00e-03", "  vision, case 1: relative error 1.00e-02",
     ]  # fmt: skip
 
@@ -50,7 +51,7 @@ def test_a_package_that_fails_does_not_stay(tmp_path, errors):
 
 def test_neither_does_one_whose_check_is_interrupted(tmp_path):
     part = Part(1e-3)
-    part.describe = SimpleNamespace()  # which is not to be called
+    part.warnings = SimpleNamespace()  # which is not to be called
     with pytest.raises(TypeError):
         saved_and_checked(part, tmp_path / "a.mlpackage", lambda _: None)
     assert [*tmp_path.iterdir()] == []

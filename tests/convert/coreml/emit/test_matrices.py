@@ -70,6 +70,49 @@ def test_bfloat16_scales_keep_their_offsets():
     assert np.abs(found.dense() - dense).max() <= np.abs(parts[1]).max() / 50
 
 
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_bfloat16_matrix_is_quantised_from_float32(name):
+    weight, whole = PLANTED[name]
+    layer = nn.Linear(128, 32)
+    layer.weight = mx.array(weight.astype(np.float32)).astype(mx.bfloat16)
+    for bits in (4, 8):
+        found = matrix(layer, bits, half=True).weight
+        assert (found.whole, found.moved) == (whole, False)
+        true = original(layer, bits)
+        assert np.linalg.norm(found.dense() - true) < 1e-3 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "whole"),
+    [(mx.bfloat16, 4, True), (mx.bfloat16, 8, False), (mx.float16, 4, True), (mx.float16, 8, True)],
+)
+def test_offsets_that_half_precision_rounded(dtype, bits, whole):
+    """Back on integers where these can be known, all of a matrix or none."""
+    for name in ("normal", "heavy tails"):
+        weight = PLANTED[name][0]
+        layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 32), 32, bits)
+        layer.weight, layer.scales, layer.biases = mx.quantize(
+            mx.array(weight).astype(dtype), 32, bits
+        )
+        found, true = matrix(layer, None, half=False).weight, original(layer, None)
+        assert (found.whole, found.moved) == (whole, whole)
+        own = (found.offset == np.round(found.offset)).mean()
+        assert own == 1 if whole else own < 0.5
+        assert np.linalg.norm(found.dense() - true) < 1e-2 * np.linalg.norm(true)
+
+
+def test_one_group_of_one_sign_leaves_all_offsets_as_they_are():
+    weight = PLANTED["normal"][0].copy()
+    weight[3, :32] = np.abs(weight[3, :32]) + 1
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 32), 32, 4)
+    layer.weight, layer.scales, layer.biases = mx.quantize(
+        mx.array(weight).astype(mx.bfloat16), 32, 4
+    )
+    found, true = matrix(layer, None, half=False).weight, original(layer, None)
+    assert (found.whole, found.moved) == (False, False)
+    assert np.abs(found.dense() - true).max() < 1e-6
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packing_there_and_back(bits):
     packed_by_mlx = quantised(normal(8, 64), bits)[0]

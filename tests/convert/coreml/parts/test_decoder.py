@@ -15,6 +15,7 @@ from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.part import Options
+from mlx_vlm_edge_convert.coreml.parts import decoder_check
 from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart
 from mlx_vlm_edge_convert.coreml.run import host
 from mlx_vlm_edge_convert.coreml.run.host import DecoderHost, Geometry
@@ -85,15 +86,17 @@ def saved(request, tools, qwen2, tmp_path_factory):
 
 def worst(made, path):
     """What the graph's comparison finds, relative to what it may find."""
-    return max(parity.error / parity.limit for parity in made.check(path).parity)
+    comparisons = decoder_check.check(made, path).parity
+    return max(parity.error / parity.limit for parity in comparisons)
 
 
 @pytest.mark.parametrize(("name", "form"), [("qwen2", "stateful"), ("llama", "readonly")])
 def test_float16_is_near_and_its_graph_exact(request, tools, tmp_path, name, form):
     made = make(request.getfixturevalue(name), form, "fp16")
     _, found = made.verified(tmp_path / "decoder.mlpackage")
-    assert [parity.inputs for parity in found.parity][-2:] == [
-        "prefill + 8 steps (graph)", "prefill + 8 steps",
+    assert [parity.inputs for parity in found.parity] == [
+        "the embeddings", "the weights", "norms and biases", "prefill + 8 steps (graph)",
+        "prefill + 8 steps", "prefill + 8 steps, the model as it was loaded",
     ]  # fmt: skip
     assert all(parity.passed for parity in found.parity)
     assert found.parity[-1].error > 1e-5  # it did round
@@ -137,6 +140,47 @@ def test_a_quantised_checkpoint_is_exported_as_it_is(tools, tmp_path):
     assert found.parity[1].error < 1e-6  # the weights, against MLX's
     operations = {op.type for op in _block(tmp_path / "decoder.mlpackage", "decode").operations}
     assert "constexpr_blockwise_shift_scale" in operations
+
+
+def bfloat16(model):
+    model.apply(lambda p: p.astype(mx.bfloat16) if mx.issubdtype(p.dtype, mx.floating) else p)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bits", "form", "precision"),
+    [
+        (None, "stateful", "fp16"), (None, "readonly", "fp32"), (4, "stateful", "fp16"),
+        (4, "readonly", "fp32"), (8, "readonly", "fp16"), (8, "stateful", "mixed"),
+        ("palette4", "readonly", "mixed"), ("palette4", "stateful", "fp32"),
+    ],
+)  # fmt: skip
+def test_a_bfloat16_model_takes_every_option(tools, tmp_path, bits, form, precision):
+    made = make(bfloat16(random_model(QWEN2)), form, precision, bits)
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    assert found.parity[1].error < (0.2 if bits == "palette4" else 4e-4)
+    assert made.warnings() == []
+    assert made.describe()["matrices_with_float_offsets"] == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_quantised_in_bfloat16_says_what_is_lost(tools, tmp_path, bits):
+    """Of 4 bits its offsets are integers again; of 8 bits they cannot be known."""
+    model = bfloat16(random_model(QWEN2))
+    nn.quantize(model, group_size=32, bits=bits)
+    made = make(model, "readonly", "fp16")
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    matrices = 15
+    (line,) = made.warnings()
+    if bits == 4:
+        assert f"of {matrices} of {matrices} matrices are integers again" in line
+        assert 1e-3 < found.parity[1].error < 6e-3 < found.parity[1].limit
+        assert made.describe()["matrices_with_float_offsets"] == 0
+    else:
+        assert f"of {matrices} of {matrices} matrices are no integers" in line
+        assert found.parity[1].limit == decoder_check.WEIGHTS
 
 
 def _block(path, name, spec=None):
@@ -265,11 +309,57 @@ def test_a_bias_of_zeros_is_found(saved, tmp_path):
     assert worst(made, copy) > 100
 
 
+# Numbers in their right form that are not the model's.
+
+
+def swapped_norms(monkeypatch):
+    layer = DecoderPart._layer
+
+    def swapped(self, module):
+        sound = layer(self, module)
+        return replace(sound, norms=sound.norms[::-1])
+
+    monkeypatch.setattr(DecoderPart, "_layer", swapped)
+
+
+def final_norm_of_ones(monkeypatch):
+    vector = DecoderPart._vector
+
+    def ones(self, array):
+        sound = vector(self, array)
+        return np.ones_like(sound) if array is self.language_model.model.norm.weight else sound
+
+    monkeypatch.setattr(DecoderPart, "_vector", ones)
+
+
+def biases_of_zeros(monkeypatch):
+    matrix = DecoderPart._matrix
+
+    def unbiased(self, layer):
+        sound = matrix(self, layer)
+        return sound if sound.bias is None else replace(sound, bias=0 * sound.bias)
+
+    monkeypatch.setattr(DecoderPart, "_matrix", unbiased)
+
+
+@pytest.mark.parametrize("fault", [swapped_norms, final_norm_of_ones, biases_of_zeros])
+def test_numbers_that_are_not_the_model_s_are_found(tools, qwen2, tmp_path, monkeypatch, fault):
+    """By the vectors and by the prompt's logits; the graph, of the very same numbers, is right."""
+    fault(monkeypatch)
+    _, found = make(qwen2).verified(tmp_path / "decoder.mlpackage")
+    passed = {parity.inputs: parity.passed for parity in found.parity}
+    assert passed == {
+        "the embeddings": True, "the weights": True, "norms and biases": False,
+        "prefill + 8 steps (graph)": True, "prefill + 8 steps": True,
+        "prefill + 8 steps, the model as it was loaded": False,
+    }  # fmt: skip
+
+
 def test_weights_that_are_not_mlx_s_are_found(saved):
     made, _ = saved
     other = replace(made, language_model=random_model(QWEN2, seed=1))
     other.__dict__["decoder"] = made.decoder
-    assert other.weights_error() > 0.5
+    assert decoder_check.weights_error(other) > 0.5
 
 
 def test_a_truncated_weight_file_is_found(saved, tmp_path):
@@ -277,7 +367,7 @@ def test_a_truncated_weight_file_is_found(saved, tmp_path):
     copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
     (copy / WEIGHT).write_bytes((path / WEIGHT).read_bytes()[:-100])
     with pytest.raises(UsageError, match=r"weight.bin is cut off"):
-        made.check(copy)
+        decoder_check.check(made, copy)
 
 
 def test_activations_beyond_float16_are_one_clear_line(tools, tmp_path):
