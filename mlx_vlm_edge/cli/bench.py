@@ -237,7 +237,7 @@ def _run_claims(
     from mlx_vlm_edge_bench.bench import machine
     from mlx_vlm_edge_bench.claims import run as claim_run
     from mlx_vlm_edge_bench.claims import table as claim_table
-    from mlx_vlm_edge_bench.claims.timed import Workshop
+    from mlx_vlm_edge_bench.claims.timed import PartTimer
 
     progress, code = Progress(), 0
     record: dict[str, Any] = {"kind": "claims", "machine": machine.record(), "claims": []}
@@ -247,11 +247,11 @@ def _run_claims(
     how = IN_PARTS if in_parts else WHOLE
     timed = any(claim.timed for claim in wanted)
     _say([*_heading(record["machine"]), *([how] if timed else [])], width)
-    shop = Workshop(in_parts)
+    timer = PartTimer(in_parts)
     try:
         for index, claim in enumerate(wanted, 1):
             label = f"{index} of {len(wanted)}, {claim.id}"
-            done = claim_run.run(claim, setting, shop, progress.under(label))
+            done = claim_run.run(claim, setting, timer, progress.under(label))
             progress.clear()
             record["claims"].append(done)
             print(f"\n{claim_table.claim(done, width)}", flush=True)

@@ -15,7 +15,8 @@ import mlx.core as mx
 from ..errors import UsageError
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..wording import gigabytes
-from .cost import SQUARE, Cost, Size, blueprint, cost, question
+from .cost import SQUARE, Cost, Size, blueprint, question
+from .cost import cost as count
 
 Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when that cannot be had
 PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
@@ -41,27 +42,27 @@ def needed(
     if quantize is not None:
         block = {"bits": quantize, "group_size": GROUP_SIZE}
     plan = blueprint(config, dtype=dtype, quantization=block, asked=asked)
-    return cost(plan, question(plan, image))
+    return count(plan, question(plan, image))
 
 
-def fit(name: str, found: Cost, limit: int | None, wanted: int | None = None) -> int:
+def fit(name: str, cost: Cost, limit: int | None, wanted: int | None = None) -> int:
     """How many positions the KV cache may have within `limit` bytes: `wanted`, or fewer.
 
     wanted: by default the prompt and 256 more. limit: None where it is not known, so that all is
     right. Raises UsageError with the figures where not even the prompt and one token fit.
     """
-    wanted = found.prompt_tokens + ANSWER if wanted is None else wanted
+    wanted = cost.prompt_tokens + ANSWER if wanted is None else wanted
     if limit is None:
         return wanted
-    least = found.prompt_tokens + 1
-    refuse_too_large(name, by_use(found, min(least, wanted)), limit)
-    spare = limit - sum(by_use(found, 0).values())
-    return min(wanted, spare // found.cached)
+    least = cost.prompt_tokens + 1
+    refuse_too_large(name, by_use(cost, min(least, wanted)), limit)
+    spare = limit - sum(by_use(cost, 0).values())
+    return min(wanted, spare // cost.cached)
 
 
-def by_use(found: Cost, positions: int) -> dict[str, int]:
+def by_use(cost: Cost, positions: int) -> dict[str, int]:
     """Bytes by what they are for. positions: of the KV cache. The activations' are an estimate."""
-    memory = found.memory(positions)
+    memory = cost.memory(positions)
     return {
         "weights": memory["weights"],
         "KV cache": memory["cache"],

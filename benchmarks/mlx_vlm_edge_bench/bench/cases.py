@@ -19,8 +19,8 @@ from mlx_vlm_edge.timings import Clock
 from ..random.question import text_of
 from . import cold, energy, machine
 from .figures import UNACCOUNTED, Runs, figures, unaccounted
+from .loaded import Choice, LoadedModel
 from .measure import Question, measure, plain_run
-from .opened import Choice, Opened
 
 Progress = Callable[[str], None]
 COLD_RUNS = 3  # at most; each loads the model
@@ -99,10 +99,10 @@ def run(
             _refuse_too_large(choice, options)
         for choice in options.choices:
             progress(f"{choice.model}: {'making random weights' if choice.random else 'loading'}")
-            opened = Opened(choice)
+            loaded = LoadedModel(choice)
             for resolution in options.resolutions:
-                yield _case(opened, choice, resolution, options, picture, progress, clock)
-            del opened
+                yield _case(loaded, choice, resolution, options, picture, progress, clock)
+            del loaded
 
 
 def _refuse_too_large(choice: Choice, options: BenchOptions) -> None:
@@ -123,7 +123,7 @@ def _refuse_too_large(choice: Choice, options: BenchOptions) -> None:
 
 
 def _case(
-    opened: Opened,
+    loaded: LoadedModel,
     choice: Choice,
     resolution: int | None,
     options: BenchOptions,
@@ -131,7 +131,7 @@ def _case(
     progress: Progress,
     clock: Clock,
 ) -> dict[str, Any]:
-    model, processor = opened.at(resolution)
+    model, processor = loaded.at(resolution)
     text = text_of(processor, options.image, options.prompt_tokens)
     question = Question(options.image, text, options.max_tokens)
     label = _label(choice, resolution)
@@ -155,7 +155,7 @@ def _case(
             fresh.append(cold.cold_run(command, clock))
         runs = replace(runs, cold=fresh)
     return {
-        **_described(choice, resolution, opened.dtype),
+        **_described(choice, resolution, loaded.dtype),
         "image": options.image_name,
         "prompt": text,
         "load_average": [load_before, machine.load_average()],

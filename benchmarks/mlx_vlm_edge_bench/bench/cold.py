@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlx_vlm_edge.timings import Clock
 
     from .figures import ColdRun
-    from .opened import Choice
+    from .loaded import Choice
 
 TOKENS = 2
 FIRST = "first token"
@@ -66,11 +66,11 @@ def answer(spec: dict[str, Any]) -> None:
     began = time.perf_counter()
     from mlx_vlm_edge.generation.loop import stream_generate
 
-    from .opened import Choice, Opened
+    from .loaded import Choice, LoadedModel
 
     imported = time.perf_counter()
     choice = Choice(**{field.name: spec[field.name] for field in fields(Choice)})
-    model, processor = Opened(choice, ahead=True).at(spec["resolution"])
+    model, processor = LoadedModel(choice, ahead=True).at(spec["resolution"])
     processor.eos_ids = frozenset()
     loaded = time.perf_counter()
     pieces = stream_generate(

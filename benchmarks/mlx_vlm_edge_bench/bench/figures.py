@@ -160,24 +160,24 @@ def figures(runs: Runs) -> dict[str, Figure]:
     """
     staged, plain = runs.staged, runs.plain
     prompt = plain[0].prompt_tokens
-    found = {
+    named = {
         "ttft": _figure(staged, lambda run: run.ttft),
         "ttft_e2e": _figure(plain, lambda run: run.ttft_e2e),
     }
     if runs.cold:
-        found["ttft_cold"] = _figure(runs.cold, lambda run: run.ttft_cold)
+        named["ttft_cold"] = _figure(runs.cold, lambda run: run.ttft_cold)
         for name in runs.cold[0].inside:
-            found[f"cold: {name}"] = _figure(runs.cold, lambda run, n=name: run.inside[n])
-        found["rss"] = _figure(runs.cold, lambda run: run.rss)
+            named[f"cold: {name}"] = _figure(runs.cold, lambda run, n=name: run.inside[n])
+        named["rss"] = _figure(runs.cold, lambda run: run.rss)
     for name in staged[0].stages:
-        found[f"stage: {name}"] = _figure(staged, lambda run, n=name: run.stages[n])
-    found["staged total"] = _figure(staged, lambda run: run.total)
-    found["prompt_tps"] = _figure(plain, lambda run: prompt / run.ttft_e2e)
-    found["prefill_tps"] = _figure(staged, lambda run: prompt / run.stages[PREFILL])
+        named[f"stage: {name}"] = _figure(staged, lambda run, n=name: run.stages[n])
+    named["staged total"] = _figure(staged, lambda run: run.total)
+    named["prompt_tps"] = _figure(plain, lambda run: prompt / run.ttft_e2e)
+    named["prefill_tps"] = _figure(staged, lambda run: prompt / run.stages[PREFILL])
     if plain[0].generated > 1:
-        found["decode_tps"] = _figure(plain, lambda run: run.decode_tps)
-    found["peak_memory"] = _figure(plain, lambda run: run.peak_memory)
-    return found
+        named["decode_tps"] = _figure(plain, lambda run: run.decode_tps)
+    named["peak_memory"] = _figure(plain, lambda run: run.peak_memory)
+    return named
 
 
 def _figure(runs: Sequence[Any], value: Callable[..., float]) -> Figure:

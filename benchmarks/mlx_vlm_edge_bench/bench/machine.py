@@ -95,8 +95,8 @@ def _mac(ask: Ask) -> dict[str, Any]:
 
 
 def _linux(cpuinfo: str) -> dict[str, Any]:
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return {"chip": found[1].strip() if found else platform.machine() or None}
+    line = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return {"chip": line[1].strip() if line else platform.machine() or None}
 
 
 def _system(system: str) -> str:
@@ -106,13 +106,13 @@ def _system(system: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit(ask: Ask) -> str | None:

@@ -37,7 +37,7 @@ MEMORY = {"peak_memory": "MLX", "rss": "fresh process"}
 
 def case(record: Record, width: int = 80) -> str:
     """One case: what it is, its TTFTs, stages, rates and memory."""
-    figures = {name: _figure(found) for name, found in record["figures"].items()}
+    figures = {name: _figure(told) for name, told in record["figures"].items()}
     lines = [*textwrap.wrap(title(record), width), *textwrap.wrap(counts(record), width), ""]
     lines.append(_row("", ("median", "min", "spread", "warm-up"), "", width))
     for name in MEANINGS:
@@ -145,8 +145,8 @@ def _row(name: str, cells: Sequence[str], meaning: str, width: int) -> str:
     return f"{row}  {meaning}" if meaning and width >= SIDE_BY_SIDE else row
 
 
-def _figure(found: Mapping[str, Any]) -> Figure:
-    return Figure(tuple(found["values"]), found["first"])
+def _figure(record: Record) -> Figure:
+    return Figure(tuple(record["values"]), record["first"])
 
 
 def notes(width: int) -> str:
@@ -168,20 +168,20 @@ def summary(records: Sequence[Record], width: int = 80) -> str:
     first = _figure(records[0]["figures"]["ttft_e2e"])
     for name, record in zip(names, records, strict=True):
         cells = [_summary_cell(record, column) for column in shown]
-        found = ratio(_figure(record["figures"]["ttft_e2e"]), first, (name, names[0]))
-        if found.value is None and record is not records[0]:
-            said.append(found.refusal)
-        times = "-" if found.value is None else f"{found.value:.2f}"
+        compared = ratio(_figure(record["figures"]["ttft_e2e"]), first, (name, names[0]))
+        if compared.value is None and record is not records[0]:
+            said.append(compared.refusal)
+        times = "-" if compared.value is None else f"{compared.value:.2f}"
         lines.append(f"{name:{room}}" + "".join(f"{cell:>13}" for cell in cells) + f"{times:>9}")
     return "\n".join([*lines, *(textwrap.fill(line, width) for line in said)])
 
 
 def _summary_cell(record: Record, column: str) -> str:
-    found = record["figures"].get(column)
-    if found is None:
+    figure = record["figures"].get(column)
+    if figure is None:
         return "-"
     factor = 1 if column == "decode_tps" else 1000
-    return f"{found['median'] * factor:,.1f}"
+    return f"{figure['median'] * factor:,.1f}"
 
 
 def _short(record: Record) -> str:

@@ -14,7 +14,7 @@ from mlx_vlm_edge.vision.vit import ViT, ViTConfig
 
 from ..estimate.text import prompt_work
 from .read import Claim, Part, Subject
-from .timed import Pieces, features_shape, pieces, side_of
+from .timed import ModelParts, features_shape, model_parts, side_of
 
 
 def counted(claim: Claim, subject: Subject) -> float:
@@ -28,28 +28,28 @@ def tokens(part: Part) -> int:
     """Visual tokens of `times` tiles, or the positions of a prefill."""
     if part.tokens is not None:
         return part.tokens
-    model = pieces(part.model)
+    model = model_parts(part.model)
     features = mx.zeros(features_shape(model, part.resolution))
     return int(model.connector_of(part.type)(features).shape[1]) * part.times
 
 
 def parameters(part: Part) -> int:
     """Of the whole published tower, of the connector, or of the language model."""
-    found = pieces(part.model)
+    model = model_parts(part.model)
     if part.part == "vision":
-        return _size(_whole_tower(found, part.layers))
+        return _size(_whole_tower(model, part.layers))
     if part.part == "connector":
-        return _size(found.connector_of(part.type))
-    return _size(found.language_model)
+        return _size(model.connector_of(part.type))
+    return _size(model.language_model)
 
 
-def _whole_tower(found: Pieces, published: int | None) -> nn.Module:
+def _whole_tower(model: ModelParts, published: int | None) -> nn.Module:
     """The tower with the layers that the model leaves out, and its final norm."""
-    vision = found.config.vision
+    vision = model.config.vision
     if not isinstance(vision, ViTConfig):
-        return found.tower
-    given: dict[str, Any] = found.config.source.get("vision_config") or {}
-    layers = published or given.get("num_hidden_layers", vision.layers)
+        return model.tower
+    config: dict[str, Any] = model.config.source.get("vision_config") or {}
+    layers = published or config.get("num_hidden_layers", vision.layers)
     return ViT(replace(vision, layers=layers, post_norm=True))
 
 
@@ -70,7 +70,7 @@ def flops(subject: Subject) -> int:
 @cache
 def work(part: Part) -> Work:
     """What a part costs, as often as there are tiles."""
-    model = pieces(part.model)
+    model = model_parts(part.model)
     if part.part in ("prefill", "language"):
         return prompt_work(model.language_model, part.tokens or 1)[0]
     if part.part == "vision":

@@ -135,16 +135,16 @@ def _claim(entry: Any, file: str) -> Claim:
     name = entry.get("id") if isinstance(entry, Mapping) else None
     try:
         against = entry["against"]
-        claim = _object(Claim, entry) | {
+        fields_of_claim = _object(Claim, entry) | {
             "paper": Paper(**_object(Paper, entry["paper"])),
             "ours": _subject(entry["ours"]),
             "against": None if against is None else _subject(against),
         }
-        made = Claim(**claim)
-        _check(made)
+        claim = Claim(**fields_of_claim)
+        _check(claim)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file}: claim {name!r}: {error}") from None
-    return made
+    return claim
 
 
 def _object(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def _object(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _subject(entry: Mapping[str, Any]) -> Subject:
-    given = _object(Subject, entry)
+    subject = _object(Subject, entry)
     parts = tuple(Part(**_object(Part, part)) for part in entry.get("parts", ()))
-    return Subject(**given | {"parts": parts})
+    return Subject(**subject | {"parts": parts})
 
 
 def _check(claim: Claim) -> None:
@@ -207,5 +207,5 @@ def verdict(claim: Claim, ours: float, same_chip: bool) -> Verdict:
 
 def counts(verdicts: Iterable[str]) -> str:
     """ "2 reproduced, 1 not runnable here"."""
-    found = list(verdicts)
-    return ", ".join(f"{found.count(word)} {word}" for word in dict.fromkeys(found))
+    words = list(verdicts)
+    return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))

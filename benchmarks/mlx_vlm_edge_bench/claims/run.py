@@ -11,7 +11,7 @@ from ..bench import machine
 from ..bench.figures import Figure, added, ratio
 from .counted import counted, flops
 from .read import Claim, Subject, Verdict, verdict
-from .timed import Workshop
+from .timed import PartTimer
 
 Progress = Callable[[str], None]
 NOT_HERE = "not runnable here"
@@ -31,11 +31,13 @@ class Setting:
         return bool(self.machine["device"] == "GPU")
 
 
-def run(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> dict[str, Any]:
+def run(claim: Claim, setting: Setting, timer: PartTimer, progress: Progress) -> dict[str, Any]:
     """Count or time one claim. What cannot be run here has the reason in place of a figure."""
-    found = _not_here(claim, setting, shop)
-    if found is None:
-        found = _timed(claim, setting, shop, progress) if claim.timed else _counted(claim, setting)
+    outcome = _not_here(claim, setting, timer)
+    if outcome is None:
+        outcome = (
+            _timed(claim, setting, timer, progress) if claim.timed else _counted(claim, setting)
+        )
     return {
         "id": claim.id,
         "title": claim.title,
@@ -46,11 +48,11 @@ def run(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> d
         "against": claim.against.name if claim.against else None,
         "better": claim.better,
         "predicted": _predicted(claim),
-        **found,
+        **outcome,
     }
 
 
-def _not_here(claim: Claim, setting: Setting, shop: Workshop) -> dict[str, Any] | None:
+def _not_here(claim: Claim, setting: Setting, timer: PartTimer) -> dict[str, Any] | None:
     """The record of a claim that cannot be run, and why; None when it can."""
     for subject in claim.subjects:
         if subject.not_runnable:
@@ -68,24 +70,24 @@ def _not_here(claim: Claim, setting: Setting, shop: Workshop) -> dict[str, Any] 
                 f"({chip}); name the claim to time it all the same",
             )
         )
-    return _too_large(claim, shop)
+    return _too_large(claim, timer)
 
 
-def _too_large(claim: Claim, shop: Workshop) -> dict[str, Any] | None:
+def _too_large(claim: Claim, timer: PartTimer) -> dict[str, Any] | None:
     parts = [part for subject in claim.subjects for part in subject.parts]
     free = memory.usable()
-    if free is not None and shop.missing(parts) + ALLOWANCE > free:
-        shop.clear()
+    if free is not None and timer.missing(parts) + ALLOWANCE > free:
+        timer.clear()
         free = memory.usable() or 0
-        needed = shop.missing(parts) + ALLOWANCE
+        needed = timer.missing(parts) + ALLOWANCE
         if needed > free:
             why = f"needs {gigabytes(needed)}, {gigabytes(free)} are free"
             return _verdict(Verdict(NOT_HERE, why))
     return None
 
 
-def _verdict(found: Verdict, **more: Any) -> dict[str, Any]:
-    return {"verdict": found.word, "why": found.why, "figure": None, **more}
+def _verdict(verdict: Verdict, **more: Any) -> dict[str, Any]:
+    return {"verdict": verdict.word, "why": verdict.why, "figure": None, **more}
 
 
 def _counted(claim: Claim, setting: Setting) -> dict[str, Any]:
@@ -102,10 +104,10 @@ def _counted(claim: Claim, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _timed(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -> dict[str, Any]:
+def _timed(claim: Claim, setting: Setting, timer: PartTimer, progress: Progress) -> dict[str, Any]:
     """Both subjects in turn, run after run; a ratio of medians."""
     progress("making random weights")
-    runners = [[shop.timed(part) for part in subject.parts] for subject in claim.subjects]
+    runners = [[timer.timed(part) for part in subject.parts] for subject in claim.subjects]
     taken: list[list[list[float]]] = [[[] for _ in parts] for parts in runners]
     for index in range(setting.runs + 1):
         progress("warm-up" if not index else f"run {index} of {setting.runs}")
@@ -118,7 +120,7 @@ def _timed(claim: Claim, setting: Setting, shop: Workshop, progress: Progress) -
         **_figure(claim, totals, setting),
         "sides": [total.scaled(1000).record() for total in totals],
         "parts": [_parts(*pair) for pair in zip(claim.subjects, sides, strict=True)],
-        "how": _how(claim, shop),
+        "how": _how(claim, timer),
     }
 
 
@@ -126,10 +128,10 @@ def _figure(claim: Claim, totals: list[Figure], setting: Setting) -> dict[str, A
     if claim.against is None:
         figure = totals[0].median * 1000
     else:
-        found = ratio(totals[1], totals[0], (claim.against.name, claim.ours.name))
-        if found.value is None:
-            return _verdict(Verdict("not compared", found.refusal))
-        figure = found.value
+        compared = ratio(totals[1], totals[0], (claim.against.name, claim.ours.name))
+        if compared.value is None:
+            return _verdict(Verdict("not compared", compared.refusal))
+        figure = compared.value
     same = machine.same_chip(setting.machine["chip"], claim.paper.chip)
     return {**_verdict(verdict(claim, figure, same)), "figure": figure}
 
@@ -141,9 +143,9 @@ def _parts(subject: Subject, figures: list[Figure]) -> list[dict[str, Any]]:
     ]
 
 
-def _how(claim: Claim, shop: Workshop) -> str:
+def _how(claim: Claim, timer: PartTimer) -> str:
     parts = [part for subject in claim.subjects for part in subject.parts]
-    said = list(dict.fromkeys(filter(None, map(shop.how, parts))))
+    said = list(dict.fromkeys(filter(None, map(timer.how, parts))))
     return f"in parts: {'; '.join(said)}" if said else "run whole"
 
 

@@ -41,11 +41,11 @@ def _ours(record: Record) -> str:
         f"{_side(side, record['unit'], record['kind'])} ({name})"
         for side, name in zip(record["sides"], names, strict=True)
     ]
-    made = f"; {record['how']}" if record["how"] else ""
+    how = f"; {record['how']}" if record["how"] else ""
     if len(shown) == 1:
-        return f"{shown[0]}{made}"
+        return f"{shown[0]}{how}"
     figure = "no ratio" if record["figure"] is None else _value(record["figure"], "x")
-    return f"{figure} = {shown[1]} / {shown[0]}{made}"
+    return f"{figure} = {shown[1]} / {shown[0]}{how}"
 
 
 def _side(side: Any, unit: str, kind: str) -> str:

@@ -38,7 +38,7 @@ Timed = Callable[[], float]  # runs a part once -> its seconds, or those it come
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ModelParts:
     """A model's parts, in their shapes only; `config` is the family's."""
 
     config: Any
@@ -55,35 +55,35 @@ class Pieces:
 
 
 @cache
-def pieces(model: str) -> Pieces:
+def model_parts(alias: str) -> ModelParts:
     """The parts of an alias. Raises UsageError for a family without a tower and a connector."""
-    plan = blueprint(model)
+    plan = blueprint(alias)
     tower, connector = plan.model.tower, plan.model.connector
     if connector is None:
-        raise UsageError(f"{model} has no vision tower and connector to measure by themselves")
-    return Pieces(plan.config, tower, connector, plan.model.language_model, plan.dtype)
+        raise UsageError(f"{alias} has no vision tower and connector to measure by themselves")
+    return ModelParts(plan.config, tower, connector, plan.model.language_model, plan.dtype)
 
 
-def side_of(found: Pieces, resolution: int | None) -> int:
+def side_of(model: ModelParts, resolution: int | None) -> int:
     """The side of a tile in pixels. Raises UsageError for one that the tower does not take."""
-    if not isinstance(found.config.vision, ViTConfig):  # FastViTHD takes many sizes
-        return int(found.config.adapted(Preprocessing(resolution=resolution)).image_size)
-    side: int = found.config.vision.image_size
+    if not isinstance(model.config.vision, ViTConfig):  # FastViTHD takes many sizes
+        return int(model.config.adapted(Preprocessing(resolution=resolution)).image_size)
+    side: int = model.config.vision.image_size
     if resolution not in (None, side):
         raise UsageError(f"image size {resolution}: this vision tower takes {side} only")
     return side
 
 
-def features_shape(found: Pieces, resolution: int | None) -> tuple[int, int, int]:
+def features_shape(model: ModelParts, resolution: int | None) -> tuple[int, int, int]:
     """Of a tile's image features, [1, N, C], as the connector takes them."""
-    vision, side = found.config.vision, side_of(found, resolution)
+    vision, side = model.config.vision, side_of(model, resolution)
     if isinstance(vision, ViTConfig):
         return 1, vision.grid**2, vision.hidden_size
     return 1, (side // STRIDE) ** 2, vision.out_dim
 
 
 @dataclass
-class Workshop:
+class PartTimer:
     """Makes the parts' weights when they are first needed, and times them.
 
     in_parts: one tile instead of several, and of a long prefill its first and last chunk.
@@ -93,7 +93,7 @@ class Workshop:
     clock: Clock = time.perf_counter
 
     def __post_init__(self) -> None:
-        self._made: dict[tuple[str, str], nn.Module] = {}
+        self._filled_modules: dict[tuple[str, str], nn.Module] = {}
 
     def timed(self, part: Part) -> Timed:
         """A function that runs the part once and gives its time."""
@@ -118,37 +118,37 @@ class Workshop:
         wanted = {(part.model, self._name(part)): part for part in parts}
         return sum(
             sum(array.size for _, array in tree_flatten(self._module(part).parameters()))
-            * pieces(part.model).dtype.size
+            * model_parts(part.model).dtype.size
             for key, part in wanted.items()
-            if key not in self._made
+            if key not in self._filled_modules
         )
 
     def clear(self) -> None:
         """Forget all weights."""
-        self._made.clear()
-        pieces.cache_clear()
+        self._filled_modules.clear()
+        model_parts.cache_clear()
         mx.clear_cache()
 
     def _name(self, part: Part) -> str:
         return f"{part.part} {part.type or ''}"
 
     def _module(self, part: Part) -> nn.Module:
-        found = pieces(part.model)
+        model = model_parts(part.model)
         if part.part == "connector":
-            return found.connector_of(part.type)
-        return found.tower if part.part == "vision" else found.language_model
+            return model.connector_of(part.type)
+        return model.tower if part.part == "vision" else model.language_model
 
     def _filled(self, part: Part) -> nn.Module:
         """The module of a part, its weights made."""
         key = part.model, self._name(part)
-        if key not in self._made:
-            module, found = self._module(part), pieces(part.model)
-            fill(module, found.dtype)
+        if key not in self._filled_modules:
+            module, model = self._module(part), model_parts(part.model)
+            fill(module, model.dtype)
             if part.part == "prefill":
-                found.language_model.fuse()
+                model.language_model.fuse()
             mx.eval(module.parameters())
-            self._made[key] = module
-        return self._made[key]
+            self._filled_modules[key] = module
+        return self._filled_modules[key]
 
     def _once(self, run: Callable[[], Any], times: float = 1) -> float:
         started = self.clock()
@@ -156,13 +156,13 @@ class Workshop:
         return (self.clock() - started) * times
 
     def _vision(self, part: Part) -> Timed:
-        found = pieces(part.model)
+        model = model_parts(part.model)
         tower = self._filled(part)
         whole = [part.times % TILES_AT_ONCE, *[TILES_AT_ONCE] * (part.times // TILES_AT_ONCE)]
         sizes = [1] if self.in_parts else [size for size in whole if size]
-        side = side_of(found, part.resolution)
+        side = side_of(model, part.resolution)
         noise = np.random.default_rng(3).random((max(sizes), side, side, 3), np.float32)
-        pixels = mx.array(noise).astype(found.dtype)
+        pixels = mx.array(noise).astype(model.dtype)
         mx.eval(pixels)
 
         def run() -> None:
@@ -172,22 +172,22 @@ class Workshop:
         return lambda: self._once(run, part.times / sum(sizes))
 
     def _connector(self, part: Part) -> Timed:
-        found = pieces(part.model)
+        model = model_parts(part.model)
         join = self._filled(part)
-        shape = features_shape(found, part.resolution)
+        shape = features_shape(model, part.resolution)
         noise = np.random.default_rng(3).standard_normal(shape, np.float32)
-        features = mx.array(noise).astype(found.dtype)
+        features = mx.array(noise).astype(model.dtype)
         mx.eval(features)
         return lambda: self._once(lambda: join(features), part.times)
 
     def _prefill(self, part: Part) -> Timed:
-        found = pieces(part.model)
+        model = model_parts(part.model)
         self._filled(part)
         length = part.tokens or 1
         if not self._chunked(part):
-            whole = Prompt(found, length)
+            whole = Prompt(model, length)
             return lambda: self._once(whole.prefill_all)
-        chunk = Prompt(found, CHUNK)
+        chunk = Prompt(model, CHUNK)
 
         def run() -> float:
             filled = chunk.cache_of(length - CHUNK)
@@ -203,14 +203,14 @@ class Workshop:
 class Prompt(VisionLanguageModel):
     """Random input embeddings in the place of a prompt's, for a language model alone."""
 
-    def __init__(self, found: Pieces, length: int) -> None:
+    def __init__(self, model: ModelParts, length: int) -> None:
         super().__init__()
-        self.language_model = found.language_model
-        self._found, self._length = found, length
+        self.language_model = model.language_model
+        self._model, self._length = model, length
         noise = np.random.default_rng(4).standard_normal(
-            (1, length, found.config.text.hidden_size), np.float32
+            (1, length, model.config.text.hidden_size), np.float32
         )
-        self._embeddings = mx.array(noise).astype(found.dtype)
+        self._embeddings = mx.array(noise).astype(model.dtype)
         mx.eval(self._embeddings)
 
     def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:
@@ -233,12 +233,12 @@ class Prompt(VisionLanguageModel):
 
     def cache_of(self, length: int) -> list[Cache]:
         """Caches that hold `length` positions: of zeros, whose cost is that of any others."""
-        text = self._found.config.text
+        text = self._model.config.text
         shape = (1, text.num_key_value_heads, length, text.head_dim)
         caches: list[Cache] = []
         for _ in self.language_model.model.layers:
             layer = KVCache()
-            layer.update_and_fetch(*(mx.zeros(shape, self._found.dtype) for _ in range(2)))
+            layer.update_and_fetch(*(mx.zeros(shape, self._model.dtype) for _ in range(2)))
             caches.append(layer)
         mx.eval([layer.state for layer in caches])
         return caches

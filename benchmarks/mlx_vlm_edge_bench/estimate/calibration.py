@@ -70,8 +70,8 @@ def _data() -> Mapping[str, Any]:
 
 def source(table: str) -> str:
     """Where a table's figures are from."""
-    found: str = _data()[table]["source"]
-    return found
+    told: str = _data()[table]["source"]
+    return told
 
 
 def rates(table: str) -> str:

@@ -57,20 +57,20 @@ def _data() -> Mapping[str, Any]:
 
 def sources() -> Mapping[str, str]:
     """Key -> where a figure is from."""
-    found: Mapping[str, str] = _data()["sources"]
-    return found
+    origins: Mapping[str, str] = _data()["sources"]
+    return origins
 
 
 def figures(identity: str) -> Mapping[str, Any]:
     """All figures of a chip, each with its tag and sources."""
-    found: Mapping[str, Any] = _data()["chips"][identity]
-    return found
+    entry: Mapping[str, Any] = _data()["chips"][identity]
+    return entry
 
 
 def tags() -> Mapping[str, str]:
     """Letter -> what it says of a figure."""
-    found: Mapping[str, str] = _data()["tags"]
-    return found
+    meanings: Mapping[str, str] = _data()["tags"]
+    return meanings
 
 
 def known() -> list[Chip]:

@@ -75,17 +75,17 @@ def fill(part: nn.Module, dtype: mx.Dtype) -> None:
     filled = []
     for name, array in tree_flatten(part.parameters()):
         if array.dtype == PACKED:
-            made = _laid_out(packed, array.shape, 1, PACKED)
+            values = _laid_out(packed, array.shape, 1, PACKED)
         elif name.endswith((".scales", ".biases")):
             step = _step(name, array.shape, bits[name.rpartition(".")[0]])
-            made = mx.full(array.shape, step, dtype)
+            values = mx.full(array.shape, step, dtype)
         elif array.ndim == 1:
-            made = mx.full(array.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
+            values = mx.full(array.shape, 1.0 if name.endswith("weight") else 0.0, dtype)
         else:
             deviation = 1 / math.sqrt(math.prod(array.shape[1:]))
-            made = _laid_out(normal, array.shape, deviation, dtype)
-        mx.eval(made)
-        filled.append((name, made))
+            values = _laid_out(normal, array.shape, deviation, dtype)
+        mx.eval(values)
+        filled.append((name, values))
     part.update(tree_unflatten(filled))
 
 

@@ -11,7 +11,7 @@ from mlx_vlm_edge_bench.claims import run as claim_run
 from mlx_vlm_edge_bench.claims import table as claim_table
 from mlx_vlm_edge_bench.claims import timed as claim_parts
 from mlx_vlm_edge_bench.claims.read import Part, Subject, verdict
-from mlx_vlm_edge_bench.claims.timed import Workshop
+from mlx_vlm_edge_bench.claims.timed import PartTimer
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -136,7 +136,7 @@ def test_a_resolution_that_a_tower_does_not_take_is_refused():
 @pytest.mark.parametrize("alias", ["fastvlm-0.5b", "mobilevlm-1.7b", "mobilevlm-v2-1.7b"])
 def test_a_connector_is_fed_what_its_tower_makes(alias):
     """The shapes that are counted are the ones that towers and connectors really have."""
-    found = claim_parts.pieces(alias)
+    found = claim_parts.model_parts(alias)
     side = 64 if alias.startswith("fastvlm") else 336
     shape = claim_parts.features_shape(found, side)
     made = found.connector_of(None)(mx.zeros(shape))
@@ -170,9 +170,9 @@ def tiny(monkeypatch):
         return config
 
     monkeypatch.setattr(configs, "read", few_layers)
-    claim_parts.pieces.cache_clear()
+    claim_parts.model_parts.cache_clear()
     yield
-    claim_parts.pieces.cache_clear()
+    claim_parts.model_parts.cache_clear()
 
 
 MACHINE = {"chip": "AMD EPYC", "device": "CPU"}
@@ -188,8 +188,8 @@ def test_a_ratio_is_measured_side_by_side(claim, tiny, monkeypatch):
     )
     said = []
     setting = claim_run.Setting(MACHINE, 2, False)
-    shop = Workshop(in_parts=False)
-    record = claim_run.run(claim, setting, shop, said.append)
+    timer = PartTimer(in_parts=False)
+    record = claim_run.run(claim, setting, timer, said.append)
     assert order == [4, 8] * 3  # a warm-up and two runs, in turn
     assert said == ["making random weights", "warm-up", "run 1 of 2", "run 2 of 2"]
     assert len(record["sides"]) == 2
@@ -198,9 +198,9 @@ def test_a_ratio_is_measured_side_by_side(claim, tiny, monkeypatch):
 
 
 def test_the_ratio_is_of_the_medians_and_the_verdict_follows(claim, tiny):
-    shop = Workshop(in_parts=False)
-    shop.timed = lambda part: iter([9.0] + [part.tokens / 4] * 3).__next__
-    record = claim_run.run(claim, claim_run.Setting(MACHINE, 3, False), shop, lambda text: None)
+    timer = PartTimer(in_parts=False)
+    timer.timed = lambda part: iter([9.0] + [part.tokens / 4] * 3).__next__
+    record = claim_run.run(claim, claim_run.Setting(MACHINE, 3, False), timer, lambda text: None)
     assert record["figure"] == 2.0
     assert record["verdict"] == "not reproduced"
     assert record["sides"][0]["median"] == 1000
@@ -212,9 +212,9 @@ def test_the_ratio_is_of_the_medians_and_the_verdict_follows(claim, tiny):
 
 
 def test_no_verdict_when_the_runs_spread(claim, tiny):
-    shop = Workshop(in_parts=False)
-    shop.timed = lambda part: iter([1.0, 1.0, 1.5, 1.0]).__next__
-    record = claim_run.run(claim, claim_run.Setting(MACHINE, 3, False), shop, lambda text: None)
+    timer = PartTimer(in_parts=False)
+    timer.timed = lambda part: iter([1.0, 1.0, 1.5, 1.0]).__next__
+    record = claim_run.run(claim, claim_run.Setting(MACHINE, 3, False), timer, lambda text: None)
     assert record["figure"] is None
     assert record["verdict"] == "not compared"
     assert "spread by 50%" in record["why"]
@@ -223,7 +223,7 @@ def test_no_verdict_when_the_runs_spread(claim, tiny):
 def test_a_model_that_cannot_be_run_says_why(claim):
     other = Subject("Cambrian-1-8B", not_runnable="its encoders are not here", quoted=5085)
     record = claim_run.run(
-        replace(claim, against=other), claim_run.Setting(MACHINE, 1, False), Workshop(True), print
+        replace(claim, against=other), claim_run.Setting(MACHINE, 1, False), PartTimer(True), print
     )
     assert record["verdict"] == "not runnable here"
     assert record["why"] == "Cambrian-1-8B (the paper's 5,085): its encoders are not here"
@@ -232,14 +232,14 @@ def test_a_model_that_cannot_be_run_says_why(claim):
 
 def test_milliseconds_are_not_run_on_a_cpu_unless_named(claim):
     single = replace(claim, kind="ms", against=None, better="lower")
-    record = claim_run.run(single, claim_run.Setting(MACHINE, 1, False), Workshop(True), print)
+    record = claim_run.run(single, claim_run.Setting(MACHINE, 1, False), PartTimer(True), print)
     assert record["verdict"] == "not runnable here"
     assert "name the claim" in record["why"]
 
 
 def test_what_does_not_fit_is_not_run(claim, monkeypatch):
     monkeypatch.setattr(claim_run.memory, "free_memory", lambda: 1_000_000_000)
-    record = claim_run.run(claim, claim_run.Setting(MACHINE, 1, False), Workshop(True), print)
+    record = claim_run.run(claim, claim_run.Setting(MACHINE, 1, False), PartTimer(True), print)
     assert record["verdict"] == "not runnable here"
     assert "1.00 GB are free" in record["why"]
     assert record["predicted"] > 1  # by operations, whether it can be run or not
@@ -248,21 +248,21 @@ def test_what_does_not_fit_is_not_run(claim, monkeypatch):
 def test_in_parts_a_tile_counts_for_all_and_two_chunks_for_a_prefill(tiny, monkeypatch):
     monkeypatch.setattr(claim_parts, "CHUNK", 8)
     clock = Ticking()
-    shop = Workshop(True, clock)
+    timer = PartTimer(True, clock)
     prefill = Part("prefill", "smolvlm-256m", tokens=80)
     # looks at the clock: 2 and 4 for the first chunk (4 - 2), then 3 and 4 steps for the last
-    assert shop.timed(prefill)() == (2 + 4) / 2 * 10
-    assert "its last 8 positions" in shop.how(prefill)
-    assert shop.how(Part("prefill", "smolvlm-256m", tokens=24)) == ""
-    assert shop.how(Part("vision", "smolvlm-256m", times=10)) == "one tile times 10"
-    assert Workshop(False).how(Part("vision", "smolvlm-256m", times=10)) == ""
+    assert timer.timed(prefill)() == (2 + 4) / 2 * 10
+    assert "its last 8 positions" in timer.how(prefill)
+    assert timer.how(Part("prefill", "smolvlm-256m", tokens=24)) == ""
+    assert timer.how(Part("vision", "smolvlm-256m", times=10)) == "one tile times 10"
+    assert PartTimer(False).how(Part("vision", "smolvlm-256m", times=10)) == ""
 
 
 def test_a_last_chunk_sees_all_positions_before_it(tiny):
     """In parts or whole, the last position's logits come from as many keys."""
-    found = claim_parts.pieces("smolvlm-256m")
-    shop = Workshop(True)
-    shop._filled(Part("prefill", "smolvlm-256m", tokens=8))
+    found = claim_parts.model_parts("smolvlm-256m")
+    timer = PartTimer(True)
+    timer._filled(Part("prefill", "smolvlm-256m", tokens=8))
     chunk = claim_parts.Prompt(found, 8)
     caches = chunk.cache_of(24)
     mx.eval(chunk.logits(caches))
@@ -277,7 +277,7 @@ def test_the_table_lists_claims_at_any_width(claim):
 def test_a_summary_has_a_line_per_claim(claim):
     other = Subject("Cambrian-1-8B", not_runnable="its encoders are not here", quoted=5085)
     setting = claim_run.Setting(MACHINE, 1, False)
-    record = claim_run.run(replace(claim, against=other), setting, Workshop(True), print)
+    record = claim_run.run(replace(claim, against=other), setting, PartTimer(True), print)
     text = claim_table.summary([record, {**record, "id": "b", "figure": 84.0}], 80)
     assert text.splitlines()[1:] == [
         "a-ratio        85.1 x             -  not runnable here",
@@ -295,10 +295,10 @@ def test_the_shipped_claims_follow_the_schema_and_can_be_counted():
     for claim in known:
         runnable = not any(subject.not_runnable for subject in claim.subjects)
         if runnable and not claim.timed:
-            record = claim_run.run(claim, setting, Workshop(True), lambda text: None)
+            record = claim_run.run(claim, setting, PartTimer(True), lambda text: None)
             assert record["figure"] > 0, claim.id
         for part in (part for subject in claim.subjects for part in subject.parts):
             assert claim_counts.flops(Subject("one", (part,))) > 0, claim.id
-            found = claim_parts.pieces(part.model)
+            found = claim_parts.model_parts(part.model)
             if part.part == "vision":
                 claim_parts.side_of(found, part.resolution)

@@ -23,7 +23,7 @@ class Choice:
         return "random weights" if self.random else "checkpoint"
 
 
-class Opened:
+class LoadedModel:
     """A model in memory, which can be set to one resolution after another.
 
     ahead: loaded as the command line does it, some of it still being read.
