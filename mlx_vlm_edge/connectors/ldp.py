@@ -91,10 +91,19 @@ class InvertedResidual(nn.Module):
         return x + y if self.stride == 1 else y
 
 
+def _divisible(width: int) -> int:
+    """The nearest multiple of 8 that is not below nine tenths of `width`, as torchvision has it.
+
+    17 -> 16, 18 -> 24.
+    """
+    nearest = max(8, (width + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * width else nearest + 8
+
+
 class LDP(nn.Module):
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        reduced = -(-width // 4 // 8) * 8  # a quarter, rounded to a multiple of 8
+        reduced = _divisible(width // 4)
         self.mlp = MLP(features, width)
         self.blocks = [InvertedResidual(width, reduced, stride) for stride in (1, 2)]
 

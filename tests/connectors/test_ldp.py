@@ -16,6 +16,7 @@ from mlx_vlm_edge.models import mobilevlm
 
 from ..parity import FLOAT32, distance
 from ..reference import ldp as theirs
+from ..reference import torchvision_shim
 
 FEATURES, WIDTH = 48, 32
 OURS = {"ldpnet": LDP, "ldpnetv2": LDPv2}
@@ -54,6 +55,18 @@ def test_same_as_torch_on_any_grid(pair, side):
     want = theirs.run(reference, x)
     assert want.shape[1] == (POOLED**2 if isinstance(ours, LDPv2) else (-(-side // 2)) ** 2)
     assert distance(ours(mx.array(x, dtype=mx.float32)), want) < FLOAT32
+
+
+def test_the_gate_s_width_is_torchvisions():
+    """Of the published widths a quarter is a multiple of 8 already."""
+    torchvision_shim.install()
+    from torchvision.models._utils import _make_divisible
+
+    for width in range(4, 300, 4):
+        assert LDP(8, width).blocks[0].reduce.weight.shape == (
+            _make_divisible(width // 4, 8),
+            width,
+        )
 
 
 def test_a_grid_that_is_no_square_is_refused(pair):

@@ -215,6 +215,14 @@ def test_verify_runs_the_branches_of_a_training_form(dtype, unfused, tmp_path):
     assert any(line.startswith("  merged branches: max abs") for line in lines)
 
 
+def test_an_error_that_is_no_number_fails(apple, tmp_path, monkeypatch):
+    nan = verify.Error("logits", float("nan"), float("nan"))
+    monkeypatch.setattr(verify, "compare", lambda *_: [nan])
+    with pytest.raises(UsageError, match="logits off by nan"):
+        convert(apple, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("fault", ["BN_EPS", "_identity"])
 def test_verify_catches_a_wrong_merge(fault, unfused, tmp_path, monkeypatch):
     real = reparam._identity

@@ -41,7 +41,8 @@ def numbers(clip):
 @pytest.mark.parametrize(
     ("total", "duration", "fps", "limit"),
     [(50, 5.0, 1.0, 64), (300, 10.0, 2.0, 64), (3000, 100.0, 1.0, 8), (1, 0.04, 1.0, 64),
-     (10, 100.0, 1.0, 64), (2400, 100.0, 1.0, 64), (7, 3.3, 30.0, 64)],
+     (10, 100.0, 1.0, 64), (2400, 100.0, 1.0, 64), (7, 3.3, 30.0, 64),
+     (100, 5.7, 1.0, 64), (100, 2.5, 1.0, 64), (60, 6.0, 1.0, 4), (61, 6.1, 1.0, 4)],
 )  # fmt: skip
 def test_the_reference_takes_the_same_frames(total, duration, fps, limit):
     from ..reference import torchvision_shim
