@@ -19,8 +19,9 @@ class GenerationResult:
     tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
     prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
     peak_memory is in GB (1e9 bytes).
-    finish_reason is None until the end, then "stop" or "length". stages: seconds per stage, and
-    logprobs: of the token, when they were asked for.
+    finish_reason is None until the end, then "stop" or "length". stop_text: of `stop`,
+    what ended the answer. stages: seconds per stage, and logprobs: of the token, when they were
+    asked for.
     """
 
     text: str
@@ -37,6 +38,7 @@ class GenerationResult:
     reused_tokens: int = 0
     jpeg_draft: bool = False
     logprobs: TokenLogprobs | None = None
+    stop_text: str | None = None
 
 
 class Answer:
@@ -58,7 +60,9 @@ class Answer:
         skip: bool = True,
     ) -> None:
         tokenizer, self._stops = processor.tokenizer, StopStrings(stop)
-        self._ends = processor.eos_ids | tokenizer.special_among(self._stops.words)
+        self._eos_ids = processor.eos_ids
+        self._stop_ids = tokenizer.special_among(self._stops.words)
+        self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(skip)
         self._inputs, self._reused = inputs, reused
         self._stages, self._started = stages, started
@@ -72,7 +76,11 @@ class Answer:
         if self._tokens == 1:
             self._stages.mark("first sample")
             self._first = self._stages.clock()
-        if token in self._ends:
+        if token in self._stop_ids:
+            rest = self._rest()
+            self._stops.matched = self._tokenizer.decode([token], skip_special=False)
+            return self._piece(rest, token, "stop")
+        if token in self._eos_ids:
             return self._piece(self._rest(), token, "stop")
         text = self._stops.feed(self._detokenizer.add(token))
         return self._piece(text, token, "stop" if self._stops.stopped else None)
@@ -103,4 +111,5 @@ class Answer:
             reused_tokens=self._reused,
             jpeg_draft=self._inputs.jpeg_draft,
             logprobs=self._logprobs,
+            stop_text=self._stops.matched,
         )

@@ -159,19 +159,26 @@ class StopStrings:
         if "" in self.words:
             raise UsageError("a stop string must not be empty")
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None  # which one was completed
+
+    @property
+    def stopped(self) -> bool:
+        return self.matched is not None
 
     def feed(self, text: str) -> str:
         """Add text; return what is safe to show. After the stop it is always empty."""
         if self.stopped:
             return ""
         text = self._held + text
-        found = [
-            (start + len(word), start) for word in self.words if (start := text.find(word)) >= 0
+        completed = [
+            (start + len(word), start, word)
+            for word in self.words
+            if (start := text.find(word)) >= 0
         ]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+        if completed:
+            _, start, self.matched = min(completed)
+            self._held = ""
+            return text[:start]
         keep = self._beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,13 +14,15 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from ..generation.engine import Engine
-from . import openai
-from .answering import Answering, Answers, Asked
+from . import messages_api, openai, responses_api
+from .answering import Answering, Answers, Asked, Choice
 from .errors import ApiError, bad_request
 from .guards import Access, Guards
 from .limits import Limits
+from .messages_api import MessagesRequest
 from .metrics import Metrics
 from .requests import ChatRequest, CompletionRequest, parse
+from .responses_api import ResponsesRequest
 
 PAGE = Path(__file__).parent / "page"
 CSP = (
@@ -45,8 +47,9 @@ class Served:
     answering: Answering | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
-    def ready(self) -> Answering:
-        """Raises ApiError 503 until the model is there."""
+    def ready(self, name: str | None) -> Answering:
+        """Raises ApiError 404 for another model's name, and 503 until the model is there."""
+        self.check_model(name)
         if self.engine is None:
             raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
         if self.answering is None:
@@ -65,6 +68,9 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
     routes = [
         Route("/v1/chat/completions", _endpoint(served, _chat), methods=["POST"]),
         Route("/v1/completions", _endpoint(served, _completion), methods=["POST"]),
+        Route("/v1/responses", _endpoint(served, _responses), methods=["POST"]),
+        Route("/v1/messages", _endpoint(served, _messages), methods=["POST"]),
+        Route("/openapi.json", _endpoint(served, _openapi), methods=["GET"]),
         Route("/v1/models", _endpoint(served, _models), methods=["GET"]),
         Route("/v1/models/{id:path}", _endpoint(served, _model), methods=["GET"]),
         Route("/health", _endpoint(served, _health), methods=["GET"]),
@@ -135,23 +141,52 @@ async def _body(request: Request) -> Any:
 
 
 async def _chat(served: Served, request: Request) -> Response:
-    asked = parse(ChatRequest, await _body(request))
-    return await _reply(served, request, openai.chat_asked(asked, served.limits), asked)
+    sent = parse(ChatRequest, await _body(request))
+    asked = openai.chat_asked(sent, served.limits)
+    tokenizer = served.ready(sent.model).engine.processor.tokenizer
+    return await _reply(
+        served, request, asked, openai.Reply(sent, served.name, tokenizer), sent.stream
+    )
 
 
 async def _completion(served: Served, request: Request) -> Response:
-    asked = parse(CompletionRequest, await _body(request))
-    return await _reply(served, request, openai.completion_asked(asked, served.limits), asked)
+    sent = parse(CompletionRequest, await _body(request))
+    asked = openai.completion_asked(sent, served.limits)
+    tokenizer = served.ready(sent.model).engine.processor.tokenizer
+    return await _reply(
+        served, request, asked, openai.Reply(sent, served.name, tokenizer), sent.stream
+    )
+
+
+async def _responses(served: Served, request: Request) -> Response:
+    sent = parse(ResponsesRequest, await _body(request))
+    asked = responses_api.asked(sent, served.limits)
+    served.ready(sent.model)
+    reply = responses_api.Reply(sent, served.name)
+    return await _reply(served, request, asked, reply, sent.stream)
+
+
+async def _messages(served: Served, request: Request) -> Response:
+    sent = parse(MessagesRequest, await _body(request))
+    asked = messages_api.asked(sent, served.limits)
+    served.ready(sent.model)
+    return await _reply(served, request, asked, messages_api.Reply(served.name), sent.stream)
+
+
+class Reply(Protocol):
+    """An answer in one API's form."""
+
+    choices: list[Choice]
+
+    async def whole(self, answers: Answers) -> dict[str, Any]: ...
+    def events(self, answers: Answers) -> AsyncIterator[bytes]: ...
 
 
 async def _reply(
-    served: Served, request: Request, asked: Asked, sent: ChatRequest | CompletionRequest
+    served: Served, request: Request, asked: Asked, reply: Reply, stream: bool
 ) -> Response:
-    served.check_model(sent.model)
-    answering = served.ready()
-    reply = openai.Reply(sent, served.name, answering.engine.processor.tokenizer)
-    answers = await answering.start(asked)
-    if sent.stream:
+    answers = await served.ready(None).start(asked)
+    if stream:
         return StreamingResponse(
             served.metrics.counted(reply.events(answers), reply.choices),
             media_type="text/event-stream",
@@ -194,6 +229,12 @@ def _entry(served: Served) -> dict[str, Any]:
         "id": served.name, "object": "model", "created": 0, "owned_by": "mlx-vlm-edge",
         "loaded": served.engine is not None,
     }  # fmt: skip
+
+
+async def _openapi(served: Served, request: Request) -> Response:
+    from .openapi import document
+
+    return JSONResponse(document())
 
 
 async def _health(served: Served, request: Request) -> Response:

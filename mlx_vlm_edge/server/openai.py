@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 from uuid import uuid4
 
@@ -15,6 +16,10 @@ from .errors import ApiError, bad_request
 from .limits import Limits
 from .requests import ChatRequest, CompletionRequest, Sampling
 
+SETTINGS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
 DONE = b"data: [DONE]\n\n"
 # Our stages -> keys of `timings`, in milliseconds.
 STAGES = {
@@ -29,34 +34,32 @@ STAGES = {
 }
 
 
+def make_options(
+    limits: Limits, tokens: int | None, field: str = "response_format", **settings: Any
+) -> Options:
+    """Options from what a request asks for, None being left out; greedy unless told otherwise.
+
+    tokens: the request's own limit. field: what has the schema. Raises ApiError for a schema that
+    cannot be enforced.
+    """
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return Options(
+            **{"temperature": 0.0, **chosen}, max_tokens=min(tokens or limits.tokens, limits.tokens)
+        )
+    except UsageError as error:  # all else is checked
+        raise bad_request(str(error), field, "invalid_schema") from None
+
+
 def sampling_options(
     request: Sampling, limit: int | None, limits: Limits, **more: Any
 ) -> list[Options]:
-    """The options of each of the n answers; a seed is counted up from one answer to the next.
-
-    Raises ApiError for a schema that cannot be enforced.
-    """
-    chosen: dict[str, Any] = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-                     "presence_penalty", "frequency_penalty")
-        if (value := getattr(request, name)) is not None
-    }  # fmt: skip
-    chosen.setdefault("temperature", 0.0)
-    chosen.update(more)
-    seed = None if request.seed is None else request.seed % 2**64
-    try:
-        return [
-            Options(
-                **chosen,
-                max_tokens=min(limit or limits.tokens, limits.tokens),
-                stop=tuple(request.stop),
-                seed=None if seed is None else (seed + index) % 2**64,
-            )
-            for index in range(request.n)
-        ]
-    except UsageError as error:  # all else is checked
-        raise bad_request(str(error), "response_format", "invalid_schema") from None
+    """The options of each of the n answers; a seed is counted up from one answer to the next."""
+    settings = {name: getattr(request, name) for name in SETTINGS} | more
+    first = make_options(limits, limit, stop=tuple(request.stop), **settings)
+    if request.seed is None:
+        return [first] * request.n
+    return [replace(first, seed=(request.seed + index) % 2**64) for index in range(request.n)]
 
 
 def response_schema(request: ChatRequest) -> Mapping[str, Any] | None:
@@ -221,3 +224,8 @@ class Reply:
 def event(content: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+def named_event(content: Mapping[str, Any]) -> bytes:
+    """One server-sent event with its type as its name."""
+    return f"event: {content['type']}\n".encode() + event(content)

@@ -61,7 +61,7 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-def _parts(content: Any) -> Any:
+def texts_of(content: Any) -> Any:
     """A message's text as its only part."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -71,9 +71,9 @@ def _stops(stop: Any) -> Any:
 
 
 Texts = Annotated[
-    list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+    list[TextPart], BeforeValidator(texts_of, json_schema_input_type=str | list[TextPart])
 ]
-Parts = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+Parts = Annotated[list[Part], BeforeValidator(texts_of, json_schema_input_type=str | list[Part])]
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     Field(max_length=MAX_STOPS),

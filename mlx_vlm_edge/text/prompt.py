@@ -207,6 +207,9 @@ def normalize(prompt: str | Sequence[Message], kinds: Sequence[str]) -> list[Mes
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         parts = [{"type": kind} for kind in kinds] + messages[first]["content"]
         messages[first] = {**messages[first], "content": parts}
+    asked = messages[-1]["content"]
+    if not any(part["type"] != "text" or part["text"].strip() for part in asked):
+        raise UsageError("the question is empty: ask something")
     return messages
 
 
