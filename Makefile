@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv; only python3 >= 3.11 and make must be there.
 #   make demo   ask the bundled model about a picture
-#   make test   run the tests            (ARGS="-k vision" to choose)
+#   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
+#   make test-coreml test-swift test-server test-page
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
 

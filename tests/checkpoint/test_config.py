@@ -1,5 +1,6 @@
 """config.json values of the wrong type or sign: one line naming the key, whatever the value."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from mlx_vlm_edge.checkpoint.config import check, first, fits, number, reading_values
+from mlx_vlm_edge.checkpoint.config import (
+    check,
+    first,
+    fits,
+    number,
+    read_config,
+    reading_values,
+    says_tied,
+)
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import family, fastvlm
 
@@ -195,3 +204,33 @@ def test_settings_that_are_not_supported_are_refused(key):
 
     with pytest.raises(UsageError, match=key):
         fastvlm.Config.from_dict(config(**{key: "other"}))
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"),
+    [
+        (None, None, True),  # transformers' default
+        (True, None, True), (False, None, False), (None, True, True), (None, False, False),
+        (False, True, True),  # as transformers writes SmolVLM
+        (True, False, True), (False, False, False), (True, True, True),
+    ],
+)  # fmt: skip
+def test_a_head_is_tied_where_either_config_says_so_or_neither_speaks(outer, inner, tied):
+    key = "tie_word_embeddings"
+    config = {} if outer is None else {key: outer}
+    assert says_tied({**config, "text_config": {} if inner is None else {key: inner}}) is tied
+    if inner is None:
+        assert says_tied(config) is says_tied({**config, "text_config": None}) is tied
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "want"),
+    [
+        (None, None, None), (1, None, 1), (None, 2, 2), (1, 2, [1, 2]), (1, 1, 1),
+        (1, [2, 1], [1, 2]), ([3, 1], [2, 3], [3, 1, 2]), ([], [7], 7),
+    ],
+)  # fmt: skip
+def test_the_ends_of_both_files_count_the_config_s_first(tmp_path, own, more, want):
+    for name, ids in (("config.json", own), ("generation_config.json", more)):
+        (tmp_path / name).write_text(json.dumps({} if ids is None else {"eos_token_id": ids}))
+    assert read_config(tmp_path).get("eos_token_id") == want
