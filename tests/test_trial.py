@@ -36,7 +36,7 @@ def test_overwrite_never_takes_more_than_a_model(native_folder, tmp_path):
 
 
 def test_overwrite_through_a_link_replaces_what_it_names(native_folder, tmp_path):
-    shutil.copytree(native_folder, tmp_path / "real")
+    convert(native_folder, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     convert(native_folder, tmp_path / "link", overwrite=True, dtype="bfloat16")
     assert (tmp_path / "link").is_symlink()

@@ -19,10 +19,11 @@ from mlx_vlm_edge.models.build import build, read_native
 from . import verify as verification
 from .checkpoint import read_checkpoint
 from .families import fastvlm
+from .new_folder import check_target, new_folder
 from .quantize import cast, quantize
 from .reparam import is_training_form
 from .rules import Arrays
-from .save import Report, copy_files, new_folder, save_json, save_weights
+from .save import Report, copy_files, save_json, save_weights, written_files
 
 _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
 
@@ -82,18 +83,18 @@ def convert(
     Raises UsageError for every mistake, and when verify fails.
     """
     say = report or (lambda _: None)
-    folder, target = locate(str(source)), expanded(str(out))
-    if target.exists() and target.samefile(folder):
-        raise UsageError(f"{target} is the source; name another folder to write to")
-    if target.resolve() in folder.resolve().parents:
-        raise UsageError(f"{target} has the source in it; name another folder to write to")
+    target = expanded(str(out))
+    _check_apart(target, expanded(str(source)))
+    check_target(target, overwrite=overwrite, listed=written_files)  # before anything is fetched
+    folder = locate(str(source))
+    _check_apart(target, folder)
     read = read_config(folder)
     config, weights = to_native(folder, read)
     module = source_family(config)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
-    with new_folder(target, overwrite=overwrite) as partial:
+    with new_folder(target, overwrite=overwrite, listed=written_files) as partial:
         copied = copy_files(folder, partial)
         if read[PREPROCESSOR]:  # wherever it stood: a file of its own is what all readers know
             save_json(partial / PREPROCESSOR_CONFIG, read[PREPROCESSOR])
@@ -109,6 +110,14 @@ def convert(
             )  # fmt: skip
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
+
+
+def _check_apart(target: Path, folder: Path) -> None:
+    """Raises UsageError when the target is the source, or has it in it."""
+    if target.exists() and folder.exists() and target.samefile(folder):
+        raise UsageError(f"{target} is the source; name another folder to write to")
+    if target.resolve() in folder.resolve().parents:
+        raise UsageError(f"{target} has the source in it; name another folder to write to")
 
 
 def _unmerged(folder: Path) -> Arrays:

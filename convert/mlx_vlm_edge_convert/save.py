@@ -1,20 +1,14 @@
-"""A native model -> a folder: shards of at most 5 GB with their index, config and the other files.
-
-The folder appears whole or not at all: it is written under a temporary name beside its place and
-renamed at the end.
-"""
+"""A native model -> a folder's files: shards of at most 5 GB, their index, config and the rest."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.files import CONFIG, SAFETENSORS, beside, read_json
+from mlx_vlm_edge.checkpoint.files import SAFETENSORS, beside, read_json
 from mlx_vlm_edge.checkpoint.weights import not_finite
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.wording import gigabytes
@@ -27,49 +21,13 @@ _SPARE_BYTES = 64 << 20
 Report = Callable[[str], None]
 
 
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool = False, holds: str = CONFIG) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
-
-    With `overwrite` a folder that has the file `holds`, a model's, is replaced, and no other one
-    that has something.
-    Raises UsageError when the target is in the way or cannot be made.
-    """
-    target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; name a folder to write to")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
-        if not (target / holds).is_file():
-            raise UsageError(f"{target} has other things than a model in it; name another folder")
-    missing = [folder for folder in target.parents if not folder.exists()]
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+def written_files(folder: Path) -> Collection[str]:
+    """The files of a folder that `save_weights` and what went before it wrote; none elsewhere."""
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _replace(target, partial)
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _replace(target: Path, partial: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+        files = read_json(folder / SAFETENSORS.index).get("metadata", {}).get("files")
+    except (UsageError, AttributeError):
+        return ()
+    return [SAFETENSORS.index, *files] if isinstance(files, list) else ()
 
 
 def save_weights(
@@ -77,6 +35,7 @@ def save_weights(
 ) -> None:
     """Write shards and their index, emptying `weights` so that each shard's memory is freed.
 
+    The index lists all files of the folder, which is what a later run may overwrite.
     An array larger than `shard_bytes` gets a shard of its own. Raises UsageError when the disk
     has too little room, and for values that are not finite, as float16 makes of large ones.
     """
@@ -96,8 +55,10 @@ def save_weights(
             report(f"writing {file} ({size / 1e6:,.1f} MB)")
         _save(folder / file, {name: weights.pop(name) for name in names})
         index |= dict.fromkeys(names, file)
-    written = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    save_json(folder / SAFETENSORS.index, written)
+    files = sorted(path.name for path in folder.iterdir())
+    metadata = {"total_size": total, "files": files}
+    content = {"metadata": metadata, "weight_map": dict(sorted(index.items()))}
+    save_json(folder / SAFETENSORS.index, content)
 
 
 def _save(path: Path, weights: Arrays) -> None:

@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import pytest
 from mlx_vlm_edge_convert import convert, pipeline, reparam, verify
-from mlx_vlm_edge_convert.save import new_folder, save_weights
+from mlx_vlm_edge_convert.save import save_weights
 
 from mlx_vlm_edge.checkpoint.files import weight_files
 from mlx_vlm_edge.checkpoint.weights import read_header
@@ -116,8 +116,12 @@ def test_an_existing_folder_is_kept_unless_told(apple, tmp_path):
         convert(apple, out, bits=8, group_size=32)
     assert (out / "config.json").read_text() == before
     assert (out / "mine.txt").exists()
+    with pytest.raises(UsageError, match=r"a model of ours in it \(mine\.txt\)"):
+        convert(apple, out, bits=8, group_size=32, overwrite=True)
+    assert (out / "config.json").read_text() == before
+    (out / "mine.txt").unlink()
+    (out / ".DS_Store").touch()  # of no one
     convert(apple, out, bits=8, group_size=32, overwrite=True)
-    assert not (out / "mine.txt").exists()
     assert "quantization" in json.loads((out / "config.json").read_text())
     with pytest.raises(UsageError, match="is the source"):
         convert(apple, apple, overwrite=True)
@@ -126,28 +130,20 @@ def test_an_existing_folder_is_kept_unless_told(apple, tmp_path):
         convert(apple, tmp_path / "file")
 
 
-def fail_while_writing(target, error: BaseException, **options) -> None:
-    with new_folder(target, **options) as partial:
-        (partial / "new").touch()
-        raise error
+def test_a_model_that_convert_did_not_write_is_not_overwritten(apple, tmp_path):
+    """A config.json, weights and all: but it may be the only copy of someone's work."""
+    theirs = shutil.copytree(apple, tmp_path / "theirs")
+    with pytest.raises(UsageError, match=r"a model of ours in it \(config\.json\)"):
+        convert(apple, theirs, overwrite=True)
+    assert names(theirs) == names(apple)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), UsageError("x"), OSError(28, "full")])
-def test_nothing_is_left_after_a_failure(error, tmp_path):
-    raised = UsageError if isinstance(error, OSError) else type(error)
-    with pytest.raises(raised):
-        fail_while_writing(tmp_path / "out", error)
-    assert names(tmp_path) == set()
-
-
-def test_a_failed_overwrite_keeps_the_old_folder(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    with pytest.raises(UsageError):
-        fail_while_writing(out, UsageError("x"), overwrite=True)
-    assert names(tmp_path) == {"out"}
-    assert names(out) == {"old"}
+def test_a_target_in_the_way_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "locate", lambda _: pytest.fail("fetched"))
+    (tmp_path / "mine.txt").touch()
+    for out, said in ((tmp_path, "not empty"), (tmp_path / "mine.txt", "is a file")):
+        with pytest.raises(UsageError, match=said):
+            convert("fastvlm-0.5b", out)
 
 
 def test_values_that_leave_the_range_of_a_type_are_not_written(apple, tmp_path):

@@ -22,8 +22,9 @@ from mlx_vlm_edge.picture.preprocessing import AS_PUBLISHED
 from mlx_vlm_edge.text.prompt import Processor
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
+from ..new_folder import check_target, new_folder
 from ..pipeline import native_checkpoint
-from ..save import copy_files, new_folder
+from ..save import copy_files
 from . import manifest
 from .check import lint
 from .check.verify import saved_and_checked
@@ -62,10 +63,12 @@ def export(
     """
     say, options = report or (lambda _: None), options or Options()
     tools()
-    folder, target = locate(str(source)), expanded(str(out))
+    target = expanded(str(out))
+    check_target(target, overwrite=overwrite, listed=manifest.listed)  # before anything is fetched
+    folder = locate(str(source))
     model, processor = _load(folder, parts)
     built, pixels = _parts(model, parts, options, image)
-    with new_folder(target, overwrite=overwrite, holds=manifest.NAME) as partial:
+    with new_folder(target, overwrite=overwrite, listed=manifest.listed) as partial:
         entries = {}
         for part in built:
             path = manifest.package_path(partial, part)

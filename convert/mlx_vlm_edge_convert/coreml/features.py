@@ -19,7 +19,7 @@ import numpy as np
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.base import VisionLanguageModel
 
-from ..save import new_folder
+from ..new_folder import new_folder
 from .check.verify import saved_and_checked
 from .names import FEATURES, IMAGE, MAIN, PACKAGE_SUFFIX, TOKENS
 from .part import Compute, Options, Precision, Say, Size
@@ -79,7 +79,7 @@ class CoreMLFeatures:
         options = Options(self.precision, self.compute, size, fused=False, image_input=False)
         tower = Tower(encoder(self.model, size, None), options)
         part = VisionPart(tower, options, drawn_cases(tower.encoder))
-        with new_folder(folder) as partial, self._set_aside():
+        with new_folder(folder, listed=lambda _: ()) as partial, self._set_aside():
             saved_and_checked(part, partial / PACKAGE, self.say)
 
     @contextmanager

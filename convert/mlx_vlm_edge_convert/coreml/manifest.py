@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
@@ -65,6 +66,15 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write manifest.json with the hashes of the files that are in the folder."""
     files = {path.relative_to(folder).as_posix(): digest(path) for path in _files(folder)}
     save_json(folder / NAME, {"format": FORMAT, **content, "files": files})
+
+
+def listed(folder: Path) -> Collection[str]:
+    """The files of a bundle by its manifest, which are what a later export may replace."""
+    try:
+        files = read_json(folder / NAME).get("files")
+    except UsageError:
+        return ()
+    return {NAME, *files} if isinstance(files, Mapping) else ()
 
 
 def _files(folder: Path) -> list[Path]:

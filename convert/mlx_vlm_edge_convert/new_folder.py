@@ -1,0 +1,126 @@
+"""A folder that appears whole or not at all, and takes another's place in one step.
+
+It is written beside its place under a temporary name, by one process at a time. What a killed one
+left there is put right or removed by the next.
+"""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mlx_vlm_edge.errors import UsageError
+
+# A folder -> the files in it that we wrote, by a manifest of ours; none where it has none.
+Listed = Callable[[Path], Container[str]]
+_OF_THE_SYSTEM = ".DS_Store"  # Finder's, in any folder that was looked at
+_SWAP = 2  # RENAME_SWAP of macOS, RENAME_EXCHANGE of Linux
+_HERE = -100  # Linux's AT_FDCWD
+
+
+def check_target(target: Path, *, overwrite: bool, listed: Listed) -> None:
+    """Raises UsageError unless a folder may be written there.
+
+    With `overwrite` it may be one in which there is nothing but what we wrote.
+    """
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; name a folder to write to")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
+    ours = listed(target)
+    for path in sorted(target.rglob("*")):
+        name = path.relative_to(target).as_posix()
+        if not path.is_dir() and path.name != _OF_THE_SYSTEM and name not in ours:
+            raise UsageError(
+                f"{target} has other things than a model of ours in it ({name}): move them away, "
+                "or name another folder"
+            )
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
+
+    overwrite, listed: see `check_target`. Raises UsageError when the target is in the way, cannot
+    be made, or is being written by another process.
+    """
+    target = target.resolve()
+    partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _put_right(target, partial, old)
+            check_target(target, overwrite=overwrite, listed=listed)
+            try:
+                partial.mkdir()
+                yield partial
+                _replace(target, partial, old)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold a lock file beside the target. Raises UsageError when another process does."""
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UsageError(f"{target} is being written by another process") from None
+        with suppress(FileNotFoundError):  # whoever held it removed it meanwhile
+            if path.stat().st_ino == os.fstat(file).st_ino:
+                break
+        os.close(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _put_right(target: Path, partial: Path, old: Path) -> None:
+    """Remove what a killed process left, or put the target back that it had moved aside."""
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(target: Path, partial: Path, old: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+    elif not _swap(target, partial):  # then there is a moment without a target
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+
+
+def _swap(one: Path, two: Path) -> bool:
+    """Swap the names of two folders in one step; False where system or disk cannot."""
+    libc, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(two))
+    try:
+        if sys.platform == "darwin":
+            return bool(libc.renamex_np(*names, _SWAP) == 0)
+        return bool(libc.renameat2(_HERE, names[0], _HERE, names[1], _SWAP) == 0)
+    except AttributeError:
+        return False
