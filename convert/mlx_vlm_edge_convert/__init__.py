@@ -23,8 +23,8 @@ def to_native(
 
 
 def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The native config of a published one, without its weights; see `config_alone`."""
-    from .config_alone import native_config as run
+    """The native config of a published one, without its weights; see `pipeline.native_config`."""
+    from .pipeline import native_config as run
 
     return run(config)
 

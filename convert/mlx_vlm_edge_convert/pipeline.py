@@ -31,11 +31,26 @@ _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config"
 def source_family(config: Mapping[str, Any]) -> ModuleType:
     """The converter's file of a family: `families/<the runtime's name of it>.py`.
 
-    It offers to_native(config, weights, preprocessor), write_files(folder, config) for what a model
-    folder has beside weights and config, and probe(config), pixels for `--verify`.
+    It offers to_native(config, weights, preprocessor), config_alone(config) where there are no
+    weights, write_files(folder, config) for what a model folder has beside weights and config, and
+    probe(config), pixels for `--verify`.
     Raises UsageError for a model_type this version does not know.
     """
     return import_module(f".families.{family_name(config)}", __package__)
+
+
+def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The native config of a published one, where there are no weights to hold it against.
+
+    What only these could tell is taken to be as published; the output head is tied where the config
+    or its text_config says so. Raises UsageError for a model that is not known or not whole.
+    """
+    family = source_family(config)
+    with reading_values("config.json"):
+        native = family.config_alone(config)
+        parts = (native, native.get("text_config") or {})
+        tied = any(part.get("tie_word_embeddings") for part in parts)
+    return {**native, "tie_word_embeddings": tied}
 
 
 def native_checkpoint(folder: Path) -> tuple[dict[str, Any], Arrays]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.cache import local_snapshot
@@ -17,12 +18,28 @@ from ..rules import Arrays, Rule, apply
 from .vit import TOWER, tower_rules
 
 HEAD_WIDTH = 64  # of every CLIP vision transformer; shapes do not tell the number of heads
+_USUAL = "openai/clip-vit-large-patch14-336"
 _CONSTANTS = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _NOT_VISION = Rule(
     r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
     None,
     why="CLIP's text side and the projection into their common space",
 )
+
+
+def published_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config's `vision_config` or, without weights that tell, that of the tower it names.
+
+    Raises UsageError for a tower other than the one of nearly every LLaVA.
+    """
+    own: Mapping[str, Any] | None = config.get("vision_config")
+    if own:
+        return own
+    name = config.get("mm_vision_tower")
+    if name != _USUAL:
+        raise UsageError(f"config.json has no vision_config, and {name!r} is not known")
+    published: Mapping[str, Any] = configs.read("llava-1.5-7b")["vision_config"]
+    return published
 
 
 def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, says_tied
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models.fastvlm import is_native
@@ -25,7 +25,7 @@ from .. import reparam
 from ..rules import Arrays, Rule, apply, to_channels_last, to_last_axis
 from ..save import clip_preprocessor, complete_json
 from .decoder import decoder_rules, settle_head
-from .fastvlm_config import Config, head_width, native_config
+from .fastvlm_config import Config, from_apple, from_transformers, head_width, native_config
 
 TOWER = "vision_tower.vision_model."
 APPLE_TOWER = "model.vision_tower.vision_tower.model."
@@ -208,6 +208,13 @@ def to_native(
         like = native[f"{TOWER}conv_exp.reparam_conv.bias"]
         native[CLIP_HEAD] = mx.zeros((like.size, head_width(config)), dtype=like.dtype)
     return translated, native
+
+
+def config_alone(config: Mapping[str, Any]) -> Config:
+    """The native config of a published one without weights: the tower is the published one."""
+    if config.get("model_type") == "fast_vlm":
+        return from_transformers(config, config.get(PREPROCESSOR) or {})
+    return from_apple(config)
 
 
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:

@@ -72,6 +72,9 @@ def _with_added_rows(weights: Mapping[str, mx.array]) -> Arrays:
     return whole
 
 
+config_alone = dict  # the published config.json has the native words
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.config import says_tied
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
@@ -20,7 +20,7 @@ from mlx_vlm_edge.wording import some
 
 from ..rules import Arrays, Rule, apply
 from ..save import clip_preprocessor, complete_json
-from .clip import complete, fetch_tower
+from .clip import complete, fetch_tower, published_tower
 from .clip import probe as probe
 from .decoder import decoder_rules, settle_head
 from .spellings import CONNECTOR, transformers_rules
@@ -81,6 +81,14 @@ def to_native(
     translated["vision_config"] = place_tower(translated, native)
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
     return translated, native
+
+
+def config_alone(config: Mapping[str, Any]) -> Config:
+    """The native config of a published one without weights: an unnamed tower is OpenAI's."""
+    nested = config.get("text_config") is not None
+    given = config.get(PREPROCESSOR) or {}
+    native = from_transformers(config, given) if nested else from_original(config)
+    return {**native, "vision_config": published_tower(config)}
 
 
 def place_tower(config: Mapping[str, Any], native: Arrays) -> Config:

@@ -180,6 +180,11 @@ def _check_preprocessor(preprocessor: Mapping[str, Any], config: Config) -> None
         raise UsageError(f"preprocessor_config.json: size {size}, but tiles are {side} pixels wide")
 
 
+def config_alone(config: Mapping[str, Any]) -> Config:
+    """The native config of a published one without weights."""
+    return dict(config) if config.get("text_config") else nested(config)
+
+
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json and processor_config.json as llava-hf writes them."""
     side, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))

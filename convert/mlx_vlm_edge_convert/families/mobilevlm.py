@@ -21,6 +21,7 @@ from mlx_vlm_edge.wording import some
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
+from .clip import published_tower
 from .decoder import EMBEDDING, decoder_rules, settle_head
 from .llava import ORIGINAL_TOWER, check_original, check_pixels, place_tower
 from .vit import tower_rules
@@ -73,6 +74,12 @@ def to_native(
     translated["image_seq_length"] = visual_tokens(translated["mm_projector_type"], side)
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
     return translated, native
+
+
+def config_alone(config: Mapping[str, Any]) -> Config:
+    """The native config of a published one without weights."""
+    projector = named_projector(str(config.get("mm_projector_type")))
+    return {**config, "mm_projector_type": projector, "vision_config": published_tower(config)}
 
 
 def projector_type(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> str:
