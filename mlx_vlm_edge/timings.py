@@ -1,17 +1,39 @@
-"""Stage timings: wall time between marks, with the arrays of a stage evaluated at its end.
+"""Named steps of a piece of work, and a timer that runs them.
 
-Evaluating costs a synchronisation per stage, so it happens only when timings are asked for.
+What is done is a generator: it names each step as that ends and hands over what came of it, so that
+whoever runs it may time the steps, or look at them, or neither.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
 Clock = Callable[[], float]  # seconds from any origin
+T = TypeVar("T")
+Steps = Generator[tuple[str, Any], None, T]
 
 
-class Stages:
-    """`mark(name, *arrays)` ends a stage; `seconds` has each one's time, summed by name."""
+def watched(steps: Steps[T], look: Callable[[str, Any], None]) -> T:
+    """Run steps, looking at each one's name and outcome as it ends, and give what they return."""
+    while True:
+        try:
+            name, outcome = next(steps)
+        except StopIteration as end:
+            returned: T = end.value
+            return returned
+        look(name, outcome)
+
+
+def result(steps: Steps[T]) -> T:
+    """Run steps, whatever their names, and give what they return."""
+    return watched(steps, lambda name, outcome: None)
+
+
+class Timer:
+    """Runs steps; with `measured`, `seconds` has each one's time, summed by name.
+
+    A step's arrays are then evaluated at its end, which costs a synchronisation each.
+    """
 
     def __init__(self, measured: bool = False, clock: Clock = time.perf_counter) -> None:
         self.measured = measured
@@ -19,19 +41,24 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._last = clock()
 
-    def copy(self) -> "Stages":
+    def copy(self) -> "Timer":
         """The same times so far, to go on by themselves."""
-        other = Stages(self.measured, self.clock)
+        other = Timer(self.measured, self.clock)
         other.seconds, other._last = dict(self.seconds), self._last
         return other
 
-    def mark(self, name: str, *arrays: Any) -> None:
+    def run(self, steps: Steps[T]) -> T:
+        """What the steps return at their end."""
+        return watched(steps, self.mark)
+
+    def mark(self, name: str, outcome: Any = None) -> None:
+        """End a step that came out with an array, or with what is no concern of the device's."""
         if not self.measured:
             return
-        if arrays:
-            import mlx.core as mx
+        import mlx.core as mx
 
-            mx.eval(*arrays)
+        if isinstance(outcome, mx.array):
+            mx.eval(outcome)
         now = self.clock()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

@@ -1,7 +1,7 @@
 """A written model against its source, part by part: vision tower, connector, decoder, logits.
 
 Both run the same random inputs in float32: the family's probe image through `encode_image`, whose
-stages are compared as they are marked, and random tokens through the decoder, layer by layer, so
+stages are compared one by one, and random tokens through the decoder, layer by layer, so
 that no more than one layer of each is held in float32 at once. A source in the training form also
 has its branches run one by one, each sum against the written kernel.
 """
@@ -23,7 +23,6 @@ from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.picture.image import Pixels
-from mlx_vlm_edge.timings import Stages
 
 from . import branches
 
@@ -125,19 +124,6 @@ def _rounding(written: Mapping[str, mx.array]) -> float:
     return max(limit for name, limit in _DTYPES.items() if getattr(mx, name) in dtypes)
 
 
-class Recorder(Stages):
-    """Keeps what each stage came out with, by the part's name."""
-
-    def __init__(self) -> None:
-        super().__init__(measured=True)
-        self.outputs: dict[str, mx.array] = {}
-
-    def mark(self, name: str, *arrays: mx.array) -> None:
-        mx.eval(*arrays)
-        if arrays:
-            self.outputs[_PARTS.get(name, name)] = arrays[0]
-
-
 def compare(
     model: VisionLanguageModel, reference: VisionLanguageModel, probe: Pixels
 ) -> Iterator[Error]:
@@ -150,14 +136,16 @@ def compare(
 
 def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
     """What each stage of an image's encoding gives; all parts but the decoder are then let go."""
-    recorder = Recorder()
     parts = [name for name in model.children() if name != "language_model"]
     for part in parts:
         _float32(model[part])
-    model.encode_image(probe, recorder)
+    outputs = {}
+    for name, output in model.stages(probe):
+        mx.eval(output)
+        outputs[_PARTS.get(name, name)] = output
     for part in parts:
         model.pop(part)
-    return recorder.outputs
+    return outputs
 
 
 def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[Error]:

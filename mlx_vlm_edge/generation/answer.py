@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..text.prompt import Inputs, Processor
-from ..timings import Stages
+from ..timings import Timer
 from .choosing import TokenLogprobs
 from .sampling import StopStrings
 
@@ -44,7 +44,7 @@ class GenerationResult:
 class Answer:
     """One prompt's answer as it comes.
 
-    stop: texts that end it, special tokens among them. stages: of the prompt; its clock is used.
+    stop: texts that end it, special tokens among them. timer: of the prompt; its clock is used.
     started: when the prompt came in, by that clock. reused: prompt tokens that a prefix cache knew.
     skip: whether special tokens have no text.
     """
@@ -54,7 +54,7 @@ class Answer:
         processor: Processor,
         inputs: Inputs,
         stop: Sequence[str],
-        stages: Stages,
+        timer: Timer,
         started: float,
         reused: int = 0,
         skip: bool = True,
@@ -65,7 +65,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(skip)
         self._inputs, self._reused = inputs, reused
-        self._stages, self._started = stages, started
+        self._timer, self._started = timer, started
         self._first, self._tokens = 0.0, 0
         self._logprobs: TokenLogprobs | None = None
 
@@ -74,8 +74,8 @@ class Answer:
         self._logprobs = logprobs
         self._tokens += 1
         if self._tokens == 1:
-            self._stages.mark("first sample")
-            self._first = self._stages.clock()
+            self._timer.mark("first sample")
+            self._first = self._timer.clock()
         if token in self._stop_ids:
             rest = self._rest()
             self._stops.matched = self._tokenizer.decode([token], skip_special=False)
@@ -94,7 +94,7 @@ class Answer:
         return self._stops.feed(self._detokenizer.finish()) + self._stops.flush()
 
     def _piece(self, text: str, token: int | None, reason: str | None) -> GenerationResult:
-        decoding = self._stages.clock() - self._first
+        decoding = self._timer.clock() - self._first
         prompt_tokens, ttft = self._inputs.input_ids.shape[1], self._first - self._started
         return GenerationResult(
             text=text,
@@ -107,7 +107,7 @@ class Answer:
             ttft_e2e=ttft,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
-            stages=dict(self._stages.seconds) if self._stages.measured else None,
+            stages=dict(self._timer.seconds) if self._timer.measured else None,
             reused_tokens=self._reused,
             jpeg_draft=self._inputs.jpeg_draft,
             logprobs=self._logprobs,

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from ..errors import UsageError
 from ..text.prompt import Inputs, Processor
-from ..timings import Stages
+from ..timings import Steps, Timer
 from .answer import GenerationResult
 from .engine import BusyError, Engine
 from .loop import Options
@@ -117,7 +117,7 @@ class _Asked:
     """A picture and a question on their way."""
 
     key: Key
-    reading: "Future[tuple[Inputs, Stages]]"
+    reading: "Future[tuple[Inputs, Timer]]"
     text: str = ""
 
 
@@ -179,18 +179,18 @@ class Batch:
     def _start(self, key: Key, readers: ThreadPoolExecutor, arrived: "SimpleQueue[Any]") -> None:
         """Have a picture read, and its question put in the line when it has been."""
 
-        def read() -> tuple[Inputs, Stages]:
-            stages = Stages(measured=True)
-            return prepare(self.engine.processor, key, self.run.system, stages), stages
+        def read() -> tuple[Inputs, Timer]:
+            timer = Timer(measured=True)
+            return timer.run(prepare(self.engine.processor, key, self.run.system)), timer
 
         asked = _Asked(key, readers.submit(read))
 
-        def submit(reading: "Future[tuple[Inputs, Stages]]") -> None:
+        def submit(reading: "Future[tuple[Inputs, Timer]]") -> None:
             try:
-                inputs, stages = reading.result()
+                inputs, timer = reading.result()
                 self.engine.submit(
                     inputs, self.run.options, lambda piece: arrived.put((asked, piece)),
-                    stages=stages,
+                    timer=timer,
                 )  # fmt: skip
             except (UsageError, BusyError) as error:
                 arrived.put((asked, error))
@@ -216,14 +216,14 @@ class Batch:
         return True
 
 
-def prepare(processor: Processor, key: Key, system: str | None, stages: Stages) -> Inputs:
+def prepare(processor: Processor, key: Key, system: str | None) -> Steps[Inputs]:
     """A question about a picture, ready for the model."""
     image, prompt = key
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return processor(messages, [image], stages=stages)
+    return processor.steps(messages, [image])
 
 
 def _told(text: str, last: GenerationResult) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
 from ..text.prompt import Inputs, Message, Preprocess, Processor
-from ..timings import Stages
+from ..timings import Timer
 from .answer import GenerationResult
 from .loop import Options, as_list, budget, stream_inputs
 from .prefix import PrefixCache
@@ -88,11 +88,11 @@ class Conversation:
         Raises UsageError for a bad picture or option, and for a question that is too long.
         """
         chosen = replace(self.options, **options)
-        stages, started = Stages(verbose), time.perf_counter()
+        timer, started = Timer(verbose), time.perf_counter()
         question = Turn("user", text, tuple(as_list(images)))
-        inputs, asked, dropped = self._fitting([*self.turns, question], chosen, stages)
+        inputs, asked, dropped = self._fitting([*self.turns, question], chosen, timer)
         pieces = stream_inputs(
-            self.model, self.processor, inputs, chosen, stages, started, self.prefix_cache
+            self.model, self.processor, inputs, chosen, timer, started, self.prefix_cache
         )
         return self._followed(pieces, asked, dropped)
 
@@ -109,7 +109,7 @@ class Conversation:
                 self.turns, self.dropped = [*asked, Turn("assistant", said)], dropped
 
     def _fitting(
-        self, turns: list[Turn], options: Options, stages: Stages
+        self, turns: list[Turn], options: Options, timer: Timer
     ) -> tuple[Inputs, list[Turn], int]:
         """The prompt of the last turns that the context has room for, all turns with their pixels,
         and how many were left out.
@@ -124,7 +124,7 @@ class Conversation:
             asked = turns[start:]
             preprocess = self.processor.preprocessor(sum(len(turn.images) for turn in asked))
             sources = [source for turn in asked for source in turn.sources(preprocess)]
-            inputs = self.processor(self._messages(asked), sources, stages=stages)
+            inputs = timer.run(self.processor.steps(self._messages(asked), sources))
             turns[start:] = _with_pixels(asked, inputs.pixels, preprocess)
             if inputs.input_ids.shape[1] <= enough:
                 break

@@ -18,10 +18,10 @@ from ..language.cache import Cache, QuantizingCaches
 from ..language.rows import rows_of
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Processor
-from ..timings import Stages
+from ..timings import Timer
 from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
-from .loop import Options, budget, make_cache, token_sampler
+from .loop import Options, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
 
 ROWS = 8
@@ -46,7 +46,7 @@ class Ticket:
     options: Options
     deliver: Deliver
     client: str
-    stages: Stages
+    timer: Timer
     started: float
     _cancelled: Event = field(default_factory=Event)
 
@@ -152,20 +152,20 @@ class Engine:
         deliver: Deliver,
         *,
         client: str = "",
-        stages: Stages | None = None,
+        timer: Timer | None = None,
         started: float | None = None,
     ) -> Ticket:
         """Put a prompt in the line. Raises BusyError when it is full, UsageError for a long prompt.
 
-        stages and started: of the prompt's preparation, for its times.
+        timer and started: of the prompt's preparation, for its times.
         """
         with self._changed:
             if self._closing:
                 raise BusyError
             budget(self.model, inputs, options)
-        stages = stages or Stages()
+        timer = timer or Timer()
         ticket = Ticket(
-            inputs, options, deliver, client, stages, stages.clock() if started is None else started
+            inputs, options, deliver, client, timer, timer.clock() if started is None else started
         )
         with self._changed:
             self._line.put(ticket)
@@ -227,20 +227,20 @@ class Engine:
             ticket.deliver(error)
 
     def _prefilled(self, ticket: Ticket) -> _Row:
-        inputs, options, stages = ticket.inputs, ticket.options, ticket.stages
+        inputs, options, timer = ticket.inputs, ticket.options, ticket.timer
         cache = make_cache(self.model, inputs, options)
-        run, rest, reused = None, inputs, 0
+        run, reused = None, 0
         if self.prefix_cache is not None:
-            run = self.prefix_cache.begin(self.model, self.processor, inputs, cache, stages)
-            rest, reused = run.rest, run.start
-        stages.mark("queue")
+            run = self.prefix_cache.begin(self.model, self.processor, inputs, cache)
+            reused = run.start
+        timer.mark("queue")
         skip = options.skip_special_tokens
-        answer = Answer(self.processor, inputs, options.stop, stages, ticket.started, reused, skip)
+        answer = Answer(self.processor, inputs, options.stop, timer, ticket.started, reused, skip)
         sample = token_sampler(self.model, self.processor, inputs, options)
         row = _Row(ticket, answer, cache, sample, run)
         row.left = budget(self.model, inputs, options)
-        logits = self.model.prefill(rest, cache, options.prefill_step_size, stages)
-        row.token = row.sample(logits)
+        steps = prompt_logits(self.model, run or inputs, cache, options.prefill_step_size)
+        row.token = row.sample(timer.run(steps))
         mx.async_eval(row.token)
         return row
 

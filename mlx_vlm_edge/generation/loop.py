@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Message, Processor
-from ..timings import Clock, Stages
+from ..timings import Clock, Steps, Timer
 from .answer import Answer
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
@@ -23,7 +23,7 @@ from .grammar import Grammar, Matcher
 from .sampling import Sampling, check_number
 
 if TYPE_CHECKING:
-    from .prefix import PrefixCache
+    from .prefix import PrefixCache, Run
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -122,9 +122,9 @@ def stream_generate(
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(sorted(known))}")
     chosen = Options(**options)
-    started, stages = clock(), Stages(verbose, clock)
-    inputs = processor(prompt, as_list(images) + as_list(image), raw=raw, stages=stages)
-    return stream_inputs(model, processor, inputs, chosen, stages, started, prefix_cache)
+    started, timer = clock(), Timer(verbose, clock)
+    inputs = timer.run(processor.steps(prompt, as_list(images) + as_list(image), raw=raw))
+    return stream_inputs(model, processor, inputs, chosen, timer, started, prefix_cache)
 
 
 def as_list(images: Any) -> list[Any]:
@@ -138,7 +138,7 @@ def stream_inputs(
     processor: Processor,
     inputs: Inputs,
     options: Options,
-    stages: Stages,
+    timer: Timer,
     started: float,
     prefix_cache: "PrefixCache | None",
 ) -> Iterator[GenerationResult]:
@@ -146,15 +146,14 @@ def stream_inputs(
     cache = make_cache(model, inputs, options)
     sample = token_sampler(model, processor, inputs, options)
     mx.reset_peak_memory()
-    inputs = _encoded(model, inputs, stages)
-    if prefix_cache is None:
-        answer = Answer(processor, inputs, options.stop, stages, started, skip=skip)
-        tokens = decode(model, inputs, cache, options, stages, limit, sample)
+    run = None if prefix_cache is None else prefix_cache.begin(model, processor, inputs, cache)
+    logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
+    reused = 0 if run is None else run.start
+    answer = Answer(processor, inputs, options.stop, timer, started, reused, skip)
+    tokens = decode(model, logits, cache, limit, sample)
+    if run is None:
         yield from _results(tokens, answer, sample)
         return
-    run = prefix_cache.begin(model, processor, inputs, cache, stages)
-    answer = Answer(processor, inputs, options.stop, stages, started, run.start, skip)
-    tokens = decode(model, inputs, cache, options, stages, limit, sample, run.rest)
     said: list[int] = []
     try:
         for result in _results(tokens, answer, sample):
@@ -166,14 +165,23 @@ def stream_inputs(
             run.end(said)
 
 
-def _encoded(model: VisionLanguageModel, inputs: Inputs, stages: Stages) -> Inputs:
-    """While the language model's weights are still being read, the images are encoded."""
-    if model.arriving is None:
-        return inputs
-    tokens = [model.encode_image(pixels, stages) for pixels in inputs.pixels]
-    mx.async_eval(tokens)
-    model.arrive()
-    return replace(inputs, tokens=tokens)
+def prompt_logits(
+    model: VisionLanguageModel, prompt: "Inputs | Run", cache: list[Cache], step_size: int
+) -> Steps[mx.array]:
+    """A prompt, or what of it is not known, into `cache`: logits [1, V] of its last position.
+
+    Its images are computed while the language model may still be being read.
+    """
+    if isinstance(prompt, Inputs):
+        inputs = replace(prompt, tokens=(yield from model.encode(prompt.pixels)))
+    else:
+        inputs = yield from prompt.encode()
+    if model.arriving is not None:
+        mx.async_eval(inputs.tokens)
+        model.arrive()
+    logits = model.prefill(inputs, cache, step_size)
+    yield "prefill", logits
+    return logits
 
 
 def _results(
@@ -226,19 +234,16 @@ def _check_groups(head_dim: int, group_size: int) -> None:
 
 def decode(
     model: VisionLanguageModel,
-    inputs: Inputs,
+    logits: mx.array,
     cache: list[Cache],
-    options: Options,
-    stages: Stages,
     budget: int,
     sample: TokenSampler,
-    rest: Inputs | None = None,
 ) -> Iterator[int]:
     """Yield up to `budget` token ids; each next one is under way while the last is handed out.
 
-    rest: what of the prompt is not in `cache` yet; all of it by default.
+    logits: of the last position of the prompt, which is in `cache`.
     """
-    token = sample(model.prefill(rest or inputs, cache, options.prefill_step_size, stages))
+    token = sample(logits)
     mx.async_eval(token)
     for index in range(budget):
         following = token

@@ -20,7 +20,7 @@ from ..language.cache import Cache, KVCache, RotatingKVCache
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
 from ..text.prompt import Inputs, Processor
-from ..timings import Stages
+from ..timings import Steps
 
 MAX_BYTES = 512 * 2**20
 Layers = list[tuple[mx.array, mx.array]]
@@ -118,7 +118,6 @@ class PrefixCache:
         processor: Processor,
         inputs: Inputs,
         cache: list[Cache],
-        stages: Stages,
     ) -> "Run":
         """Fill `cache` (empty until now) with what is known of the prompt; see `Run`."""
         settings = repr(model.config)
@@ -127,17 +126,7 @@ class PrefixCache:
         keys = position_keys(inputs, digests, counts)
         start = self._take(model, keys, cache)
         self._touch((id(model), name) for name in digests)
-        tokens, pixels, end = [], [], 0
-        for name, count, image in zip(digests, counts, inputs.pixels, strict=True):
-            places = inputs.visual[end : end + count]
-            end += count
-            if len(places) and places[-1] >= start:
-                pixels.append(image)
-                found = self._image(model, name, image, stages)
-                tokens.append(found[int(np.searchsorted(places, start)) :])
-        visual = inputs.visual[inputs.visual >= start] - start
-        rest = Inputs(inputs.input_ids[:, start:], visual, pixels, tokens)
-        return Run(self, model, keys, list(cache), start, rest)
+        return Run(self, model, keys, list(cache), start, inputs, digests, counts)
 
     def _take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
@@ -153,7 +142,6 @@ class PrefixCache:
                         length, layers, name = known, kept.layers, key
             if name is not None:
                 self._kept.move_to_end(name)
-        length = model.reusable(length)
         if length:
             for layer, (k, v) in zip(cache, layers, strict=True):
                 _fill(layer, k, v, length)
@@ -166,18 +154,18 @@ class PrefixCache:
                 if name in self._kept:
                     self._kept.move_to_end(name)
 
-    def _image(
-        self, model: VisionLanguageModel, name: bytes, pixels: Pixels, stages: Stages
-    ) -> mx.array:
-        key = id(model), name
+    def image(self, model: VisionLanguageModel, name: bytes) -> mx.array | None:
+        """The visual tokens of an image by its digest, None where they are not known."""
         with self._lock:
-            kept = self._kept.get(key)
-            if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
-                return kept.tokens
-        tokens = model.encode_image(pixels, stages)
+            kept = self._kept.get((id(model), name))
+        if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
+            return kept.tokens
+        return None
+
+    def keep_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
+        """Remember an image's visual tokens."""
         mx.eval(tokens)  # what is not computed yet is of use to this thread alone
-        self._add(key, _Image(weakref.ref(model), tokens))
-        return tokens
+        self._add((id(model), name), _Image(weakref.ref(model), tokens))
 
     def keep(self, model: VisionLanguageModel, keys: np.ndarray, layers: Layers) -> None:
         """Remember a prompt's keys and values; what it continues is dropped for it."""
@@ -210,7 +198,8 @@ class PrefixCache:
 class Run:
     """One prompt on its way through the model.
 
-    start: positions that were known. rest: the prompt from there on, its visual tokens included.
+    start: positions that were known. digests and counts: of the prompt's images, what stands for
+    each and how many visual tokens it has.
     """
 
     store: PrefixCache
@@ -218,7 +207,37 @@ class Run:
     keys: np.ndarray
     cache: list[Cache]
     start: int
-    rest: Inputs
+    inputs: Inputs
+    digests: list[bytes]
+    counts: list[int]
+
+    def encode(self) -> Steps[Inputs]:
+        """The prompt from `start` on with its visual tokens; known images are not encoded."""
+        inputs, ends = self.inputs, np.cumsum(self.counts)
+        places = np.split(inputs.visual, ends[:-1]) if len(ends) else []
+        images = [
+            (name, pixels, where)
+            for name, pixels, where in zip(self.digests, inputs.pixels, places, strict=True)
+            if len(where) and where[-1] >= self.start
+        ]
+        tokens: dict[bytes, mx.array] = {}
+        missing: dict[bytes, Pixels] = {}
+        for name, pixels, _ in images:
+            known = self.store.image(self.model, name)
+            if known is None:
+                missing[name] = pixels
+            else:
+                tokens[name] = known
+        encoded = yield from self.model.encode(list(missing.values()))
+        for name, image in zip(missing, encoded, strict=True):
+            self.store.keep_image(self.model, name, image)
+            tokens[name] = image
+        rest = [
+            tokens[name][int(np.searchsorted(where, self.start)) :] for name, _, where in images
+        ]
+        visual = inputs.visual[inputs.visual >= self.start] - self.start
+        pictures = [pixels for _, pixels, _ in images]
+        return Inputs(inputs.input_ids[:, self.start :], visual, pictures, rest)
 
     def end(self, generated: Sequence[int]) -> None:
         """Remember the prompt, and as much of the answer as went through the model.

@@ -5,14 +5,31 @@ projections. With `last_only` all positions enter the cache, and one comes out: 
 the others alone is computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import tall_matmul
-from .cache import Cache, KVCache, Mask
+from .cache import Cache, KVCache, Mask, settle
+
+
+def chunks(length: int, step_size: int) -> Iterator[slice]:
+    """The parts that a prompt goes through a model in: chunks(5, 2) -> 0:2, 2:4, 4:5."""
+    return (slice(at, min(at + step_size, length)) for at in range(0, length, step_size))
+
+
+def prefill(
+    language_model: "LanguageModel", embeddings: mx.array, cache: Sequence[Cache], step_size: int
+) -> mx.array:
+    """Input embeddings [1, L, D] into `cache`, at most `step_size` positions at a time; logits
+    [1, V] of the last one."""
+    for part in chunks(embeddings.shape[1], step_size):
+        if part.start:
+            settle(cache)
+        logits = language_model(embeddings[:, part], cache, last_only=True)
+    return logits[:, -1]
 
 
 class DecoderConfig(Protocol):

@@ -5,7 +5,7 @@ tells what becomes of a picture. Nothing is evaluated, and no weights are read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from ..models.contract import Family
 from ..picture.image import MAX_PIXELS, Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..text.prompt import Inputs, Processor
-from ..timings import Stages
-from .counting import Counter, Work, counting
+from ..timings import watched
+from .counting import Work, counting
 
 Size = tuple[int, int]  # width, height
 SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
@@ -213,18 +213,6 @@ class Cost:
         return {**parts, "total": sum(parts.values())}
 
 
-class _Boundaries(Stages):
-    """Takes what a counter has at the end of each stage."""
-
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        self.counter = counter
-        self.works: dict[str, Work] = {}
-
-    def mark(self, name: str, *arrays: Any) -> None:
-        self.works[name] = self.works.get(name, Work()) + self.counter.take()
-
-
 def question(plan: Blueprint, image: Size = SQUARE, text_tokens: int = TEXT_TOKENS) -> Inputs:
     """A prompt of that length about a picture of that size, without words: to be counted only."""
     pixels = plan.pixels(image)
@@ -237,13 +225,18 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
     """Count a prompt on a model's shapes, as a GPU would run it."""
     model, length = plan.model, int(inputs.input_ids.shape[1])
     cache = model.make_cache()
+    done: dict[str, Work] = {}
     with counting() as counter:
-        stages = _Boundaries(counter)
-        model.prefill(inputs, cache, STEP, stages)
+
+        def take(name: str, outcome: Any = None) -> None:
+            done[name] = done.get(name, Work()) + counter.take()
+
+        tokens = watched(model.encode(inputs.pixels), take)
+        model.prefill(replace(inputs, tokens=tokens), cache, STEP)
+        take("prefill")
         cached = sum(_position_bytes(layer.state) for layer in cache)
         model.step(mx.zeros((1,), mx.int32), cache)
         step = counter.take()
-    done = stages.works
     data = [pixels.data for pixels in inputs.pixels]
     return Cost(
         tiles=sum(len(array) if array.ndim == 4 else 1 for array in data),

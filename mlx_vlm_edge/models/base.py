@@ -8,11 +8,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.weights import Weights
-from ..language.cache import Cache, settle
-from ..language.decoder import LanguageModel
+from ..language.cache import Cache
+from ..language.decoder import LanguageModel, prefill
 from ..picture.image import Pixels
 from ..text.prompt import Inputs
-from ..timings import Stages
+from ..timings import Steps, result
 
 
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -47,8 +47,8 @@ def merge(embeddings: mx.array, tokens: Sequence[mx.array], visual: np.ndarray) 
 
 
 class VisionLanguageModel(nn.Module):
-    """Base of the families' models; they supply the parts and `features`, or `encode_image` where
-    visual tokens are made otherwise.
+    """Base of the families' models; they supply the parts and `features`, or `stages` where visual
+    tokens are made otherwise.
 
     The tower and the connector go by the checkpoint's names, `tower_name` and `connector_name`.
     encoder: what computes image features in the tower's place, another back end. config: the
@@ -59,7 +59,7 @@ class VisionLanguageModel(nn.Module):
     language_model: LanguageModel
     tower_name = "vision_tower"
     connector_name: str | None = "mm_projector"
-    encoder: Callable[..., mx.array] | None = None
+    encoder: Callable[[np.ndarray], mx.array] | None = None
     arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
 
     @property
@@ -78,57 +78,50 @@ class VisionLanguageModel(nn.Module):
             self.arriving()
             self.arriving = None
 
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+    def encode_image(self, pixels: Pixels) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
-        stages = stages or Stages()
-        features = self.image_features(pixels.data[None])
-        stages.mark("vision", features)
-        tokens: mx.array = self.connector(features)[0]
-        stages.mark("connector", tokens)
+        return result(self.stages(pixels))
+
+    def encode(self, images: Sequence[Pixels]) -> Steps[list[mx.array]]:
+        """The visual tokens of each of a prompt's images."""
+        tokens = []
+        for pixels in images:
+            tokens.append((yield from self.stages(pixels)))
         return tokens
 
-    def image_features(self, *pictures: Any) -> mx.array:
+    def stages(self, pixels: Pixels) -> Steps[mx.array]:
+        """`encode_image` in its steps: "vision" gives image features, "connector" visual tokens."""
+        features = self.image_features(pixels.data[None])
+        yield "vision", features
+        tokens: mx.array = self.connector(features)[0]
+        yield "connector", tokens
+        return tokens
+
+    def image_features(self, pictures: np.ndarray) -> mx.array:
         """`features` of the same, by `encoder` where there is one."""
-        return (self.encoder or self.features)(*pictures)
+        return (self.encoder or self.features)(pictures)
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C] by the tower."""
         raise NotImplementedError
 
-    def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:
+    def embed(self, inputs: Inputs) -> mx.array:
         """Input embeddings [1, L, D] of a whole prompt, visual tokens in place."""
         ids = inputs.input_ids.copy()
         ids[0, inputs.visual] = 0  # placeholders may be no vocabulary entry (-200)
-        tokens = inputs.tokens
-        if tokens is None:
-            tokens = [self.encode_image(pixels, stages) for pixels in inputs.pixels]
+        tokens = result(self.encode(inputs.pixels)) if inputs.tokens is None else inputs.tokens
         return merge(self.language_model.embed(mx.array(ids)), tokens, inputs.visual)
 
     def make_cache(self) -> list[Cache]:
         """One empty KV cache per layer."""
         return self.language_model.make_cache()
 
-    def reusable(self, length: int) -> int:
-        """How many of the `length` positions that two prompts share have the same keys and values
-        in both: all, where no position sees a later one."""
-        return length
-
-    def prefill(
-        self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages
-    ) -> mx.array:
+    def prefill(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> mx.array:
         """Run the prompt into `cache`, after what that holds; logits [1, V] of its last position.
 
         One pass, or chunks of `step_size` positions when the prompt is longer than that.
         """
-        embeddings = self.embed(inputs, stages)
-        length = embeddings.shape[1]
-        for start in range(0, length - step_size, step_size):
-            self.language_model(embeddings[:, start : start + step_size], cache, last_only=True)
-            settle(cache)
-        rest = embeddings[:, (length - 1) // step_size * step_size :]
-        logits = self.language_model(rest, cache, last_only=True)[:, -1]
-        stages.mark("prefill", logits)
-        return logits
+        return prefill(self.language_model, self.embed(inputs), cache, step_size)
 
     def step(self, token: mx.array, cache: Sequence[Cache]) -> mx.array:
         """Logits [B, V] after one more token of each sequence, int[B]."""

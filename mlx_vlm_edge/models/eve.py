@@ -24,6 +24,7 @@ from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
 from ..vision.eve import PatchConfig, PatchEmbedding
+from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from . import llava
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
@@ -138,8 +139,8 @@ class Model(VisionLanguageModel):
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [1, H, W, 3] -> image features [1, 1 + h * (w + 1), C]."""
-        x = llava.normalize(pictures).astype(self.vision_tower.class_embedding.dtype)
-        return self.vision_tower(x)[None]
+        dtype = self.vision_tower.class_embedding.dtype
+        return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
 
 
 class Processor(llava.Processor):

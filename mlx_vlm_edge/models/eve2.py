@@ -19,16 +19,17 @@ import numpy as np
 
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..language.cache import Cache, settle
-from ..language.eve2 import LanguageModel
+from ..language.cache import Cache
+from ..language.eve2 import LanguageModel, prefill
 from ..language.llama import TextConfig
 from ..picture.image import MAX_PIXELS, Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
 from ..text import prompt
 from ..text.prompt import Inputs
-from ..timings import Stages
+from ..timings import Steps
 from ..vision.eve import ConvPatchEmbedding, PatchConfig
-from . import eve, llava
+from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
+from . import eve
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
 
@@ -110,32 +111,20 @@ class Model(VisionLanguageModel):
         self.vision_tower = ConvPatchEmbedding(config.vision, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+    def stages(self, pixels: Pixels) -> Steps[mx.array]:
         """Pixels of one image -> visual tokens [1 + h * (w + 1), D]."""
         tokens = self.image_features(pixels.data[None])[0]
-        (stages or Stages()).mark("vision", tokens)
+        yield "vision", tokens
         return tokens
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [1, H, W, 3] -> visual tokens [1, 1 + h * (w + 1), D]."""
-        x = llava.normalize(pictures).astype(self.vision_tower.class_embedding.dtype)
-        return self.vision_tower(x)[None]
+        dtype = self.vision_tower.class_embedding.dtype
+        return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
 
-    def prefill(
-        self, inputs: Inputs, cache: Sequence[Cache], step_size: int, stages: Stages
-    ) -> mx.array:
-        """Run the prompt into `cache`, `step_size` positions at a time; logits [1, V] of its
-        last position."""
-        embeddings = self.embed(inputs, stages)
-        for start in range(0, embeddings.shape[1], step_size):
-            if start:
-                settle(cache)
-            part = embeddings[:, start : start + step_size]
-            inside = (start <= inputs.visual) & (inputs.visual < start + part.shape[1])
-            visual = inputs.visual[inside] - start
-            logits = self.language_model(part, cache, last_only=True, visual=visual)
-        stages.mark("prefill", logits)
-        return logits[:, -1]
+    def prefill(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> mx.array:
+        embeddings = self.embed(inputs)
+        return prefill(self.language_model, embeddings, cache, step_size, inputs.visual)
 
     def __call__(self, inputs: Inputs) -> mx.array:
         """Logits [1, L, V] of the whole prompt, for tests and scoring."""

@@ -28,6 +28,7 @@ from ..picture.preprocessing import (
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
+from ..vision.pixels import normalized
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
 
@@ -126,8 +127,7 @@ class Model(VisionLanguageModel):
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, H / 64 * W / 64, C]."""
-        dtype = self.vision_tower.stem.conv.weight.dtype
-        return self.vision_tower(mx.array(pictures).astype(dtype) * (1 / 255))
+        return self.vision_tower(normalized(pictures, self.vision_tower.stem.conv.weight.dtype))
 
 
 class Processor(prompt.Processor):

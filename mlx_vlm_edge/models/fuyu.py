@@ -24,7 +24,8 @@ from ..picture.preprocessing import AS_PUBLISHED, Preprocessing, refuse_max_tile
 from ..picture.tiling import fit_within
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
-from ..timings import Stages
+from ..timings import Steps
+from ..vision.pixels import HALF, normalized
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
 
@@ -132,16 +133,14 @@ class Model(VisionLanguageModel):
         self.vision_embed_tokens = nn.Linear(config.patch_size**2 * CHANNELS, hidden)
         self.language_model = LanguageModel(config.text)
 
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+    def stages(self, pixels: Pixels) -> Steps[mx.array]:
         """Pixels of one image -> visual tokens [rows * (columns + 1), D], a newline after each row.
 
         The newline is the vocabulary's own token.
         """
-        stages = stages or Stages()
-        patches = patchify(mx.array(pixels.data), self.config.patch_size).astype(mx.float32)
-        x = (patches / 255 - 0.5) / 0.5
-        tokens = self.vision_embed_tokens(x.astype(self.vision_embed_tokens.weight.dtype))
-        stages.mark("vision", tokens)
+        x = normalized(pixels.data, self.vision_embed_tokens.weight.dtype, HALF, HALF)
+        tokens = self.vision_embed_tokens(patchify(x, self.config.patch_size))
+        yield "vision", tokens
         rows, _, D = tokens.shape
         newline = self.language_model.embed(mx.array([self.config.image_newline_id]))
         ends = mx.broadcast_to(newline.astype(tokens.dtype), (rows, 1, D))

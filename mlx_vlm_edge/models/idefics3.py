@@ -28,8 +28,9 @@ from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
 from ..text.chat_template import render_chat_template
 from ..text.tokenizer import Tokenizer
-from ..timings import Stages
-from ..vision.positions import patch_mask, position_ids
+from ..timings import Steps
+from ..vision.pixels import normalized
+from ..vision.positions import position_ids
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel
@@ -92,41 +93,31 @@ class Model(VisionLanguageModel):
         self.modality_projection = PixelShuffle(width, config.text.hidden_size, config.scale_factor)
         self.language_model = LanguageModel(config.text)
 
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
-        """Pixels of one image or video -> visual tokens [tiles * tokens per tile, D].
+    def stages(self, pixels: Pixels) -> Steps[mx.array]:
+        """Pixels of one image or video, uint8 [tiles, H, W, 3] -> visual tokens [tiles * N, D].
 
-        pixels.data: uint8 [tiles, H, W, 3]; pixels.mask: bool [tiles, H, W], which pixels are
-        picture. Tiles go through the tower a few at a time, so that memory does not grow with them.
+        Tiles go through the tower a few at a time, so that memory does not grow with them.
         """
-        stages = stages or Stages()
         tokens: list[mx.array] = []
         step = tiles_at_once(self.config.vision, pixels.data.shape[1:3])
         for start in range(0, len(pixels.data), step):
             mx.eval(tokens[-1:])
-            part = slice(start, start + step)
-            mask = None if pixels.mask is None else pixels.mask[part]
-            features = self.image_features(pixels.data[part], mask)
-            stages.mark("vision", features)
+            features = self.image_features(pixels.data[start : start + step])
+            yield "vision", features
             tokens.append(self.connector(features).reshape(-1, self.config.text.hidden_size))
-            stages.mark("connector", tokens[-1])
+            yield "connector", tokens[-1]
         return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
 
-    def features(self, tiles: np.ndarray, mask: np.ndarray | None = None) -> mx.array:
-        """uint8 [B, H, W, 3] and bool [B, H, W] -> image features [B, N, C]."""
+    def features(self, tiles: np.ndarray) -> mx.array:
+        """uint8 [B, H, W, 3] -> image features [B, N, C]."""
         config = self.config.vision
-        x = mx.array(tiles).astype(mx.float32)
-        x = (x * (1 / 255) - mx.array(self.config.mean)) / mx.array(self.config.std)
-        B, rows, columns = len(tiles), *(edge // config.patch_size for edge in tiles.shape[1:3])
-        positions = attended = None
-        if mask is not None:
-            x = mx.where(mx.array(mask)[..., None], x, 0)
-            patches = patch_mask(mask, config.patch_size)
-            attended = mx.array(patches.reshape(B, 1, 1, -1))
-        if mask is not None or (rows, columns) != (config.grid, config.grid):
-            patches = np.ones((B, rows, columns), bool) if mask is None else patches
-            positions = mx.array(position_ids(patches, config.grid))
+        rows, columns = (edge // config.patch_size for edge in tiles.shape[1:3])
+        positions = None
+        if (rows, columns) != (config.grid, config.grid):
+            positions = mx.array(position_ids(rows, columns, config.grid))[None]
         dtype = self.vision_model.position_embedding.dtype
-        return self.vision_model(x.astype(dtype), positions, attended)
+        x = normalized(tiles, dtype, self.config.mean, self.config.std)
+        return self.vision_model(x, positions)
 
 
 def tiles_at_once(config: ViTConfig, shape: tuple[int, ...]) -> int:
@@ -158,9 +149,9 @@ class Processor(prompt.Processor):
         # What the tokenizer itself puts in front of a text (Idefics3's does, SmolVLM's does not).
         self.prefix: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids[:1]
 
-    def read(self, source: Any, preprocess: prompt.Preprocess, stages: Stages) -> Pixels:
+    def read(self, source: Any, preprocess: prompt.Preprocess) -> Steps[Pixels]:
         if not isinstance(source, Video):
-            return super().read(source, preprocess, stages)
+            return (yield from super().read(source, preprocess))
         sampling = self.config.video
         if sampling is None:
             raise UsageError("this model was not trained on videos: use SmolVLM2 (smolvlm2-500m)")
@@ -168,10 +159,10 @@ class Processor(prompt.Processor):
         clip = read_video(
             source, sampling.fps, sampling.max_frames, lambda frame: single(frame, edge, tile)
         )
-        stages.mark("image decode")  # frames are preprocessed as they come: no two are held
+        yield "image decode", clip  # frames are preprocessed as they come: no two are held
         tiles = np.concatenate(clip.frames)
-        stages.mark("preprocess")
-        return Frames(tiles, clip.size, None, tuple(clip.times), clip.duration)
+        yield "preprocess", tiles
+        return Frames(tiles, clip.size, tuple(clip.times), clip.duration)
 
     def draft_side(self) -> int:
         return self.config.longest_edge
@@ -192,7 +183,7 @@ class Processor(prompt.Processor):
                 f"than the {MARKED} in a row that the model knows: give a smaller --resolution"
             )
         tiles = split(image, longest, config.tile)
-        return Tiles(tiles, image.size, None, rows, columns)
+        return Tiles(tiles, image.size, rows, columns)
 
     def render(self, messages: list[prompt.Message]) -> str:
         template = self.tokenizer.chat_template

@@ -30,6 +30,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..text import prompt
+from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids, with_tower
@@ -39,10 +40,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
-# CLIP's, by which pixels in 0..1 are normalised; the padding is the mean in uint8.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-FILL = (122, 116, 104)
+FILL = (122, 116, 104)  # CLIP's mean in uint8
 BOS = 1
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -144,15 +142,9 @@ class Model(VisionLanguageModel):
 
     def features(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C]."""
-        x = normalize(pictures).astype(self.vision_tower.position_embedding.dtype)
-        features = self.vision_tower(x)
+        dtype = self.vision_tower.position_embedding.dtype
+        features = self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))
         return features if self.config.keeps_class_token else features[:, 1:]
-
-
-def normalize(pictures: np.ndarray) -> mx.array:
-    """uint8 [B, H, W, 3] -> float32 of the same shape as CLIP takes it."""
-    x = mx.array(pictures).astype(mx.float32) * (1 / 255)
-    return (x - mx.array(MEAN)) / mx.array(STD)
 
 
 class Processor(prompt.Processor):

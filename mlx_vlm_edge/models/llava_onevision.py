@@ -25,7 +25,8 @@ from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..text import prompt
-from ..timings import Stages
+from ..timings import Steps
+from ..vision.pixels import HALF, normalized
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids
@@ -224,13 +225,12 @@ class Model(VisionLanguageModel):
         self.image_newline = mx.zeros((config.text.hidden_size,))
         self.language_model = LanguageModel(config.text)
 
-    def encode_image(self, pixels: Pixels, stages: Stages | None = None) -> mx.array:
+    def stages(self, pixels: Pixels) -> Steps[mx.array]:
         """Pixels of one image, uint8 [tiles, side, side, 3] -> visual tokens [N, D]."""
-        stages = stages or Stages()
         features = self.image_features(pixels.data)
-        stages.mark("vision", features)
+        yield "vision", features
         tokens = self.pack(self.connector(features), pixels)
-        stages.mark("connector", tokens)
+        yield "connector", tokens
         return tokens
 
     def features(self, tiles: np.ndarray) -> mx.array:
@@ -239,9 +239,8 @@ class Model(VisionLanguageModel):
         features: list[mx.array] = []
         for start in range(0, len(tiles), TILES_AT_ONCE):
             mx.eval(features[-1:])  # so that one batch's activations are held, not all
-            batch = mx.array(tiles[start : start + TILES_AT_ONCE])
-            x = batch.astype(mx.float32) * (2 / 255) - 1  # mean and deviation 0.5
-            features.append(self.vision_tower(x.astype(dtype)))
+            batch = tiles[start : start + TILES_AT_ONCE]
+            features.append(self.vision_tower(normalized(batch, dtype, HALF, HALF)))
         return mx.concatenate(features)
 
     def pack(self, tokens: mx.array, pixels: Pixels) -> mx.array:

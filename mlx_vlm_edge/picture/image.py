@@ -45,13 +45,12 @@ class Pixels:
     """One image, ready for the model.
 
     data: uint8 [H, W, 3], or [tiles, H, W, 3] in the families that tile. size: the original
-    (width, height). mask: bool, which patches are picture and not padding; None when all are.
+    (width, height).
     """
 
     kind: ClassVar[str] = "image"  # the type of its part in a chat message
     data: "np.ndarray"
     size: tuple[int, int]
-    mask: "np.ndarray | None" = None
 
 
 def open_image(source: Any, draft_side: int | None = None) -> "Image":

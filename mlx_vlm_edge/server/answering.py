@@ -13,7 +13,7 @@ from ..generation.answer import GenerationResult
 from ..generation.engine import BusyError, Engine, Ticket
 from ..generation.loop import Options
 from ..text.prompt import Inputs
-from ..timings import Stages
+from ..timings import Timer
 from . import pictures
 from .errors import ApiError, bad_request
 from .limits import Limits
@@ -66,13 +66,13 @@ class Answering:
         if self.engine.waiting + len(asked.options) > self.limits.waiting:
             raise busy()
         async with self._preparing:
-            inputs, stages = await run_in_threadpool(self._prepare, asked)
+            inputs, timer = await run_in_threadpool(self._prepare, asked)
         answers = Answers(len(asked.options))
         try:
             for index, options in enumerate(asked.options):
                 ticket = self.engine.submit(
                     inputs, options, answers.deliverer(index),
-                    client=asked.client, stages=stages.copy(), started=started,
+                    client=asked.client, timer=timer.copy(), started=started,
                 )  # fmt: skip
                 answers.tickets.append(ticket)
         except BusyError:
@@ -82,14 +82,14 @@ class Answering:
             raise bad_request(str(error), "messages", "context_length_exceeded") from None
         return answers
 
-    def _prepare(self, asked: Asked) -> tuple[Inputs, Stages]:
-        stages = Stages(measured=True)
+    def _prepare(self, asked: Asked) -> tuple[Inputs, Timer]:
+        timer = Timer(measured=True)
         images = pictures.read(asked.addresses, self.limits, self.remote_images)
         try:
-            inputs = self.engine.processor(asked.messages, images, raw=asked.raw, stages=stages)
+            inputs = timer.run(self.engine.processor.steps(asked.messages, images, raw=asked.raw))
         except UsageError as error:
             raise bad_request(str(error), "messages") from None
-        return inputs, stages
+        return inputs, timer
 
 
 def busy() -> ApiError:

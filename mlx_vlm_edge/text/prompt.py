@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..picture.image import Pixels, open_image
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.video import Video
-from ..timings import Stages
+from ..timings import Steps, result
 from .guard import GUARD, split_unmarked, unmarked
 from .tokenizer import Tokenizer
 
@@ -77,7 +77,6 @@ class Processor(ABC):
         images: Sequence[Any] = (),
         *,
         raw: bool = False,
-        stages: Stages | None = None,
     ) -> Inputs:
         """Make a prompt ready for the model.
 
@@ -90,7 +89,12 @@ class Processor(ABC):
         Raises UsageError for an unreadable image, a malformed message, or as many images as the
         text has no places for.
         """
-        stages = stages or Stages()
+        return result(self.steps(prompt, images, raw=raw))
+
+    def steps(
+        self, prompt: str | Sequence[Message], images: Sequence[Any] = (), *, raw: bool = False
+    ) -> Steps[Inputs]:
+        """What a call does, in its steps: of each image, then of the text."""
         kinds = [item.kind if isinstance(item, Video | Pixels) else "image" for item in images]
         text = self._text(prompt, kinds, raw)
         try:
@@ -100,11 +104,11 @@ class Processor(ABC):
         segments = self.split(text, len(images))
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
-            pixels.append(self.read(source, preprocess, stages))
+            pixels.append((yield from self.read(source, preprocess)))
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
-        stages.mark("tokenise")
+        yield "tokenise", ids
         return Inputs(
             np.array([ids], np.int32),
             np.asarray(visual, np.int32),
@@ -112,7 +116,7 @@ class Processor(ABC):
             jpeg_draft=self.jpeg_draft and bool(images),
         )
 
-    def read(self, source: Any, preprocess: Preprocess, stages: Stages) -> Pixels:
+    def read(self, source: Any, preprocess: Preprocess) -> Steps[Pixels]:
         """One of a prompt's images, from its source to pixels."""
         if isinstance(source, Pixels):
             return source
@@ -121,9 +125,9 @@ class Processor(ABC):
                 "this model does not take videos: give one of their frames as an image"
             )
         image = open_image(source, self.draft_side() if self.jpeg_draft else None)
-        stages.mark("image decode")
+        yield "image decode", image
         pixels = preprocess(image)
-        stages.mark("preprocess")
+        yield "preprocess", pixels
         return pixels
 
     def _text(self, prompt: str | Sequence[Message], kinds: Sequence[str], raw: bool) -> str:

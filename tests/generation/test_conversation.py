@@ -29,13 +29,13 @@ def test_each_answer_is_that_of_a_cold_run_and_no_picture_is_encoded_twice(famil
     if name == "fuyu":
         pytest.skip("Fuyu takes one question; see the test of that")
     chat = Conversation(model, processor, max_tokens=TOKENS)
-    encoded, encode = [], type(model).encode_image
+    encoded, encode = [], type(model).stages
     turns = [("What is this?", [picture(1)]), ("And its colour?", []), ("And this?", [picture(2)])]
     for question, images in turns:
         want = cold(model, processor, chat, question, images)
         with monkeypatch.context() as patch:
             patch.setattr(
-                type(model), "encode_image",
+                type(model), "stages",
                 lambda this, *rest, **more: (encoded.append(1), encode(this, *rest, **more))[1],
             )  # fmt: skip
             assert chat.ask(question, images) == want

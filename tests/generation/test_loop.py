@@ -58,7 +58,11 @@ class Scripted:
         keys = mx.ones((1, 1, length, WIDTH))
         cache[0].update_and_fetch(keys, keys)
 
-    def prefill(self, inputs, cache, step_size, stages):
+    def encode(self, images):
+        yield from ()
+        return []
+
+    def prefill(self, inputs, cache, step_size):
         self.feed(cache, inputs.input_ids.shape[1])
         return self.logits()
 
@@ -77,8 +81,9 @@ class Prepared:
     visual: int = 4
     eos_ids: frozenset = frozenset({tiny.STOP, tiny.END})
 
-    def __call__(self, prompt, images, *, raw=False, stages=None):
+    def steps(self, prompt, images, *, raw=False):
         self.asked = prompt, list(images), raw
+        yield from ()
         ids = np.arange(self.length, dtype=np.int32)[None]
         return Inputs(
             input_ids=ids, visual=np.arange(2, 2 + self.visual, dtype=np.int32), pixels=[]

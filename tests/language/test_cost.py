@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten
 
 from mlx_vlm_edge import kernels, load
 from mlx_vlm_edge.generation import loop as generation
+from mlx_vlm_edge.generation.sampling import Sampling, make_sampler
 from mlx_vlm_edge.kernels import cpu, gpu, quantized
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
-from mlx_vlm_edge.timings import Stages
 
 CONFIG = {
     "hidden_size": 64,
@@ -98,7 +98,9 @@ def tokens(demo, count, **options):
     inputs = processor("What is this?", [image])
     chosen = generation.Options(max_tokens=count, **options)
     cache = generation.make_cache(model, inputs, chosen)
-    return generation.decode(model, inputs, cache, chosen, Stages(), count)
+    sample = generation.token_sampler(model, processor, inputs, chosen)
+    logits = model.prefill(inputs, cache, chosen.prefill_step_size)
+    return generation.decode(model, logits, cache, count, sample)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}])
@@ -131,7 +133,7 @@ def test_no_more_steps_than_tokens(demo, monkeypatch):
 
 def test_greedy_computes_no_probabilities(tmp_path):
     logits = mx.ones((1, 9)) + 1
-    sample = generation.make_sampler(generation.Sampling())
+    sample = make_sampler(Sampling())
     assert nodes(sample(logits), tmp_path) - nodes(logits, tmp_path) <= 2  # argmax, its shape
 
 

@@ -50,7 +50,7 @@ def test_an_error_is_raised_where_its_step_is_waited_for():
 def test_images_are_encoded_while_the_language_model_is_read(native_folder, monkeypatch):
     """Its weights wait here until an image has been encoded; the answer is the usual one."""
     encoded = Event()
-    arrange, encode = loading.arrange, Model.encode_image
+    arrange, encode = loading.arrange, Model.stages
 
     def late(this):
         assert encoded.wait(10)
@@ -64,7 +64,7 @@ def test_images_are_encoded_while_the_language_model_is_read(native_folder, monk
     ask = {"prompt": "What is it?", "images": [picture(1)], "max_tokens": 6}
     want = [piece.token for piece in stream_generate(model, processor, **ask)]
     monkeypatch.setattr(loading, "arrange", late)
-    monkeypatch.setattr(Model, "encode_image", first)
+    monkeypatch.setattr(Model, "stages", first)
     model, processor = load_ahead(str(native_folder), LoadOptions())
     assert model.arriving is not None
     assert [piece.token for piece in stream_generate(model, processor, **ask)] == want

@@ -22,12 +22,12 @@ from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.kernels import gelu_tanh
-from mlx_vlm_edge.models import eve, llava
+from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.build import build
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import eve as vision
 
-from ..parity import distance
+from ..parity import clip_pixels, distance
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SYSTEM = (
@@ -86,7 +86,7 @@ def test_pixels(name, loaded, expected):
 def test_patch_embedding_and_visual_tokens(name, loaded, expected):
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected[f"{name}/image"]]).pixels[0]
-    embedded = model.vision_tower(llava.normalize(pixels.data[None]))
+    embedded = model.vision_tower(clip_pixels(pixels.data[None]))
     assert largest(embedded, expected[f"{name}/pel"]) < SMALL
     assert largest(model.encode_image(pixels), expected[f"{name}/proj"]) < SMALL
     assert processor.visual_tokens(pixels) == len(expected[f"{name}/pel"])
@@ -226,7 +226,7 @@ FAULTS = {
         "in_rows",
         lambda tokens, first, last: ROWS(tokens, mx.zeros_like(first), last),
     ),
-    "no mean and deviation": (llava, "normalize", lambda pictures: mx.array(pictures) / 255),
+    "no mean and deviation": (eve, "normalized", lambda pictures, *_: mx.array(pictures) / 255),
 }
 
 
@@ -235,7 +235,7 @@ def test_a_planted_fault_is_caught(fault, loaded, expected, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     model, processor = loaded
     pixels = processor(QUESTION, images=[expected["port/image"]]).pixels[0]
-    embedded = model.vision_tower(llava.normalize(pixels.data[None]))
+    embedded = model.features(pixels.data[None])[0]
     assert np.abs(np.array(embedded) - expected["port/pel"]).max() > 10 * SMALL
 
 

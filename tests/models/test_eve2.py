@@ -19,7 +19,6 @@ from mlx_vlm_edge.kernels import gelu_tanh
 from mlx_vlm_edge.language import eve2 as decoder
 from mlx_vlm_edge.models import eve2
 from mlx_vlm_edge.models.build import build
-from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.vision import eve as vision
 
 from ..parity import FLOAT32, distance
@@ -200,7 +199,7 @@ def test_a_planted_fault_is_caught(fault, loaded, reference, theirs, monkeypatch
     model, processor = loaded
     parts, inputs = prompt(theirs, picture(1)), processor(QUESTION, images=[picture(1)])
     cache = model.make_cache()
-    first = model.prefill(inputs, cache, 2048, Stages())
+    first = model.prefill(inputs, cache, 2048)
     second = model.step(mx.array([65]), cache)
     want = theirs.logits(reference, [*parts, [65]])[-2:]
     tokens = reference.encode(parts[1]).detach().numpy()

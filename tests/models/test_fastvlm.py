@@ -13,7 +13,6 @@ from PIL import Image
 from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import base, fastvlm
-from mlx_vlm_edge.timings import Stages
 from mlx_vlm_edge.vision.fastvit import Stem
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
@@ -224,7 +223,7 @@ def test_prefill_in_chunks(native, picture, step_size):
     )
     assert tokens(chunked) == tokens(whole)
     cache = model.make_cache()
-    last = model.prefill(inputs, cache, step_size, Stages())
+    last = model.prefill(inputs, cache, step_size)
     assert cache[0].offset == inputs.input_ids.shape[1]
     assert distance(last[0], model(inputs)[0, -1]) < FLOAT32
 
@@ -233,7 +232,7 @@ def test_decoding_is_the_full_forward(native, picture):
     model, processor = native
     inputs = processor(QUESTION, images=[picture(1)])
     cache = model.make_cache()
-    model.prefill(inputs, cache, 2048, Stages())
+    model.prefill(inputs, cache, 2048)
     embeddings = model.embed(inputs)
     for token in (40, 50, 60):
         step = model.step(mx.array([token]), cache)

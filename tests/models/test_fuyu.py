@@ -20,7 +20,6 @@ from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.language import persimmon
 from mlx_vlm_edge.models import fuyu
 from mlx_vlm_edge.models.build import build
-from mlx_vlm_edge.timings import Stages
 
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
@@ -183,7 +182,7 @@ def test_prefill_and_decoding_are_the_full_forward(hub, theirs, step_size):
     model, processor = hub
     inputs = processor(QUESTION, images=[theirs.picture(1, 100, 70)])
     cache = make_cache(model, inputs, Options())
-    last = model.prefill(inputs, cache, step_size, Stages())
+    last = model.prefill(inputs, cache, step_size)
     embeddings = model.embed(inputs)
     assert distance(last[0], model.language_model(embeddings)[0, -1]) < FLOAT32
     for token in (40, 350, 5):

@@ -19,8 +19,9 @@ from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.models import llava
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.vision import vit
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN
 
-from ..parity import FLOAT32, distance
+from ..parity import FLOAT32, clip_pixels, distance
 from ..reference import llava as theirs
 
 QUANTISED = nn.QuantizedLinear | quantized.Linear  # by device
@@ -158,7 +159,7 @@ def test_whole_numbers_are_no_weights(name, folders, tmp_path):
 def test_every_stage_is_transformers(pair, reference):
     model, processor = pair
     inputs = processor(QUESTION, images=[picture()])
-    pixels = np.array(llava.normalize(inputs.pixels[0].data[None]))[0]
+    pixels = np.array(clip_pixels(inputs.pixels[0].data[None]))[0]
     features = model.vision_tower(mx.array(pixels)[None])[:, 1:]
     assert distance(features, reference.features(pixels)) < FLOAT32
     tokens = reference.tokens(pixels)
@@ -177,7 +178,7 @@ def test_every_stage_is_transformers(pair, reference):
 def test_two_images_and_none(loaded, reference):
     model, processor = loaded["original"]
     inputs = processor("Compare.", images=[picture(1), picture(2, 60, 90)])
-    tokens = [reference.tokens(np.array(llava.normalize(p.data[None]))[0]) for p in inputs.pixels]
+    tokens = [reference.tokens(np.array(clip_pixels(p.data[None]))[0]) for p in inputs.pixels]
     import torch
 
     want = reference.logits(inputs.input_ids[0].tolist(), inputs.visual, torch.cat(tokens))
@@ -204,7 +205,7 @@ def test_a_fault_is_caught(folders, reference, monkeypatch, fault):
         monkeypatch.setattr(vit.ViT, "__call__", lambda self, x: mx.roll(run(self, x), 1, axis=1))
     model, processor = load(str(folders["hub"]))
     pixels = processor(QUESTION, images=[picture()]).pixels[0]
-    want = reference.tokens(np.array(llava.normalize(pixels.data[None]))[0])[0]
+    want = reference.tokens(np.array(clip_pixels(pixels.data[None]))[0])[0]
     if fault == "BGR":
         pixels = Pixels(np.ascontiguousarray(pixels.data[..., ::-1]), pixels.size)
     assert distance(model.encode_image(pixels), want) > 5 * FLOAT32
@@ -231,7 +232,7 @@ def test_pixels_are_clips_image_processors(loaded):
     processor = CLIPImageProcessorPil(**sizes)
     for size in ((90, 70), (56, 56), (31, 200)):
         image = picture(3, *size)
-        got = np.array(llava.normalize(loaded["hub"][1].preprocess(image).data[None]))[0]
+        got = np.array(clip_pixels(loaded["hub"][1].preprocess(image).data[None]))[0]
         want = processor(image, return_tensors="pt")["pixel_values"][0]
         assert np.abs(got - torch.as_tensor(want).permute(1, 2, 0).numpy()).max() < 1e-5
 
@@ -368,7 +369,7 @@ def test_an_image_processor_that_is_not_clips_is_refused(folders, tmp_path):
     path.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
     with pytest.raises(UsageError, match="image_mean"):
         load(str(folder))
-    path.write_text(json.dumps({"do_pad": True, "image_mean": list(llava.MEAN)}))
+    path.write_text(json.dumps({"do_pad": True, "image_mean": list(CLIP_MEAN)}))
     assert load(str(folder))[0].config.image_strategy == "pad"
 
 

@@ -18,9 +18,10 @@ from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.language.llama import TextConfig
-from mlx_vlm_edge.models import family, llava, mobilevlm
+from mlx_vlm_edge.models import family, mobilevlm
 from mlx_vlm_edge.models.build import build
 
+from ..parity import clip_pixels
 from ..reference import published_keys as published
 
 VERSIONS = ("mobilevlm_v1", "mobilevlm_v2")
@@ -55,7 +56,7 @@ def test_golden_pixels_features_and_visual_tokens(version, name):
     folder, model, processor = version
     want = expected(folder, name)
     pixels = processor(ASKED, images=[picture(folder, name)]).pixels[0]
-    x = llava.normalize(pixels.data[None])
+    x = clip_pixels(pixels.data[None])
     assert off(x.transpose(0, 3, 1, 2), want["pixel_values"]) < 1e-5
     features = model.vision_tower(x)
     assert off(features, want["vision_hidden_m2"]) < 2e-4

@@ -19,10 +19,9 @@ from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.connectors.mlp import MLP
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import Cache, KVCache
-from mlx_vlm_edge.models.base import VisionLanguageModel
+from mlx_vlm_edge.language.decoder import prefill
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
-from mlx_vlm_edge.text.prompt import Inputs
-from mlx_vlm_edge.timings import Clock, Stages
+from mlx_vlm_edge.timings import Clock
 from mlx_vlm_edge.vision.fastvit import STRIDE
 from mlx_vlm_edge.vision.vit import ViTConfig
 
@@ -200,11 +199,10 @@ class PartTimer:
         return self.in_parts and part.part == "prefill" and (part.tokens or 0) > 3 * CHUNK
 
 
-class Prompt(VisionLanguageModel):
+class Prompt:
     """Random input embeddings in the place of a prompt's, for a language model alone."""
 
     def __init__(self, model: ModelParts, length: int) -> None:
-        super().__init__()
         self.language_model = model.language_model
         self._model, self._length = model, length
         noise = np.random.default_rng(4).standard_normal(
@@ -213,17 +211,14 @@ class Prompt(VisionLanguageModel):
         self._embeddings = mx.array(noise).astype(model.dtype)
         mx.eval(self._embeddings)
 
-    def embed(self, inputs: Inputs, stages: Stages | None = None) -> mx.array:
-        return self._embeddings + 0  # not the same array: a prefill may write into it
-
     def prefill_all(self) -> mx.array:
         """Logits of the last position, by the runtime's own prefill."""
-        empty = Inputs(np.zeros((1, self._length), np.int32), np.zeros(0, np.int32), [])
-        return self.prefill(empty, self.make_cache(), STEP, Stages())
+        cache = self.language_model.make_cache()
+        return prefill(self.language_model, self._embeddings, cache, STEP)
 
     def fill_cache(self) -> list[Any]:
         """The keys and values of a first chunk: what a prefill waits for before the next."""
-        cache = self.make_cache()
+        cache = self.language_model.make_cache()
         self.language_model(self._embeddings, cache, last_only=True)
         return [layer.state for layer in cache]
 

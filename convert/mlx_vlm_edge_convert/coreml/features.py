@@ -48,13 +48,8 @@ class CoreMLFeatures:
     say: Say = print
     _runners: dict[Size, Runner] = field(default_factory=dict)
 
-    def __call__(self, pictures: np.ndarray, mask: np.ndarray | None = None) -> mx.array:
+    def __call__(self, pictures: np.ndarray) -> mx.array:
         """uint8 [B, H, W, 3] -> [B, N, C]. Raises UsageError for a size that cannot be exported."""
-        if mask is not None and not mask.all():
-            raise UsageError(
-                "the Core ML vision back end takes whole tiles only, and a picture of this shape "
-                "leaves one partly filled: use --vision-backend mlx"
-            )
         size = (pictures.shape[1], pictures.shape[2])
         self.prepare(size)
         package, dtype = self._runners[size], DTYPES[self.precision]

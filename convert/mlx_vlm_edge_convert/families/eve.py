@@ -15,8 +15,8 @@ import numpy as np
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.models import eve
-from mlx_vlm_edge.models.llava import MEAN, STD
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD
 
 from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import complete_json
@@ -96,8 +96,8 @@ def clip_pixels() -> dict[str, Any]:
         "do_normalize": True,
         "do_resize": False,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "resample": 3,
     }
 

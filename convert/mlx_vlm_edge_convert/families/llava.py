@@ -15,7 +15,8 @@ from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, MEAN, STD, is_native
+from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, is_native
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD
 from mlx_vlm_edge.wording import some
 
 from ..rules import Arrays, Rule, apply
@@ -150,7 +151,7 @@ def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
 
 def check_pixels(preprocessor: Mapping[str, Any]) -> None:
     """Raises UsageError when preprocessor_config.json does not normalise as CLIP does."""
-    for key, ours in (("image_mean", MEAN), ("image_std", STD)):
+    for key, ours in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
         theirs = preprocessor.get(key, ours)
         if not all(abs(a - b) <= 1e-6 for a, b in zip(theirs, ours, strict=True)):
             raise UsageError(f"preprocessor_config.json: {key} {theirs} is not CLIP's")
@@ -160,7 +161,9 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json and processor_config.json for transformers and mlx-vlm."""
     vision = config["vision_config"]
     complete_json(
-        folder / PREPROCESSOR_CONFIG, clip_preprocessor(vision["image_size"], MEAN, STD), {}
+        folder / PREPROCESSOR_CONFIG,
+        clip_preprocessor(vision["image_size"], CLIP_MEAN, CLIP_STD),
+        {},
     )
     processor = {
         "image_token": "<image>",

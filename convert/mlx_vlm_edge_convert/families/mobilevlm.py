@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models.llava import MEAN, STD, is_native
+from mlx_vlm_edge.models.llava import is_native
 from mlx_vlm_edge.models.mobilevlm import visual_tokens
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD
 from mlx_vlm_edge.wording import some
 
 from ..rules import Arrays, Rule, apply, to_channels_last
@@ -101,4 +102,4 @@ def named_projector(said: str) -> str | None:
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """preprocessor_config.json, which no published MobileVLM has: CLIP's constants."""
     size = config["vision_config"]["image_size"]
-    complete_json(folder / PREPROCESSOR_CONFIG, clip_preprocessor(size, MEAN, STD), {})
+    complete_json(folder / PREPROCESSOR_CONFIG, clip_preprocessor(size, CLIP_MEAN, CLIP_STD), {})

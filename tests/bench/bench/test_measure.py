@@ -12,6 +12,7 @@ from mlx_vlm_edge_bench.random.question import text_of
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.text.prompt import Inputs
 from mlx_vlm_edge.text.tokenizer import Tokenizer
+from mlx_vlm_edge.timings import Timer
 
 from ...reference import tokenizer as tiny
 
@@ -37,7 +38,6 @@ class Working:
     def __init__(self, clock, token):
         self.clock, self.token = clock, token
         self.config = SimpleNamespace(context=1000)
-        self.staged = 0
 
     def make_cache(self):
         return []
@@ -47,11 +47,14 @@ class Working:
         row[self.token] = 1
         return mx.array(row)[None]
 
-    def prefill(self, inputs, cache, step_size, stages):
-        self.staged += stages.measured
-        for name, seconds in (("vision", VISION), ("connector", CONNECTOR), ("prefill", PREFILL)):
+    def encode(self, images):
+        for name, seconds in (("vision", VISION), ("connector", CONNECTOR)):
             self.clock.now += seconds
-            stages.mark(name)
+            yield name, None
+        return []
+
+    def prefill(self, inputs, cache, step_size):
+        self.clock.now += PREFILL
         return self.logits()
 
     def step(self, token, cache):
@@ -64,11 +67,11 @@ class Preparing:
         self.tokenizer, self.clock = tokenizer, clock
         self.eos_ids = frozenset({tiny.STOP})
 
-    def __call__(self, prompt, images, *, raw=False, stages=None):
+    def steps(self, prompt, images, *, raw=False):
         self.clock.now += DECODE
-        stages.mark("image decode")
+        yield "image decode", None
         self.clock.now += PREPROCESS
-        stages.mark("preprocess")
+        yield "preprocess", None
         return Inputs(np.zeros((1, 50), np.int32), np.arange(2, 18, dtype=np.int32), [])
 
 
@@ -113,7 +116,15 @@ def test_an_end_token_does_not_end_a_run(parts):
 def test_staged_and_plain_runs_alternate(parts, monkeypatch):
     from mlx_vlm_edge_bench.bench import measure as module
 
-    order = []
+    order, marked = [], []
+    mark = Timer.mark
+
+    def watched(timer, name, outcome=None):
+        if timer.measured:
+            marked.append(name)
+        mark(timer, name, outcome)
+
+    monkeypatch.setattr(Timer, "mark", watched)
     for kind in ("staged_run", "plain_run"):
         real = getattr(module, kind)
         monkeypatch.setattr(
@@ -122,19 +133,18 @@ def test_staged_and_plain_runs_alternate(parts, monkeypatch):
     model, processor, clock = parts
     measure(model, processor, Question(b"", "Hi", 2), 2, clock=clock)
     assert order == ["staged_run", "plain_run"] * 3
-    assert model.staged == 3  # the plain ones have no stage boundary
+    assert marked.count("prefill") == 3  # the plain ones have no stage boundary
 
 
-def test_a_stage_that_is_not_marked_shows(parts):
+def test_a_stage_that_is_not_marked_shows(parts, monkeypatch):
     model, processor, clock = parts
-    whole = model.prefill
+    mark = Timer.mark
 
-    def forgetful(inputs, cache, step_size, stages):
-        logits = whole(inputs, cache, step_size, stages)
-        stages.seconds.pop("vision", None)
-        return logits
+    def forgetful(timer, name, outcome=None):
+        mark(timer, name, outcome)
+        timer.seconds.pop("vision", None)
 
-    model.prefill = forgetful
+    monkeypatch.setattr(Timer, "mark", forgetful)
     runs = measure(model, processor, Question(b"", "Hi", 2), 1, clock=clock)
     assert unaccounted(runs.staged) > 0.3
 

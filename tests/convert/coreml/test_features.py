@@ -57,18 +57,13 @@ def test_a_model_is_freed_when_it_is_let_go(tools, native_folder):
     assert seen() is None
 
 
-def test_tiles_run_one_after_the_other_and_masks_are_refused(tools, native_folder):
+def test_tiles_run_one_after_the_other(tools, native_folder):
     model, _ = load(str(native_folder), vision_backend="coreml:fp32")
     side = model.config.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     together = np.array(model.image_features(pictures))
     alone = [np.array(model.image_features(picture[None])) for picture in pictures]
     assert np.array_equal(together, np.concatenate(alone))
-    mask = np.ones((3, side, side), bool)
-    assert np.array_equal(np.array(model.image_features(pictures, mask)), together)
-    mask[2, -1] = False
-    with pytest.raises(UsageError, match="whole tiles only"):
-        model.image_features(pictures, mask)
 
 
 def test_an_export_that_fails_leaves_nothing(tools, native_folder, own_cache, monkeypatch):

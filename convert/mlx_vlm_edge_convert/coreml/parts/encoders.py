@@ -14,17 +14,15 @@ from mlx_vlm_edge.models import eve2, fastvlm, idefics3, llava, llava_onevision
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD, HALF
 from mlx_vlm_edge.vision.positions import position_ids
 from mlx_vlm_edge.vision.vit import ViTConfig
 
-from ...verify import Recorder
 from ..emit import eve, fastvit, vit
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, TOKENS
 from ..part import Size
-
-GREY = (0.5, 0.5, 0.5)  # mean and deviation of SigLIP's pixels
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,11 @@ def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None)
 
 
 def _stages(model: VisionLanguageModel, data: np.ndarray) -> dict[str, mx.array]:
-    """Image features and visual tokens, as `encode_image` marks them on its way."""
-    recorder, names = Recorder(), {"vision tower": FEATURES, "connector": TOKENS}
-    tokens = model.encode_image(Pixels(data, (data.shape[-2], data.shape[-3])), recorder)
-    outputs = {names[part]: output for part, output in recorder.outputs.items()}
-    outputs.setdefault(TOKENS, tokens)
-    return {name: array.reshape(1, *array.shape[-2:]) for name, array in outputs.items()}
+    """Image features and visual tokens, as they come up on the way of `encode_image`."""
+    outputs = dict(model.stages(Pixels(data, (data.shape[-2], data.shape[-3]))))
+    outputs.setdefault("connector", outputs["vision"])  # where features are visual tokens
+    names = {FEATURES: outputs["vision"], TOKENS: outputs["connector"]}
+    return {name: array.reshape(1, *array.shape[-2:]) for name, array in names.items()}
 
 
 def _fixed(size: Size | None, side: int) -> Size:
@@ -118,13 +115,13 @@ def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encod
     grid = (1, side * side + 1) if keeps else (side, side)
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.tower, vision, image, llava.MEAN, llava.STD)
+        x = vit.emit(net, model.tower, vision, image, CLIP_MEAN, CLIP_STD)
         return x if keeps else _without_class_token(net, x, grid)
 
     return Encoder(
         AppPixels(
             _fixed(size, vision.image_size), config.image_strategy,
-            llava.FILL, llava.MEAN, llava.STD,
+            llava.FILL, CLIP_MEAN, CLIP_STD,
         ),
         emit, vision.hidden_size, grid, model.connector,
         lambda pixels: _stages(model, pixels), {},
@@ -141,7 +138,7 @@ def _square(vision: ViTConfig, rows: int) -> np.ndarray | None:
     """Rows of the position embedding for rows x rows patches, None for all in order."""
     if rows == vision.grid:
         return None
-    return position_ids(np.ones((1, rows, rows), bool), vision.grid)[0]
+    return position_ids(rows, rows, vision.grid)
 
 
 def _idefics3(model: idefics3.Model, size: Size | None, strategy: str | None) -> Encoder:
@@ -169,7 +166,7 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
     vision, side = config.vision, config.vision.grid
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.tower, vision, image, GREY, GREY)
+        x = vit.emit(net, model.tower, vision, image, HALF, HALF)
         return net.reshape(x, (1, vision.hidden_size, side, side), "features")
 
     def reference(pixels: np.ndarray) -> dict[str, mx.array]:
@@ -179,7 +176,7 @@ def _onevision(model: llava_onevision.Model, size: Size | None, strategy: str | 
 
     return Encoder(
         AppPixels(
-            _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, GREY, GREY
+            _fixed(size, vision.image_size), "pad", llava_onevision.PADDING, HALF, HALF
         ),
         emit, vision.hidden_size, (side, side), model.connector, reference,
         {"tiles": True}, {"image_newline": np.array(model.image_newline.astype(mx.float32))},
@@ -199,8 +196,8 @@ def _eve(
         )
     second = isinstance(model, eve2.Model)
     return Encoder(
-        AppPixels((height, width), "stretch", (0, 0, 0), llava.MEAN, llava.STD),
-        lambda net, image: eve.emit(net, model.tower, image, llava.MEAN, llava.STD),
+        AppPixels((height, width), "stretch", (0, 0, 0), CLIP_MEAN, CLIP_STD),
+        lambda net, image: eve.emit(net, model.tower, image, CLIP_MEAN, CLIP_STD),
         config.text.hidden_size if second else config.vision.width,
         (1, 1 + height // stride * (width // stride + 1)),
         model.connector,
