@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..wording import gigabytes
+from .flags import sides
 
 if TYPE_CHECKING:
     from mlx_vlm_edge_bench.estimate.calibration import Row
@@ -78,7 +77,7 @@ def _estimate(args: argparse.Namespace) -> None:
 
     from ..loading.cost import config_of
 
-    image = _size(args.image_size)
+    image = sides("--image-size", args.image_size, "WIDTHxHEIGHT")
     configs = {name: config_of(name) for name in args.model}
     chips = [known.find(name) for name in args.chip] or [known.own()]
     outlooks: list[Outlook] = []
@@ -93,13 +92,6 @@ def _estimate(args: argparse.Namespace) -> None:
         print(f"{LABEL}: {_describe(outlooks[0], image)}")
     else:
         print(f"{LABEL}; the picture is {image[0]} x {image[1]} pixels\n{_compare(outlooks)}")
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)
-    if not match:
-        raise UsageError(f"--image-size {text!r} is not WIDTHxHEIGHT, as 1920x1080 is")
-    return int(match[1]), int(match[2])
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

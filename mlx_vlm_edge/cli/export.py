@@ -1,10 +1,10 @@
 """`mlx-vlm-edge export`: a model -> a bundle of Core ML packages that an app can embed."""
 
 import argparse
-import re
 import sys
 
 from ..errors import UsageError
+from .flags import sides
 
 HELP = (
     "Export a model to Core ML: packages and what an app needs beside them, each package run and "
@@ -67,16 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of a resolution: "1024" -> (1024, 1024), "512x768" -> (512, 768)."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:[xX]([1-9]\d{0,4}))?", text)
-    if not match:
-        raise UsageError(f"resolution {text!r}: give pixels, as 1024 or 512x768 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def run(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
@@ -88,20 +78,23 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--part {args.part} leaves out the vision part, which --format coreai is for"
         )
-    wanted = size(args.resolution)
-    from mlx_vlm_edge_convert.coreml.export import export
+    size = None
+    if args.resolution is not None:
+        size = sides("--resolution", args.resolution, "HEIGHTxWIDTH")
+    from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
 
-    from ..hub.models import locate
+    from ..hub.models import expanded, locate
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
     bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
     options = Options(
-        precision=args.precision, compute=args.compute, size=wanted,
+        precision=args.precision, compute=args.compute, size=size,
         strategy=args.image_strategy, bits=bits,
         context=args.context, fused=not args.separate_connector,
         image_input=args.input == "image", coreai=args.format == "coreai",
     )  # fmt: skip
+    precheck(expanded(args.out), options, args.image, args.overwrite)
     target = export(
         locate(args.model, offline=args.offline), args.out, parts=parts, options=options,
         image=args.image, verify=args.verify, show_lint=args.lint, overwrite=args.overwrite,

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,17 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
     group.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
+
+
+def sides(flag: str, text: str, order: str) -> tuple[int, int]:
+    """Two sides in pixels as they were written, "1920x1080" -> (1920, 1080); of a square its one.
+
+    order: what comes first, for the message. Raises UsageError for anything else.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:[xX×]([1-9]\d{0,4}))?", text.strip())
+    if not match:
+        raise UsageError(f"{flag} {text!r}: give pixels, as 1024 or {order}, such as 1920x1080")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def default_model() -> str:

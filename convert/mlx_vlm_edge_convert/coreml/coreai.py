@@ -28,7 +28,8 @@ Operation = Any  # of coremltools' MIL
 Tensor = Any  # a Value of coreai.authoring
 
 
-def _authoring() -> Any:
+def authoring() -> Any:
+    """Core AI's builder of programs. Raises UsageError without it."""
     try:
         return import_module("coreai.authoring")
     except ImportError:
@@ -46,13 +47,16 @@ class _Translation:
     """One function's operations, translated in order; `values` holds what each gave."""
 
     def __init__(self, dtype: type[np.floating[Any]]) -> None:
-        self.ca = _authoring()
+        self.ca = authoring()
         self.dtype = dtype
         self.values: dict[str, Tensor] = {}
 
     def get(self, operation: Operation, name: str) -> Tensor:
         """An input: what an earlier operation gave, or a constant in the program's dtype."""
-        variable = operation.inputs[name]
+        return self.value(operation.inputs[name])
+
+    def value(self, variable: Any) -> Tensor:
+        """What a variable of the MIL program holds."""
         if variable.name in self.values:
             return self.values[variable.name]
         value = np.asarray(variable.val)
@@ -63,13 +67,7 @@ class _Translation:
         return np.asarray(operation.inputs[name].val, np.uint32)
 
     def run(self, operation: Operation) -> None:
-        translate = _TRANSLATIONS.get(operation.op_type)
-        if translate is None:
-            raise UsageError(
-                f"Core AI export: no translation of the operation {operation.op_type!r} "
-                f"({operation.name}): export this part with --format mlpackage"
-            )
-        results = translate(self, operation)
+        results = _translation_of(operation)(self, operation)
         several = results if isinstance(results, list) else [results]
         for variable, value in zip(operation.outputs, several, strict=True):
             self.values[variable.name] = value
@@ -100,8 +98,10 @@ def _avg_pool(t: _Translation, operation: Operation) -> Tensor:
     x = t.get(operation, "x")
     if tuple(kernel) == tuple(inputs["x"].shape[2:]):
         return t.ca.reduce_mean(x, _indices([2, 3]))
-    total = t.ca.sumpool2d(x, kernel, strides, np.ones(2, np.uint32))
-    return t.ca.broadcasting_mul(total, t.dtype(1 / int(np.prod(kernel))))
+    # sumpool2d of coreai-core 1.0.0b3 takes no constant for its dilations: a convolution does.
+    channels = inputs["x"].shape[1]
+    mean = np.full((channels, 1, *kernel), 1 / int(np.prod(kernel)), t.dtype)
+    return t.ca.conv2d(x, mean, strides, np.ones(2, np.uint32), np.uint32(channels))
 
 
 def _transposed(t: _Translation, operation: Operation, name: str) -> Tensor:
@@ -119,10 +119,13 @@ def _matmul(t: _Translation, operation: Operation) -> Tensor:
 
 def _gelu(t: _Translation, operation: Operation) -> Tensor:
     names = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
-    mode = operation.inputs["mode"].val
+    x, mode = t.get(operation, "x"), operation.inputs["mode"].val
+    if mode == "SIGMOID_APPROXIMATION":
+        gate = t.ca.sigmoid(t.ca.broadcasting_mul(x, t.dtype(1.702)))
+        return t.ca.broadcasting_mul(x, gate)
     if mode not in names:
         raise UsageError(f"Core AI export: GELU mode {mode!r} is not translated")
-    return t.ca.gelu(t.get(operation, "x"), approximate=names[mode])
+    return t.ca.gelu(x, approximate=names[mode])
 
 
 def _reduce_mean(t: _Translation, operation: Operation) -> Tensor:
@@ -159,7 +162,25 @@ def _split(t: _Translation, operation: Operation) -> list[Tensor]:
 
 def _concat(t: _Translation, operation: Operation) -> Tensor:
     axis = np.int32(operation.inputs["axis"].val)
-    return t.ca.concat(axis, [t.values[variable.name] for variable in operation.inputs["values"]])
+    return t.ca.concat(axis, [t.value(variable) for variable in operation.inputs["values"]])
+
+
+def _sigmoid_hard(t: _Translation, operation: Operation) -> Tensor:
+    """min(max(alpha x + beta, 0), 1)"""
+    alpha, beta = (t.dtype(operation.inputs[name].val) for name in ("alpha", "beta"))
+    y = t.ca.broadcasting_add(t.ca.broadcasting_mul(t.get(operation, "x"), alpha), beta)
+    return t.ca.broadcasting_minimum(t.ca.relu(y), t.dtype(1))
+
+
+def _slice(t: _Translation, operation: Operation) -> Tensor:
+    inputs = operation.inputs
+    masks = ("begin_mask", "end_mask", "squeeze_mask")
+    if any(inputs.get(mask) is not None and np.any(inputs[mask].val) for mask in masks):
+        raise UsageError(f"Core AI export: a slice with masks is not translated ({operation.name})")
+    begin, end = (np.asarray(inputs[name].val, np.int32) for name in ("begin", "end"))
+    stride = inputs.get("stride")
+    steps = np.ones_like(begin) if stride is None else np.asarray(stride.val, np.int32)
+    return t.ca.slice_(t.get(operation, "x"), begin, end, steps)
 
 
 def _softmax(t: _Translation, operation: Operation) -> Tensor:
@@ -189,6 +210,8 @@ _TRANSLATIONS: Mapping[str, Callable[[_Translation, Operation], Any]] = {
     "reshape": _same_values,
     "rsqrt": _rsqrt,
     "sigmoid": _one("sigmoid"),
+    "sigmoid_hard": _sigmoid_hard,
+    "slice_by_index": _slice,
     "softmax": _softmax,
     "split": _split,
     "squeeze": _same_values,
@@ -197,13 +220,29 @@ _TRANSLATIONS: Mapping[str, Callable[[_Translation, Operation], Any]] = {
 }
 
 
+def refuse_untranslated(part: VisionPart) -> None:
+    """Raises UsageError for a tower with an operation that has no translation, before any work."""
+    for operation in part.segment.emit(Network(half=False)).functions[MAIN].operations:
+        if operation.op_type != "const":
+            _translation_of(operation)
+
+
+def _translation_of(operation: Operation) -> Callable[[_Translation, Operation], Any]:
+    if translate := _TRANSLATIONS.get(operation.op_type):
+        return translate
+    raise UsageError(
+        f"Core AI export: no translation of the operation {operation.op_type!r} "
+        f"({operation.name}): export this part with --format mlpackage"
+    )
+
+
 def save_asset(program: Any, path: Path, dtype: type[np.floating[Any]] = np.float32) -> None:
     """Translate the `main` function of a MIL program and write it to `path` (`*.aimodel`).
 
     Weights, activations, inputs and outputs are of `dtype`. Raises UsageError when coreai-core is
     missing and for an operation that has no translation.
     """
-    ca = _authoring()
+    ca = authoring()
     translation, function = _Translation(dtype), program.functions[MAIN]
     names, outputs = list(function.inputs), list(function.outputs)
 
@@ -246,7 +285,7 @@ def _signed(body: Callable[..., Any], inputs: Mapping[str, Any], outputs: list[A
 
 def predict(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run an asset's `main` with Core AI's own runtime (on Linux: its CPU interpreter)."""
-    ca = _authoring()
+    ca = authoring()
     runtime = import_module("coreai.runtime")
 
     async def run() -> dict[str, np.ndarray]:

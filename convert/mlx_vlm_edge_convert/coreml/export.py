@@ -18,6 +18,7 @@ from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.picture.image import open_image
 from mlx_vlm_edge.picture.preprocessing import AS_PUBLISHED
 from mlx_vlm_edge.text.prompt import Processor
 from mlx_vlm_edge.text.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from ..save import copy_files
 from . import manifest
 from .check import lint
 from .check.verify import saved_and_checked
-from .coreai import write_asset
+from .coreai import authoring, refuse_untranslated, write_asset
 from .emit.toolkit import tools
 from .package.save import save_package
 from .part import Options, Part
@@ -62,9 +63,8 @@ def export(
     Raises UsageError for every mistake, and when a package is not what MLX computes.
     """
     say, options = report or (lambda _: None), options or Options()
-    tools()
     target = expanded(str(out))
-    check_target(target, overwrite=overwrite, listed=manifest.listed)  # before anything is fetched
+    precheck(target, options, image, overwrite)
     folder = locate(str(source))
     model, processor = _load(folder, parts)
     built, pixels = _parts(model, parts, options, image)
@@ -102,6 +102,16 @@ def export(
     return target
 
 
+def precheck(out: Path, options: Options, image: str | Path | None, overwrite: bool) -> None:
+    """Raises UsageError for what is wrong whichever the model: before one is looked for."""
+    tools()
+    if options.coreai:
+        authoring()
+    check_target(out, overwrite=overwrite, listed=manifest.listed)
+    if image is not None:
+        open_image(image)
+
+
 def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Processor | None]:
     """The model, lazily, all but its language model in float32; no processor without tokenizer."""
     config, arrays = native_checkpoint(folder)
@@ -133,7 +143,10 @@ def _parts(
         cases = drawn_cases(tower) if image is None else picture_cases(tower, image)
         if "vision" in wanted:
             segment = Tower(tower, options)
-            built.append(VisionPart(segment, options, cases, tower.notes, tower.arrays))
+            vision = VisionPart(segment, options, cases, tower.notes, tower.arrays)
+            if options.coreai:
+                refuse_untranslated(vision)
+            built.append(vision)
         if "connector" in wanted and not ("vision" in wanted and options.fused):
             built.append(VisionPart(Connector(tower), options, cases))
     if "decoder" in wanted:

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml import coreai
+from mlx_vlm_edge_convert.coreml import export as exporting
+from mlx_vlm_edge_convert.coreml.emit.network import Network
 from mlx_vlm_edge_convert.coreml.manifest import read
+from mlx_vlm_edge_convert.coreml.parity import distance
+from mlx_vlm_edge_convert.coreml.part import Options
+from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
+from mlx_vlm_edge_convert.coreml.parts.pictures import drawn_cases
+from mlx_vlm_edge_convert.coreml.parts.vision import Tower
 
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
@@ -37,6 +44,32 @@ def test_a_wrong_translation_leaves_nothing(runtime, native_folder, tmp_path, mo
     assert export(native_folder, tmp_path / "bundle", "--precision", "fp32") == 2
     assert "the Core AI asset is wrong" in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v1", "mobilevlm_v2", "eve_tiny"])
+def test_every_operation_of_the_other_towers(runtime, golden, tmp_path, name):
+    """Class tokens, slices, quick GELU, hard sigmoids, averages of windows."""
+    model = exporting._load(golden.parent / name, ("vision",))[0]
+    tower = encoder(model, None, None)
+    segment = Tower(tower, Options(precision="fp32", image_input=False))
+    program = segment.emit(Network(half=False))
+    coreai.save_asset(program, tmp_path / "vision.aimodel")
+    case = drawn_cases(tower)[0]
+    (tokens,) = coreai.predict(tmp_path / "vision.aimodel", segment.inputs(case, False)).values()
+    assert distance(tokens, case.reference["visual_tokens"]) < 5e-6
+
+
+def test_a_tower_that_has_no_translation_is_refused_before_any_work(
+    runtime, native_folder, tmp_path, monkeypatch, capsys
+):
+    known = {name: t for name, t in coreai._TRANSLATIONS.items() if name != "softmax"}
+    monkeypatch.setattr(coreai, "_TRANSLATIONS", known)
+    monkeypatch.setattr(exporting, "saved_and_checked", None)  # would fail if it were called
+    assert export(native_folder, tmp_path / "bundle") == 2
+    shown = capsys.readouterr().err
+    assert "no translation of the operation 'softmax'" in shown
+    assert shown.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_operation_without_translation_is_named(runtime):

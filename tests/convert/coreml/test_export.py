@@ -1,6 +1,7 @@
 """The export verb: a bundle that is whole, verified and described, or nothing at all."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -214,7 +215,8 @@ def test_an_interrupt_leaves_nothing_behind(tools, native_folder, tmp_path, monk
     ("arguments", "said"),
     [
         (["--resolution", "100"], "resolution 100x100: FastViTHD takes multiples of 64"),
-        (["--resolution", "huge"], "resolution 'huge': give pixels"),
+        (["--resolution", "huge"], "resolution 'huge': give pixels, as 1024 or HEIGHTxWIDTH"),
+        (["--resolution", "512x768x3"], "--resolution '512x768x3': give pixels"),
         (["--part", "vision", "--bits", "4"], "--bits compresses the decoder"),
         (["--context", "0"], "context 0"),
         (["--image-strategy", "odd"], "image strategy 'odd'"),
@@ -229,6 +231,35 @@ def test_a_user_s_mistakes_are_one_line(arguments, said, tmp_path, capsys):
     assert said in shown.err
     assert shown.err.count("\n") == 1
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--part", "vision"], "is not empty"),
+        (["--format", "coreai"], "pip install 'mlx-vlm-edge[coreai]'"),
+        (["--image", "nowhere.png"], "nowhere.png: no such file"),
+    ],
+)
+def test_what_is_wrong_with_any_model_is_told_before_one_is_looked_for(
+    tools, tmp_path, monkeypatch, capsys, arguments, said
+):
+    def unwanted(*_, **__):
+        raise AssertionError("looked for a model")
+
+    monkeypatch.setattr("mlx_vlm_edge.hub.models.locate", unwanted)
+    monkeypatch.setattr(exporting, "locate", unwanted)
+    monkeypatch.setitem(sys.modules, "coreai.authoring", None)
+    out = tmp_path / "out"
+    if said == "is not empty":
+        out.mkdir()
+        (out / "thesis.txt").touch()
+    assert main(["export", "someone/a-model", "-o", str(out), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    options = Options(coreai="coreai" in arguments)
+    image = arguments[1] if "--image" in arguments else None
+    with pytest.raises(UsageError, match=re.escape(said)):
+        exporting.export("someone/a-model", out, options=options, image=image)
 
 
 def test_a_family_without_a_tower(tools, tmp_path):

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check import audit
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.check.rounded import check_rounded
@@ -13,6 +14,7 @@ from mlx_vlm_edge_convert.coreml.package.saved import Saved, type_of
 from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
 from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
+from PIL import Image
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
@@ -200,6 +202,19 @@ def test_ranges_and_powers():
 def test_wrong_sizes(folder, size, said, folders):
     with pytest.raises(UsageError, match=said):
         encoder(model_of(folders(folder)), size, None)
+
+
+@pytest.mark.parametrize("name", ["fastvlm", "mobilevlm_v2"])
+def test_an_app_pads_with_the_processor_s_colour(name, folders):
+    """The corner of a white stripe is padding, in the colour that the manifest tells apps."""
+    folder = folders(name)
+    entry = manifest.preprocessing_entry(encoder(model_of(folder), None, "pad").pixels)
+    _, processor = load(str(folder), image_strategy="pad")
+    stripe = Image.new("RGB", (400, 40), "white")
+    pixels = processor.preprocess(stripe).data
+    assert pixels[0, 0].tolist() == pixels[-1, -1].tolist() == entry["fill"]
+    assert pixels[len(pixels) // 2, 0].tolist() == [255] * 3
+    assert entry["strategy"] == "pad"
 
 
 def test_the_demo_model(tmp_path):
