@@ -18,6 +18,7 @@ from mlx_vlm_edge.checkpoint.config import (
     says_tied,
 )
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language import llama, persimmon
 from mlx_vlm_edge.models import family, fastvlm
 
 WEIRD = [None, "x", -1, 0, [], {}, 3.5, True, [1, 2]]
@@ -234,3 +235,15 @@ def test_the_ends_of_both_files_count_the_config_s_first(tmp_path, own, more, wa
     for name, ids in (("config.json", own), ("generation_config.json", more)):
         (tmp_path / name).write_text(json.dumps({} if ids is None else {"eos_token_id": ids}))
     assert read_config(tmp_path).get("eos_token_id") == want
+
+
+def test_the_context_that_a_config_leaves_out():
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    config = {**dict.fromkeys(sizes, 8), "num_attention_heads": 2}
+    for read, context in (
+        (lambda config: llama.TextConfig.from_dict(config, "llama"), 32768),
+        (persimmon.TextConfig.from_dict, 16384),
+    ):
+        assert read(config).max_position_embeddings == context
+        assert read(config | {"max_position_embeddings": None}).max_position_embeddings == context
+        assert read(config | {"max_position_embeddings": 99}).max_position_embeddings == 99

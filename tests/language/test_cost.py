@@ -122,6 +122,22 @@ def test_a_prompt_in_chunks_waits_once_for_each_full_one(demo, monkeypatch):
     assert waits.blocking == (length - 1) // 16
 
 
+def test_of_a_prompt_in_chunks_each_computes_the_logits_of_one_position(demo, monkeypatch):
+    model, _ = demo
+    kind, shapes = type(model.language_model), []
+    whole = kind.__call__
+
+    def counted(self, *arguments, **options):
+        logits = whole(self, *arguments, **options)
+        shapes.append(logits.shape[1])
+        return logits
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    next(tokens(demo, 1, prefill_step_size=16))
+    assert len(shapes) > 1
+    assert {*shapes} == {1}
+
+
 def test_no_more_steps_than_tokens(demo, monkeypatch):
     model, _ = demo
     steps = []

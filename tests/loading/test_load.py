@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import on_cpu
+from mlx_vlm_edge.models import build as building
 
 from ..parity import FLOAT32, distance
 
@@ -87,6 +88,31 @@ def test_on_the_cpu_everything_is_float32(save, native_weights):
         pytest.skip("this is about the CPU back end")
     folder = save({name: array.astype(np.float16) for name, array in native_weights.items()})
     assert {p.dtype for p in parameters(load(str(folder))[0]).values()} == {mx.float32}
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "text", "vision"),
+    [
+        ("bfloat16", None, "bfloat16", "bfloat16"),
+        ("float32", None, "float32", "float32"),
+        ("float16", None, "float16", "float32"),  # FastViTHD is reported to overflow float16
+        ("bfloat16", "float16", "float16", "float16"),
+        ("float16", "float32", "float32", "float32"),
+    ],
+)
+def test_on_a_gpu_weights_stay_what_they_are_but_no_tower_is_float16(
+    native_folder, monkeypatch, own, asked, text, vision
+):
+    model, _ = load(str(native_folder))
+    model.language_model.set_dtype(getattr(mx, own))
+    monkeypatch.setattr(building, "on_cpu", lambda: False)
+    building.cast(model, asked)
+    for name, part in (
+        ("language_model", text),
+        ("vision_tower", vision),
+        ("mm_projector", vision),
+    ):
+        assert {p.dtype for p in parameters(model[name]).values()} == {getattr(mx, part)}, name
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])

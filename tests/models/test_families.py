@@ -12,6 +12,7 @@ from mlx_vlm_edge.models import FAMILIES, family, family_name
 from mlx_vlm_edge.models.contract import Family
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
+from mlx_vlm_edge.text.prompt import Processor
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -115,6 +116,36 @@ def test_pixels_are_rounded_once_after_they_are_scaled(name, dtype):
     got = np.sort(np.array(x.astype(mx.float32)).ravel())
     nearest = np.array(mx.array(wanted.astype(np.float32)).astype(dtype).astype(mx.float32))
     assert np.abs(got - nearest).mean() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("alias", "ends"),
+    [
+        ("fastvlm-0.5b", {"<|im_end|>", "<|endoftext|>"}),
+        ("llava-1.5-7b", {"</s>"}),
+        ("mobilevlm-1.7b", {"</s>"}),
+        ("llava-onevision-0.5b", {"<|im_end|>", "<|endoftext|>"}),
+        ("smolvlm-256m", {"<end_of_utterance>"}),
+        ("eve-7b", {"</s>"}),
+        ("eve-7b-hd-v2", {"<|im_end|>", "<|endoftext|>"}),
+        ("fuyu-8b", {"|ENDOFTEXT|"}),
+    ],
+)
+def test_what_ends_an_answer_where_neither_config_nor_tokenizer_says(alias, ends):
+    """Those of the family's own that the vocabulary has, beside the ones that are said."""
+
+    class Vocabulary:
+        eos_ids = frozenset({7})
+
+        def token_id(self, token):
+            return token if token in ends else None  # its own id, to be seen
+
+    kind = family(configs.read(alias))
+    config = kind.Config.from_dict(configs.read(alias) | {"eos_token_id": 8})
+    processor = kind.Processor.__new__(kind.Processor)
+    Processor.__init__(processor, config, Vocabulary())
+    assert processor.eos_ids == {7, 8, *ends}
+    assert ends == {*kind.Processor.stop_tokens}
 
 
 def test_another_back_end_stands_in_for_the_tower():

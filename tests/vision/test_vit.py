@@ -166,3 +166,17 @@ def test_what_is_not_wanted_is_not_loaded(tower):
     """Of 4 layers, 3 are run: nothing of the last one, nor a final norm, is a parameter."""
     names = {name for name, _ in tree_flatten(ours(tower, -2).parameters())}
     assert not any("layers.3" in name or "post" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "eps", "activation"),
+    [("clip_vision_model", 1e-5, "quick_gelu"), ("siglip_vision_model", 1e-6, "gelu_pytorch_tanh")],
+)
+def test_what_a_config_leaves_out_is_its_kind_s(kind, eps, activation):
+    config = {
+        "model_type": kind, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    parsed = ViTConfig.from_dict(config, -2)
+    assert (parsed.layer_norm_eps, parsed.hidden_act) == (eps, activation)
+    assert ViTConfig.from_dict(config | {"layer_norm_eps": 0.5}, -2).layer_norm_eps == 0.5
