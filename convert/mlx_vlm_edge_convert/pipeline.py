@@ -15,6 +15,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, locate
 from mlx_vlm_edge.models import family, family_name
 from mlx_vlm_edge.models.build import build, read_native
+from mlx_vlm_edge.text import saved_tokenizer
 
 from . import verify as verification
 from .checkpoint import read_checkpoint
@@ -111,6 +112,7 @@ def convert(
     say(f"{folder} -> {target}: {_count(weights)}")
     with new_folder(target, overwrite=overwrite, listed=written_files) as partial:
         copied = copy_files(folder, partial)
+        _write_tokenizer(folder, partial, say)
         if read[PREPROCESSOR]:  # wherever it stood: a file of its own is what all readers know
             save_json(partial / PREPROCESSOR_CONFIG, read[PREPROCESSOR])
         module.write_files(partial, config)
@@ -133,6 +135,15 @@ def _check_apart(target: Path, folder: Path) -> None:
         raise UsageError(f"{target} is the source; name another folder to write to")
     if target.resolve() in folder.resolve().parents:
         raise UsageError(f"{target} has the source in it; name another folder to write to")
+
+
+def _write_tokenizer(folder: Path, partial: Path, say: Report) -> None:
+    """tokenizer.json beside a tokenizer.model that can be read here."""
+    try:
+        if saved_tokenizer.write_json(folder, partial):
+            say("wrote tokenizer.json, which is read faster than tokenizer.model")
+    except UsageError as error:  # weights are converted all the same
+        say(f"no tokenizer.json: {error}")
 
 
 def _unmerged(folder: Path) -> Arrays:

@@ -112,6 +112,7 @@ def load_ahead(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Pr
         *_, (kind, model) = _read(folder, options)
         tokenizer = parsing.wait(0)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
+    processor.check_tokens()
     if options.vision_backend != "mlx":
         use_backend(model, processor, folder, options.vision_backend)
     if options.jpeg_draft:

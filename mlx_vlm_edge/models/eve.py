@@ -146,6 +146,8 @@ class Model(VisionLanguageModel):
 class Processor(llava.Processor):
     """LLaVA's prompt; pictures resized in their own proportion."""
 
+    own_template = False  # its tokenizers have the language model's
+
     def draft_side(self) -> int:
         return self.config.image_size
 

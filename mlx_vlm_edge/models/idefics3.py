@@ -26,7 +26,6 @@ from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
 from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
-from ..text.chat_template import render_chat_template
 from ..text.tokenizer import Tokenizer
 from ..timings import Steps
 from ..vision.pixels import normalized
@@ -144,8 +143,7 @@ class Processor(prompt.Processor):
         if image is None or around is None:
             raise UsageError(f"the tokenizer has no {IMAGE} or no {AROUND}: it is another model's")
         self.image_id = image
-        bos = tokenizer.config.get("bos_token") or ""
-        self.bos: str = bos["content"] if isinstance(bos, Mapping) else bos
+        self.bos = tokenizer.named.get("bos_token", "")
         # What the tokenizer itself puts in front of a text (Idefics3's does, SmolVLM's does not).
         self.prefix: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids[:1]
 
@@ -188,10 +186,7 @@ class Processor(prompt.Processor):
     def render(self, messages: list[prompt.Message]) -> str:
         template = self.tokenizer.chat_template
         if template and END not in template:  # a fine-tuned model with a format of its own
-            shown = [{**m, "content": [_as_image(part) for part in m["content"]]} for m in messages]
-            return render_chat_template(
-                template, shown, add_generation_prompt=True, bos_token=self.bos
-            )
+            return self.by_template(messages)
         return self.bos + "".join(map(_turn, messages)) + "Assistant:"
 
     def tile_tokens(self, pixels: Pixels) -> int:
@@ -220,10 +215,6 @@ class Processor(prompt.Processor):
                 visual += range(len(ids), len(ids) + count)
             ids += [token] * count
         return ids, np.array(visual, np.int32)
-
-
-def _as_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"type": "image"} if part["type"] == "video" else part
 
 
 def _turn(message: prompt.Message) -> str:

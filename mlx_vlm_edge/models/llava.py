@@ -24,12 +24,14 @@ from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, Strategy, fit
 from ..picture.preprocessing import (
+    AS_PUBLISHED,
     Preprocessing,
     chosen_strategy,
     image_strategy,
     refuse_max_tiles,
 )
 from ..text import prompt
+from ..text.tokenizer import Tokenizer
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 VISION = "vision_tower.vision_model."
 FILL = (122, 116, 104)  # CLIP's mean in uint8
 BOS = 1
+VICUNA = "ASSISTANT:"  # what its answers begin with
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -83,8 +86,8 @@ class Config:
             ),
             image_strategy=image_strategy(config),
             image_token_index=config.get("image_token_index", 32000),
-            bos_token_id=first(config.get("bos_token_id"), BOS),
-            eos_token_ids=eos_ids(config),
+            bos_token_id=first(config.get("bos_token_id"), text.get("bos_token_id"), BOS),
+            eos_token_ids=eos_ids(text if config.get("eos_token_id") is None else config),
             context=text["max_position_embeddings"],
             keeps_class_token=keeps_class_token(
                 config.get("vision_feature_select_strategy", "default")
@@ -148,10 +151,21 @@ class Model(VisionLanguageModel):
 
 
 class Processor(prompt.Processor):
-    """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer."""
+    """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer.
+
+    own_template: whether a folder whose chat template doesn't speak Vicuna's words is taken at its
+    word, as xtuner's with Llama 3 have to be.
+    """
 
     stop_tokens: tuple[str, ...] = ("</s>",)
     answer_end = "</s>"
+    own_template = True
+
+    def __init__(
+        self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
+    ) -> None:
+        super().__init__(config, tokenizer, asked)
+        tokenizer.begin_each_text()
 
     def draft_side(self) -> int:
         return self.config.vision.image_size
@@ -163,6 +177,9 @@ class Processor(prompt.Processor):
         return Pixels(np.asarray(fitted), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
+        template = self.tokenizer.chat_template
+        if self.own_template and template and VICUNA not in template:
+            return self.by_template(messages)
         system = [{"type": "text", "text": SYSTEM}]
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
@@ -185,9 +202,11 @@ class Processor(prompt.Processor):
         ids, visual = prompt.expand_around_images(
             segments, counts, self.tokenizer, self.config.image_token_index
         )
-        if ids[:1] == [self.config.bos_token_id]:  # written out in a raw prompt
+        bos = self.tokenizer.token_id(self.tokenizer.named.get("bos_token", ""))
+        bos = self.config.bos_token_id if bos is None else bos
+        if ids[:1] == [bos]:  # written out in a raw prompt, or by a template
             return ids, visual
-        return [self.config.bos_token_id, *ids], visual + 1
+        return [bos, *ids], visual + 1
 
 
 FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -5,6 +5,7 @@ placeholders are placed belong to the family (LLaVA tokenises around each image,
 whole text, Fuyu puts the image before BOS).
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from ..picture.image import Pixels, open_image
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.video import Video
 from ..timings import Steps, result
+from .chat_template import render_chat_template, takes_parts
 from .guard import GUARD, split_unmarked, unmarked
+from .messages import Message as Message
+from .messages import count, normalize
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,11 +30,10 @@ if TYPE_CHECKING:
 
 MARKER = "<image>"
 PLACES = unmarked([MARKER])
-ROLES = ("system", "user", "assistant")
-
-# {"role": ..., "content": text or parts}, a part being {"type": "text", "text": ...},
-# {"type": "image"} or {"type": "video"}.
-Message = Mapping[str, Any]
+# How control tokens are written; a vocabulary without one that a chat has would spell it out.
+CONTROL = re.compile(r"<\|[^<>|\s]+\|>|</?s>|<end_of_utterance>")
+# The longest token of the vocabularies we know, 128 spaces of Qwen2's.
+CHARACTERS_PER_TOKEN = 128
 Preprocess = Callable[["Image"], Pixels]
 
 
@@ -80,9 +83,9 @@ class Processor(ABC):
     ) -> Inputs:
         """Make a prompt ready for the model.
 
-        prompt: a question, or chat messages whose content has one {"type": "image"} part per
-        image (without any, the images go before the first user's words). With `raw`, the text as
-        it stands: special tokens in it count, and one <image> stands for each picture.
+        prompt: a question, or chat messages with pictures in them or places for `images`; see
+        `messages.normalize`. With `raw`, the text as it stands: special tokens in it count, and
+        one <image> stands for each picture.
         images: paths, URLs, bytes, Pillow images or uint8 arrays, or the pixels of an earlier
         prompt; a Video where the family knows them, which has a {"type": "video"} part in a chat
         and an <image> in a raw text.
@@ -95,8 +98,7 @@ class Processor(ABC):
         self, prompt: str | Sequence[Message], images: Sequence[Any] = (), *, raw: bool = False
     ) -> Steps[Inputs]:
         """What a call does, in its steps: of each image, then of the text."""
-        kinds = [item.kind if isinstance(item, Video | Pixels) else "image" for item in images]
-        text = self._text(prompt, kinds, raw)
+        text, images = self._text(prompt, images, raw)
         try:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
@@ -130,13 +132,28 @@ class Processor(ABC):
         yield "preprocess", pixels
         return pixels
 
-    def _text(self, prompt: str | Sequence[Message], kinds: Sequence[str], raw: bool) -> str:
+    def _text(
+        self, prompt: str | Sequence[Message], images: Sequence[Any], raw: bool
+    ) -> tuple[str, Sequence[Any]]:
+        """The prompt's text with a marker per picture, and the pictures in order."""
         if raw:
             if not isinstance(prompt, str):
                 raise UsageError("a raw prompt is a text, not a list of messages")
-            return prompt.replace(GUARD, GUARD * 2)
-        messages = normalize(prompt, kinds)
-        return self.render([self._guarded(message) for message in messages])
+            self._check_length([prompt])
+            return prompt.replace(GUARD, GUARD * 2), images
+        messages, images = normalize(prompt, images)
+        parts = [part for message in messages for part in message["content"]]
+        self._check_length([part["text"] for part in parts if part["type"] == "text"])
+        return self.render([self._guarded(message) for message in messages]), images
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        """Raises UsageError for what no context could hold, before it is taken to pieces."""
+        length, context = sum(map(len, texts)), self.config.context
+        if length > context * CHARACTERS_PER_TOKEN:
+            raise UsageError(
+                f"the prompt is {length:,} characters long, more than a context of {context:,} "
+                "tokens can hold: shorten it"
+            )
 
     def _guarded(self, message: Message) -> Message:
         parts = [
@@ -155,8 +172,8 @@ class Processor(ABC):
         segments = split_unmarked(text, PLACES)[::2]
         if len(segments) - 1 != images:
             raise UsageError(
-                f"the prompt has {_count(len(segments) - 1, 'place')} for an image ({MARKER}), but "
-                f"{_count(images, 'image')} {'was' if images == 1 else 'were'} given"
+                f"the prompt has {count(len(segments) - 1, 'place')} for an image ({MARKER}), but "
+                f"{count(images, 'image')} {'was' if images == 1 else 'were'} given"
             )
         return segments
 
@@ -168,6 +185,42 @@ class Processor(ABC):
         """Pixels that neither side of a picture may be below before `preprocess`, which would
         have to enlarge it otherwise. Raises UsageError in a family that always needs them all."""
         raise UsageError("this model takes pictures in full: leave the JPEG draft out")
+
+    def check_tokens(self) -> None:
+        """Raises UsageError where a chat's control tokens are not in the vocabulary: they would be
+        spelt out, and no answer would end."""
+        for word in CONTROL.findall(self._probe()):
+            if self.tokenizer.token_id(word) is None:
+                raise UsageError(
+                    f"the tokenizer has no {word}, which this model's chats are written with: copy "
+                    "the tokenizer's files from the original model"
+                )
+
+    def _probe(self) -> str:
+        """A chat as this family writes it, or one question, where it knows nothing else."""
+        content = [{"type": "text", "text": "x"}]
+        turns: list[Message] = [
+            {"role": role, "content": content} for role in ("user", "assistant", "user")
+        ]
+        for messages in (turns, turns[:1]):
+            try:
+                return self.render(messages)
+            except UsageError:  # told when somebody asks for it
+                continue
+        return ""
+
+    def by_template(self, messages: Sequence[Message]) -> str:
+        """The prompt that the folder's own chat template writes, for fine-tuned models."""
+        template = self.tokenizer.chat_template or ""
+        parts = takes_parts(template)
+        shown = [
+            {**message, "content": _as_images(message["content"]) if parts
+             else join_parts(message["content"])}
+            for message in messages
+        ]  # fmt: skip
+        return render_chat_template(
+            template, shown, add_generation_prompt=True, **self.tokenizer.named
+        )
 
     @abstractmethod
     def preprocess(self, image: "Image") -> Pixels:
@@ -193,64 +246,19 @@ class Processor(ABC):
         """
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def normalize(prompt: str | Sequence[Message], kinds: Sequence[str]) -> list[Message]:
-    """Messages whose contents are lists of parts; images without a place go before the first
-    user's words. kinds: "image" or "video" for each. Raises UsageError for what is not a chat."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list | tuple) or not prompt:
-        raise UsageError("the prompt must be a text or a list of messages, not empty")
-    messages = [_normalize_message(message) for message in prompt]
-    if messages[-1]["role"] != "user":
-        raise UsageError("the last message must be the user's: there is nothing to answer")
-    if all(part["type"] == "text" for message in messages for part in message["content"]):
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        parts = [{"type": kind} for kind in kinds] + messages[first]["content"]
-        messages[first] = {**messages[first], "content": parts}
-    asked = messages[-1]["content"]
-    if not any(part["type"] != "text" or part["text"].strip() for part in asked):
-        raise UsageError("the question is empty: ask something")
-    return messages
-
-
-def _normalize_message(message: Any) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise UsageError("a message must be an object with 'role' and 'content'")
-    if message["role"] not in ROLES:
-        raise UsageError(f"role {message['role']!r} is not one of {', '.join(ROLES)}")
-    content = message["content"]
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list | tuple):
-        raise UsageError("a message's content must be a text or a list of parts")
-    for part in content:
-        _check_part(part)
-        if part["type"] != "text" and message["role"] != "user":
-            raise UsageError(
-                f"{part['type']}s belong to the user's messages, not the {message['role']}'s"
-            )
-    return {**message, "content": list(content)}
-
-
-def _check_part(part: Any) -> None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image", "video"):
-        raise UsageError(f"content part of type {kind!r} is not known: use 'text' or 'image'")
-    if kind == "text" and not isinstance(part.get("text"), str):
-        raise UsageError("a content part of type 'text' must have a 'text'")
+def _as_images(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"type": "image"} if part["type"] == "video" else part for part in content]
 
 
 def join_parts(content: Sequence[Mapping[str, Any]]) -> str:
-    """A message's parts as one text; an image has a line of its own where no space sets it off.
+    """A message's parts as one text, with a line for each picture before the words, as the
+    originals write it; further on a picture has one where no space sets it off.
 
-    image, "What is it?" -> "<image>\\nWhat is it?"; "Is ", image, " red?" -> "Is <image> red?".
+    image, " What?" -> "<image>\\n What?"; "Is ", image, " red?" -> "Is <image> red?".
     """
-    text, after_image = "", False
-    for part in content:
+    pictures = next((i for i, part in enumerate(content) if part["type"] == "text"), len(content))
+    lines, text, after_image = [MARKER] * pictures, "", False
+    for part in content[pictures:]:
         is_image = part["type"] != "text"
         piece = MARKER if is_image else part["text"]
         if not piece:
@@ -258,7 +266,7 @@ def join_parts(content: Sequence[Mapping[str, Any]]) -> str:
         touching = text and not text[-1].isspace() and not piece[0].isspace()
         text += "\n" + piece if touching and (is_image or after_image) else piece
         after_image = is_image
-    return text
+    return "\n".join([*lines, text] if content[pictures:] else lines)
 
 
 def chatml(messages: Sequence[Message], system: str) -> str:
@@ -285,8 +293,8 @@ def expand_around_images(
     """
     ids = tokenizer.encode(segments[0], special=True)
     visual: list[int] = []
-    for count, segment in zip(counts, segments[1:], strict=True):
-        visual += range(len(ids), len(ids) + count)
-        ids += [placeholder] * count
+    for places, segment in zip(counts, segments[1:], strict=True):
+        visual += range(len(ids), len(ids) + places)
+        ids += [placeholder] * places
         ids += tokenizer.encode(segment, special=True)
     return ids, np.array(visual, np.int32)

@@ -43,6 +43,26 @@ def read(folder: Path) -> "tuple[Backend, dict[str, Any]]":
     return backend, config | {"chat_template": files.read_chat_template(folder)}
 
 
+def write_json(folder: Path, target: Path) -> bool:
+    """Write tokenizer.json of a folder that has tokenizer.model alone; whether that was the case.
+
+    The ids are the same, and it is read several times as fast. Where LLaMA's tokenizer puts BOS
+    itself, others who read the file are told so. Raises UsageError as `read` does.
+    """
+    if files.tokenizer_files(folder) != files.TOKENIZER_MODEL:
+        return False
+    from tokenizers.processors import TemplateProcessing
+
+    backend, config = read(folder)
+    bos = named_tokens(config).get("bos_token", "")
+    if config.get("add_bos_token") is not False and (id := backend.token_to_id(bos)) is not None:
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, id)]
+        )
+    backend.save(str(target / files.TOKENIZER_JSON[0]))
+    return True
+
+
 def _backend(folder: Path, config: Mapping[str, Any]) -> "Backend":
     pieces = folder / files.TOKENIZER_MODEL[0]
     match files.tokenizer_files(folder):

@@ -11,6 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert
 from PIL import Image
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from mlx_vlm_edge import kernels, load, stream_generate
 from mlx_vlm_edge.connectors import mlp
@@ -18,6 +20,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import quantized
 from mlx_vlm_edge.models import llava
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import vit
 from mlx_vlm_edge.vision.pixels import CLIP_MEAN
 
@@ -295,6 +298,52 @@ def test_a_users_end_token_is_only_text(loaded):
     processor = loaded["original"][1]
     assert 2 not in processor("a</s>b").input_ids[0]
     assert 2 in processor("a</s>b", raw=True).input_ids[0]
+
+
+LLAMA_3 = (
+    "{% for message in messages %}{{'<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'}}{% for c in message['content'] | selectattr('type', 'equalto', "
+    "'image') %}{{ '<image>\n' }}{% endfor %}{% for c in message['content'] | selectattr('type', "
+    "'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+def test_another_language_model_speaks_its_own_words(loaded):
+    """xtuner's llava-llama-3-8b: case 08 of the replayed reports. It got Vicuna's prompt and id 1,
+    a letter there, for BOS."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend.add_special_tokens(words)
+    named = {"bos_token": words[0], "eos_token": words[3], "chat_template": LLAMA_3}
+    tokenizer, known = Tokenizer(backend, named), loaded["hub"][1].config
+    processor = llava.Processor(known, tokenizer)
+    processor.check_tokens()
+    got = processor("<|eot_id|>?", images=[picture()])
+    count = processor.visual_tokens(got.pixels[0])
+    before = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+    after = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    encoded = [tokenizer.encode(text, special=True) for text in (before, after)]
+    asked = tokenizer.encode("\n<|eot_id|>?")
+    places = [known.image_token_index] * count
+    assert got.input_ids[0].tolist() == [*encoded[0], *places, *asked, *encoded[1]]
+    assert processor.eos_ids >= {tokenizer.token_id("<|eot_id|>")}
+    vicuna = Tokenizer(backend, {**named, "chat_template": "{{ 'ASSISTANT:' }}"})
+    with pytest.raises(UsageError, match="no </s>"):
+        llava.Processor(known, vicuna).check_tokens()
+
+
+def test_ids_of_a_chat_may_stand_in_the_text_config():
+    ids = {"bos_token_id": 256, "eos_token_id": [257, 260]}
+    config = theirs.config("hub")
+    for key in ids:
+        config.pop(key, None)
+    config["text_config"] = {**config["text_config"], **ids}
+    read = llava.Config.from_dict({**config, "bos_token_id": None})
+    assert read.bos_token_id == 256
+    assert {*read.eos_token_ids} == {257, 260}
 
 
 def test_connector_time_is_a_stage_of_its_own(loaded):

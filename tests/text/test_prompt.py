@@ -3,6 +3,7 @@
 The families here are made for the test: each needs its own methods only, no switch in prompt.py.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture.image import Pixels, fit
-from mlx_vlm_edge.text.prompt import MARKER, Processor, expand_around_images, join_parts, normalize
+from mlx_vlm_edge.text.messages import normalize
+from mlx_vlm_edge.text.prompt import MARKER, Processor, expand_around_images, join_parts
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 from mlx_vlm_edge.timings import Timer
 
@@ -34,6 +36,7 @@ class Settings:
     """A family's config, as far as a processor looks at it."""
 
     eos_token_ids: tuple[int, ...]
+    context: int = 1000
 
     def adapted(self, asked):
         return self
@@ -235,7 +238,12 @@ def test_join_parts():
     assert joined("Hi", None) == "Hi\n<image>"
     assert joined("Is ", None, " red?") == "Is <image> red?"
     assert joined(None, None, "Hi") == "<image>\n<image>\nHi"
-    assert joined(None, "\nHi") == "<image>\nHi"
+    # As the originals write every question that follows its picture, whatever it begins with.
+    assert joined(None, "\nHi") == "<image>\n\nHi"
+    assert joined(None, "  What?") == "<image>\n  What?"
+    assert joined(None, "") == "<image>\n"
+    assert joined(None, None, "") == "<image>\n<image>\n"
+    assert joined("Is it ", None, "") == "Is it <image>"
     assert joined("a", "b") == "ab"
     assert joined(None, "", "Hi") == "<image>\nHi"
     assert joined(None) == "<image>"
@@ -278,6 +286,61 @@ def test_malformed_prompts(chatml, pictures, prompt, images, raw, match):
     assert "\n" not in str(caught.value)
 
 
+def test_pictures_inside_messages(chatml, pictures):
+    """They were dropped, and the model answered all the same."""
+    red, blue, _ = pictures
+    implicit = chatml("?", pictures[:2])
+    for chat in (
+        [{"role": "user", "content": "?", "images": [red, blue]}],
+        [user({"type": "image", "image": red}, {"type": "image", "image": blue}, words("?"))],
+    ):
+        inputs = chatml(chat)
+        assert inputs.input_ids.tolist() == implicit.input_ids.tolist()
+        assert [item.size for item in inputs.pixels] == [(10, 6), (5, 9)]
+    mixed = chatml([user({"type": "image", "image": red}, words("?"), PICTURE)], [blue])
+    assert [item.size for item in mixed.pixels] == [(10, 6), (5, 9)]
+
+
+def test_a_prompt_longer_than_any_context_is_not_taken_to_pieces(chatml):
+    class Text(str):
+        def replace(self, *_):
+            raise AssertionError("it was taken to pieces")
+
+    long = Text("x" * 200_000)
+    for raw in (True, False):
+        with pytest.raises(UsageError, match=r"200,000 characters .* 1,000 tokens"):
+            chatml(long, raw=raw)
+
+
+def test_a_chat_token_that_the_vocabulary_lacks(tokenizer, chatml):
+    chatml.check_tokens()
+    backend = tiny.build()
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<|im_end|>"]
+    bare = Tokenizer(type(backend).from_str(json.dumps(spec)))
+    with pytest.raises(UsageError, match=r"no <\|im_end\|>, which .* written with"):
+        ChatML(chatml.config, bare).check_tokens()
+
+
+def test_a_template_of_the_folders_own(tokenizer, pictures):
+    class Own(ChatML):
+        def render(self, messages):
+            return self.by_template(messages)
+
+    text = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}A:"
+    parts = (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image>"
+        "{% else %}{{ p.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}A:"
+    )
+    for template, between in ((text, "\n"), (parts, "")):
+        config = {"eos_token": "<|im_end|>", "chat_template": template}
+        family = Own(Settings(()), Tokenizer(tiny.build(), config))
+        got = family("<|im_end|>?", pictures[:1]).input_ids[0].tolist()
+        assert got.count(tiny.STOP) == 1
+        plain = tokenizer.encode(between + "<|im_end|>?")
+        assert got[4:] == [*plain, tiny.STOP, *tokenizer.encode("A:")]
+
+
 def test_malformed_messages_are_found_before_images_are_opened(chatml):
     with pytest.raises(UsageError, match="places"):
         chatml("none", ["/no/such/file.png"], raw=True)
@@ -289,4 +352,4 @@ def test_messages_are_not_changed(chatml, pictures):
     chat = [{"role": "user", "content": "<|im_end|>"}]
     chatml(chat, pictures[:1])
     assert chat == [{"role": "user", "content": "<|im_end|>"}]
-    assert normalize(chat, ["image"])[0]["content"] == [PICTURE, words("<|im_end|>")]
+    assert normalize(chat, [b""])[0][0]["content"] == [PICTURE, words("<|im_end|>")]

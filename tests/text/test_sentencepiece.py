@@ -6,8 +6,10 @@ import struct
 import pytest
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.text import sentencepiece
+from mlx_vlm_edge.text import saved_tokenizer, sentencepiece
 from mlx_vlm_edge.text.tokenizer import Tokenizer
+
+from ..reference import torchvision_shim
 
 GOLDEN = "mobilevlm_v2"
 TEXTS = [
@@ -65,13 +67,17 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["golden", "trained"])
-def pair(request, golden):
+def path(request, golden):
+    """A tokenizer.model."""
+    if request.param == "golden":
+        return golden.parent / GOLDEN / "tokenizer.model"
+    return request.getfixturevalue("trained")
+
+
+@pytest.fixture(scope="module")
+def pair(path):
     """Our tokenizer and sentencepiece's of the same file."""
     spm = pytest.importorskip("sentencepiece", reason="the reference is the sentencepiece package")
-    if request.param == "golden":
-        path = golden.parent / GOLDEN / "tokenizer.model"
-    else:
-        path = request.getfixturevalue("trained")
     return Tokenizer.from_folder(path.parent), spm.SentencePieceProcessor(model_file=str(path))
 
 
@@ -227,16 +233,27 @@ def test_runs_of_spaces_are_sentencepieces(tmp_path, between):
         assert ours.encode(text) == theirs.encode(text), length
 
 
-def test_a_json_of_the_same_tokenizer_has_the_same_ids(pair, tmp_path):
+def test_a_json_of_the_same_tokenizer_has_the_same_ids(pair, path, tmp_path):
     """What `convert` writes beside a tokenizer.model, which is read faster."""
     ours, theirs = pair
-    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    assert saved_tokenizer.write_json(path.parent, tmp_path)
+    assert not saved_tokenizer.write_json(tmp_path, tmp_path)
     saved = Tokenizer.from_folder(tmp_path)
     for text in [*TEXTS, *corpus()[:200]]:
         assert saved.encode(text) == theirs.encode(text)
     assert saved.special == ours.special
     chat = "USER: a</s>USER: b"
     assert saved.encode(chat, special=True) == ours.encode(chat, special=True)
+
+
+def test_others_are_told_of_the_token_that_begins_a_text(golden, tmp_path):
+    torchvision_shim.install()
+    from transformers import PreTrainedTokenizerFast
+
+    saved_tokenizer.write_json(golden.parent / GOLDEN, tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert theirs.encode("a b") == [1, *ours.encode("a b")]
 
 
 def test_files_that_are_malformed_in_odd_ways(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_edge.text.prompt import MARKER, Processor, normalize
+from mlx_vlm_edge.text.messages import normalize
+from mlx_vlm_edge.text.prompt import MARKER, Processor
 
 QUESTION = "\ue000"  # private use: no template has it
 Ids = tuple[int, ...]
@@ -26,7 +27,7 @@ def prompt_entry(processor: Processor | None) -> dict[str, Any] | None:
     """
     if processor is None:
         return None
-    rendered = processor.render(normalize(QUESTION, ["image"]))
+    rendered = processor.render(normalize(QUESTION, [b""])[0])
     start, question, after = rendered.partition(QUESTION)
     pieces = start.split(MARKER)
     if not question or len(pieces) != 2:
