@@ -8,7 +8,6 @@ import pytest
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.cli.estimate import table
-from mlx_vlm_edge.hub.models import ALIASES
 
 from ..test_imports import HEAVY, command, modules_after, packages
 
@@ -47,14 +46,15 @@ def test_json_has_what_the_table_has(capsys):
     assert found["ttft_ms"] == pytest.approx(sum(stage["ms"] for stage in found["stages"]))
 
 
-def test_every_model_on_every_kind_of_chip(capsys):
+def test_every_kind_of_model_on_every_kind_of_chip(capsys):
     chips = ["m1", "m4-pro", "m5-max", "a17-pro"]
-    code, out, err = run(capsys, "--model", *ALIASES, "--chip", *chips)
+    models = ["fastvlm-7b", "llava-1.5-7b", "mobilevlm-1.7b", "eve-7b", "fuyu-8b", "smolvlm-256m"]
+    code, out, err = run(capsys, "--model", *models, "--chip", *chips)
     assert (code, err) == (0, "")
     assert out.startswith("estimate, not measured")
     lines = out.splitlines()[2:]
-    assert len(lines) == len(ALIASES) * len(chips)
-    assert sum("too large for 8 GB" in line for line in lines) >= 8
+    assert len(lines) == len(models) * len(chips)
+    assert sum("too large for 8 GB" in line for line in lines) == 4
     assert all(("unconfirmed" in line) == ("m5-max" in line) for line in lines)
 
 

@@ -12,7 +12,7 @@ from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.cost import Blueprint, Cost, Size
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 
-from ..random.question import text_of
+from ..random.question import refuse_beyond, text_of
 from ..random.weights import processor_of
 
 Config = Mapping[str, Any]
@@ -51,19 +51,10 @@ def prompt_cost(plan: Blueprint, image: Size = SQUARE, text_tokens: int | None =
     """
     processor = processor_of(plan, words_only=True)
     pixels = processor.preprocessor(1)(cost.blank(image))
-    visual = processor.visual_tokens(pixels)
-    _refuse_beyond(plan.config.context, visual, text_tokens or 0)
     inputs = processor(text_of(processor, pixels, text_tokens), [pixels])
-    _refuse_beyond(plan.config.context, visual, inputs.input_ids.shape[1] - visual)
+    visual = len(inputs.visual)
+    refuse_beyond(plan.config.context, visual, inputs.input_ids.shape[1] - visual)
     return cost.cost(plan, inputs)
-
-
-def _refuse_beyond(context: int, visual: int, text: int) -> None:
-    if visual + text > context:
-        raise UsageError(
-            f"a prompt of {visual + text:,} tokens, {visual:,} of them visual, is longer than the "
-            f"model's context of {context:,}"
-        )
 
 
 def predicted_flops(

@@ -24,17 +24,29 @@ def text_of(processor: Processor, image: Any, tokens: int | None) -> str:
         inputs = processor(text, [image])
         return int(inputs.input_ids.shape[1]) - len(inputs.visual)
 
-    least = count("x")
+    shortest = processor("x", [image])
+    visual = len(shortest.visual)
+    least = int(shortest.input_ids.shape[1]) - visual
     if tokens < least:
         raise UsageError(
             f"--prompt-tokens {tokens}: what this model puts around a question takes "
             f"{least} tokens with the shortest one; give {least} or more"
         )
+    refuse_beyond(processor.config.context, visual, tokens)
     for word in WORDS:
         text = _lengthened(count, word, tokens)
         if text is not None:
             return text
     raise UsageError(f"--prompt-tokens {tokens}: no question was found of that length; try another")
+
+
+def refuse_beyond(context: int, visual: int, text: int) -> None:
+    """Raises UsageError for a prompt that is longer than the model's context."""
+    if visual + text > context:
+        raise UsageError(
+            f"a prompt of {visual + text:,} tokens, {visual:,} of them visual, is longer than the "
+            f"model's context of {context:,}"
+        )
 
 
 def _lengthened(count: Callable[[str], int], word: str, tokens: int) -> str | None:

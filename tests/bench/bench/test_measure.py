@@ -158,6 +158,7 @@ class Counting:
         return Inputs(np.zeros((1, length + 4), np.int32), visual, [])
 
     each = 1
+    config = SimpleNamespace(context=100)
 
 
 def test_prompt_tokens_are_exact_and_visual_ones_come_on_top():
@@ -169,6 +170,12 @@ def test_prompt_tokens_are_exact_and_visual_ones_come_on_top():
 def test_too_few_prompt_tokens_are_refused():
     with pytest.raises(UsageError, match="takes 8 tokens with the shortest one"):
         text_of(Counting(), b"", 7)
+
+
+def test_more_prompt_tokens_than_the_context_are_refused():
+    assert Counting()(text_of(Counting(), b"", 96), []).input_ids.shape[1] == 100
+    with pytest.raises(UsageError, match=r"101 tokens, 4 of them visual, .* context of 100"):
+        text_of(Counting(), b"", 97)
 
 
 def test_a_length_that_no_question_has_is_refused():
