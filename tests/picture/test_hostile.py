@@ -170,6 +170,16 @@ def test_addresses_are_sent_in_ascii():
     assert "characters" in message("http://example.org/" + "a" * 20_000)
 
 
+@pytest.mark.parametrize("address", ["http://example.org", "https://example.org", "HTTPS://a.b"])
+def test_these_addresses_may_be_asked(address):
+    fetch._check_scheme(address, address)
+
+
+@pytest.mark.parametrize("address", ["ftp://example.org/a.png", "gopher://a/b", "httpx://a/b"])
+def test_no_other_addresses_are_asked(address):
+    assert "only http, https and file" in message(address)
+
+
 def test_control_characters_of_a_name_are_not_shown():
     assert "?[31m" in message("\x1b[31m.png")
 

@@ -97,6 +97,15 @@ def test_every_family_in_float32_and_float16(name, folders, tmp_path):
     assert [parity.limit for parity in check.parity] == [vision.GRAPH, vision.HALF]
 
 
+@pytest.mark.parametrize("name", ["fastvlm", "mobilevlm_v2"])
+def test_an_app_pads_in_the_colour_of_the_processor(name, folders, native_folder):
+    model, processor = load(str(native_folder if name == "fastvlm" else folders(name)))
+    pixels = encoder(model, None, None).pixels
+    assert pixels.strategy == "pad"
+    corner = processor.preprocess(Image.new("RGB", (60, 30), "white")).data[0, 0]
+    assert manifest.preprocessing_entry(pixels)["fill"] == corner.tolist()
+
+
 @pytest.mark.parametrize("name", ["mobilevlm_v2", "smolvlm"])
 def test_head_by_head_from_a_tensor_and_the_connector_apart(name, folders, tmp_path):
     made = encoder(model_of(folders(name)), None, None)
