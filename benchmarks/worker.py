@@ -25,12 +25,12 @@ class Ours:
 
     def __init__(self, folder: str, whole: bool = True) -> None:
         """whole: wait for all weights, as `load` does; the command line sets out without."""
-        from mlx_vlm_edge.loading.load import LoadOptions, load_ahead
+        from mlx_vlm_edge.loading.load import LoadOptions, start_loading
 
         self.folder = folder
-        self.model, self.processor = load_ahead(folder, LoadOptions(dtype="float32"))
+        self.model, self.processor = start_loading(folder, LoadOptions(dtype="float32"))
         if whole:
-            self.model.arrive()
+            self.model.finish_loading()
         self.native = self.model.config.image_size
 
     def at(self, side: int | None) -> None:

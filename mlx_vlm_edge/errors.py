@@ -1,5 +1,8 @@
 """The one exception meant for users: a single line that names the cause and the remedy."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from .wording import first_line
 
 
@@ -28,3 +31,12 @@ class Refusing:
             return
         reason = first_line(error)[:80]
         raise UsageError(f"{self._source}: {self._fault} ({reason}): {self._remedy}") from None
+
+
+def check_keywords(function: str, keywords: Iterable[str], options: Any) -> None:
+    """Raises TypeError, as Python does, for a keyword that is no field of a class of options."""
+    known = set(options.__dataclass_fields__)
+    if unknown := set(keywords) - known:
+        raise TypeError(
+            f"{function}: unknown option {min(unknown)!r}; known are {', '.join(sorted(known))}"
+        )

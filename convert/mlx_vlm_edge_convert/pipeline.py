@@ -12,7 +12,7 @@ from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_va
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub.models import expanded, locate
+from mlx_vlm_edge.hub.models import expanded, obtain
 from mlx_vlm_edge.models import family, family_name
 from mlx_vlm_edge.models.build import build, read_native
 from mlx_vlm_edge.text import saved_tokenizer
@@ -102,7 +102,7 @@ def convert(
     target = expanded(str(out))
     _check_apart(target, expanded(str(source)))
     check_target(target, overwrite=overwrite, listed=written_files)  # before anything is fetched
-    folder = locate(str(source))
+    folder = obtain(str(source))
     _check_apart(target, folder)
     read = read_config(folder)
     config, weights = to_native(folder, read)

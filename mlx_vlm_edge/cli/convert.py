@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("name the folder to write: -o DIR")
     from mlx_vlm_edge_convert import convert
 
-    from ..hub.models import locate
+    from ..hub.models import obtain
 
-    folder = locate(source, revision=args.revision, offline=args.offline)
+    folder = obtain(source, revision=args.revision, offline=args.offline)
     target = convert(
         folder, args.out, bits=args.bits or (4 if args.quantize else None),
         group_size=args.group_size, dtype=args.dtype, verify=args.verify,

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
 
-    from ..hub.models import expanded, locate
+    from ..hub.models import expanded, obtain
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
     bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     precheck(expanded(args.out), options, args.image, args.overwrite)
     target = export(
-        locate(args.model, offline=args.offline), args.out, parts=parts, options=options,
+        obtain(args.model, offline=args.offline), args.out, parts=parts, options=options,
         image=args.image, verify=args.verify, show_lint=args.lint, overwrite=args.overwrite,
         report=_report,
     )  # fmt: skip

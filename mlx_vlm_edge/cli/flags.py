@@ -127,13 +127,19 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling_arguments`' flags ask for, as keywords of `stream_generate`."""
+    """What `add_sampling_arguments`' flags ask for, as keywords of `stream_generate`.
+
+    Raises UsageError for a value out of range.
+    """
+    from ..generation.loop import Options
+
     names = ("temperature", "stop", "skip_special_tokens", *SAMPLING)
     chosen = {name: getattr(args, name) for name in names}
     if args.schema is not None:
         chosen["schema"] = _read_schema(args.schema)
     if args.choices is not None:
         chosen["choices"] = [choice.strip() for choice in args.choices.split(",")]
+    Options(**chosen)  # or a clear line, before a model is looked for
     return chosen
 
 
@@ -146,20 +152,25 @@ def _read_schema(name: str) -> str:
 
 
 def load_options(args: argparse.Namespace) -> "LoadOptions":
-    """What the flags about the model and about pictures ask for."""
+    """What the flags about the model and about pictures ask for.
+
+    Raises UsageError for what no model takes.
+    """
     from ..loading.load import LoadOptions
 
-    return LoadOptions(
-        dtype=args.dtype, revision=args.revision, quantize=args.bits, offline=args.offline,
+    options = LoadOptions(
+        dtype=args.dtype, revision=args.revision, bits=args.bits, offline=args.offline,
         image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
         jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,
     )  # fmt: skip
+    options.check()
+    return options
 
 
 def load_model(args: argparse.Namespace, name: str) -> "tuple[VisionLanguageModel, Processor]":
     """The whole model that the same flags ask for."""
-    from ..loading.load import load_ahead
+    from ..loading.load import start_loading
 
-    model, processor = load_ahead(name, load_options(args))
-    model.arrive()
+    model, processor = start_loading(name, load_options(args))
+    model.finish_loading()
     return model, processor

@@ -62,7 +62,7 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _read(args: argparse.Namespace) -> tuple[str, list[Any]]:
+def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """The question and the images, what is - from standard input."""
     if args.prompt == "-" and "-" in args.image:
         raise UsageError("--prompt - and --image - cannot both read standard input")
@@ -90,25 +90,36 @@ def _pages(images: list[Any], numbers: list[int]) -> list[Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    text, images = _read(args)
-    if args.fps is not None and not args.video:
-        raise UsageError("--fps is for videos: give one with --video")
+    text, images = _from_arguments(args)
+    prompt, options, loading = _prompt(text, args), sampling_options(args), load_options(args)
+    images = _checked(images, args)
     from ..generation.loop import stream_generate
-    from ..loading.load import load_ahead
-    from ..picture.video import Video
+    from ..loading.load import start_loading
 
-    images += [Video(path, args.fps) for path in args.video]
-    model, processor = load_ahead(args.model or default_model(), load_options(args))
+    model, processor = start_loading(args.model or default_model(), loading)
     if args.verbose or args.json:
-        model.arrive()  # so that no time of loading is taken for one of answering
+        model.finish_loading()  # so that no time of loading is taken for one of answering
     results = stream_generate(
-        model, processor, _prompt(text, args), images, raw=args.raw, verbose=args.verbose,
-        **sampling_options(args),
-    )  # fmt: skip
+        model, processor, prompt, images, raw=args.raw, verbose=args.verbose, **options
+    )
     return _print(results, args)
 
 
+def _checked(images: list[Any], args: argparse.Namespace) -> list[Any]:
+    """The images, then the videos, with all told that can be told before a model is read."""
+    if args.fps is not None and not args.video:
+        raise UsageError("--fps is for videos: give one with --video")
+    from ..picture.check import checked
+    from ..picture.video import Video
+
+    videos = [Video(path, args.fps) for path in args.video]
+    return [checked(source, args.offline) for source in (*images, *videos)]
+
+
 def _prompt(text: str, args: argparse.Namespace) -> Any:
+    from ..text.messages import check_question
+
+    check_question(text)
     if args.system is None:
         return text
     if args.raw:
@@ -140,7 +151,8 @@ def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
     last = pieces[-1]
     if args.json:
         whole = asdict(last) | {"text": "".join(piece.text for piece in pieces)}
-        whole["token"] = [piece.token for piece in pieces if piece.token is not None]
+        whole["tokens"] = [piece.token for piece in pieces if piece.token is not None]
+        whole["token"] = whole["tokens"]  # what it was called before
         print(json.dumps(whole, ensure_ascii=False))
         return
     lines = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..hub.cache import cache_folder, cached_models, local_snapshot, snapshot_folder
-from ..hub.models import ALIASES, DEMO, expanded, locate, pull, repo_id
+from ..hub.models import ALIASES, DEMO, expanded, obtain, pull, repo_id
 from ..wording import gigabytes
 
 INTERRUPTED = 130  # exit code
@@ -57,7 +57,7 @@ def _list(args: argparse.Namespace) -> int:
         for model in cached_models(names)
     ]
     here = {row["name"] for row in rows}
-    bundled = sum(path.stat().st_size for path in locate(DEMO).iterdir() if path.is_file())
+    bundled = sum(path.stat().st_size for path in obtain(DEMO).iterdir() if path.is_file())
     rows.append({"name": DEMO, "repo": None, "bytes": bundled, "complete": True})
     if args.json:
         print(json.dumps(rows))
@@ -83,7 +83,7 @@ def _pull(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     path = expanded(args.name)
     if path.is_dir() or args.name == DEMO:
-        facts = _local_facts(locate(args.name))
+        facts = _local_facts(obtain(args.name))
     elif folder := local_snapshot(repo_id(args.name), args.revision):
         facts = _local_facts(folder)
     else:
@@ -101,7 +101,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     path = expanded(args.name)
     if path.is_dir() or args.name == DEMO:
-        folder = locate(args.name, revision=args.revision)
+        folder = obtain(args.name, revision=args.revision)
     else:
         folder = snapshot_folder(repo_id(args.name), args.revision)
         if not folder.is_dir():

@@ -71,11 +71,13 @@ class TokenSampler:
         return logits
 
     def _tell(self, logits: mx.array, token: mx.array, count: int) -> None:
-        """Keep a token's log-probability and the likeliest ones', not evaluated yet."""
+        """Keep a token's log-probability and the likeliest ones', which nothing waits for yet."""
         logits = logits[0].astype(mx.float32)
         every = logits - mx.logsumexp(logits)
         top = mx.argsort(-every)[:count]
-        self._told.append((every[token], top, every[top]))
+        told = every[token], top, every[top]
+        mx.async_eval(told)  # another thread may take the token
+        self._told.append(told)
 
     def told(self) -> TokenLogprobs | None:
         """Of the token that is handed out next; None where none was asked for."""

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import mlx.core as mx
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keywords
 from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Message, Processor
@@ -20,7 +20,8 @@ from .answer import Answer
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
 from .grammar import Grammar, Matcher
-from .sampling import Sampling, check_number
+from .keywords import AnswerKeywords, OptionKeywords
+from .sampling import Sampling, StopStrings, check_number
 
 if TYPE_CHECKING:
     from .prefix import PrefixCache, Run
@@ -65,6 +66,7 @@ class Options(Sampling):
             raise UsageError(f"kv_group_size must be 32, 64 or 128, not {self.kv_group_size!r}")
         if not isinstance(self.stop, str | Sequence):
             raise UsageError(f"stop must be a text or a list of texts, not {self.stop!r}")
+        StopStrings(self.stop)  # or a clear line
         if self.kv_bits and self.max_kv_size:
             raise UsageError("a rotating cache cannot be quantised: set max_kv_size or kv_bits")
         if self.logprobs is not None:
@@ -81,6 +83,30 @@ class Options(Sampling):
         return None if self.schema is None else Grammar.json_schema(self.schema)
 
 
+@overload
+def generate(
+    model: VisionLanguageModel,
+    processor: Processor,
+    prompt: str | list[Message],
+    images: Sequence[Any] | None = None,
+    *,
+    full: Literal[False] = False,
+    **options: Unpack[AnswerKeywords],
+) -> str: ...
+
+
+@overload
+def generate(
+    model: VisionLanguageModel,
+    processor: Processor,
+    prompt: str | list[Message],
+    images: Sequence[Any] | None = None,
+    *,
+    full: Literal[True],
+    **options: Unpack[AnswerKeywords],
+) -> GenerationResult: ...
+
+
 def generate(
     model: VisionLanguageModel,
     processor: Processor,
@@ -88,8 +114,8 @@ def generate(
     images: Sequence[Any] | None = None,
     *,
     full: bool = False,
-    **options: Any,
-) -> Any:
+    **options: Unpack[AnswerKeywords],
+) -> str | GenerationResult:
     """The whole answer as text, or with `full` a GenerationResult. Options: `stream_generate`."""
     pieces = list(stream_generate(model, processor, prompt, images, **options))
     text = "".join(piece.text for piece in pieces)
@@ -107,7 +133,7 @@ def stream_generate(
     verbose: bool = False,
     clock: Clock = time.perf_counter,
     prefix_cache: "PrefixCache | None" = None,
-    **options: Any,
+    **options: Unpack[OptionKeywords],
 ) -> Iterator[GenerationResult]:
     """Yield one result per token; text is empty until a character is whole.
 
@@ -118,9 +144,7 @@ def stream_generate(
     remembers it in turn. options: the fields of Options.
     Raises UsageError for a bad image or option, and for a prompt longer than the context.
     """
-    known = {field.name for field in fields(Options)}
-    if unknown := options.keys() - known:
-        raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(sorted(known))}")
+    check_keywords("generate", options, Options)
     chosen = Options(**options)
     started, timer = clock(), Timer(verbose, clock)
     inputs = timer.run(processor.steps(prompt, as_list(images) + as_list(image), raw=raw))
@@ -176,9 +200,9 @@ def prompt_logits(
         inputs = replace(prompt, tokens=(yield from model.encode(prompt.pixels)))
     else:
         inputs = yield from prompt.encode()
-    if model.arriving is not None:
+    if model.unread is not None:
         mx.async_eval(inputs.tokens)
-        model.arrive()
+        model.finish_loading()
     logits = model.prefill(inputs, cache, step_size)
     yield "prefill", logits
     return logits
@@ -225,7 +249,10 @@ def _check_groups(head_dim: int, group_size: int) -> None:
     """Raises UsageError unless groups of a quantised cache divide a head."""
     if head_dim % group_size:
         fitting = [size for size in KV_GROUP_SIZES if head_dim % size == 0]
-        remedy = f"kv_group_size can be {fitting[-1]}" if fitting else "leave kv_bits out"
+        remedy = (
+            f"set --kv-group-size to {fitting[-1]}" if fitting
+            else "no --kv-group-size fits: leave --kv-bits out"
+        )  # fmt: skip
         raise UsageError(
             f"this model's heads of {head_dim} values cannot be cached in groups of {group_size}: "
             f"{remedy}"

@@ -42,7 +42,7 @@ _DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str, *, revision: str | None = None, offline: bool = False) -> Path:
+def obtain(name: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The folder of a model, downloaded first when it is not on the machine.
 
     Raises UsageError for an unknown name, a folder without a model, and when a download is needed
@@ -119,3 +119,6 @@ def repo_id(name: str) -> str:
 
 def _forbidden() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+locate = obtain  # its old name

@@ -20,7 +20,7 @@ from ..checkpoint.quantization import declared
 from ..checkpoint.weights import DTYPES
 from ..errors import UsageError
 from ..hub.cache import local_snapshot
-from ..hub.models import ALIASES, DEMO, expanded, locate, repo_id
+from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
 from ..models import family
 from ..models.base import VisionLanguageModel
 from ..models.build import cast, place_quantized_layers
@@ -88,7 +88,7 @@ def config_of(name: str) -> dict[str, Any]:
     if name.lower() in ALIASES:
         return configs.read(name)
     if name == DEMO or (name and (path.is_dir() or path.is_file())):
-        return native(read_config(locate(name)))
+        return native(read_config(obtain(name)))
     repo = repo_id(name)
     if folder := local_snapshot(repo):
         return native(read_config(Path(folder)))

@@ -6,11 +6,12 @@ converter, in memory. Folding and fusing happen here, once, before the first tok
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +21,8 @@ from mlx.utils import tree_flatten
 from .. import blas
 from ..checkpoint.config import read_config
 from ..checkpoint.weights import DTYPES, check_finite
-from ..errors import UsageError
-from ..hub.models import locate
+from ..errors import UsageError, check_keywords
+from ..hub.models import obtain
 from ..kernels import on_cpu, quantized
 from ..models import family
 from ..models.base import VisionLanguageModel
@@ -31,7 +32,7 @@ from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
-from .steps import Steps
+from .steps import Background, Steps, stop_if_exiting
 
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 MAX_RESOLUTION = 8192  # pixels of a side that any model might be asked for
@@ -45,8 +46,9 @@ class LoadOptions:
 
     dtype: "float32", "bfloat16" or "float16" for weights and activations. By default the
     checkpoint's on a GPU (the vision tower never in float16), and float32 on the CPU back end,
-    whose half-precision matmuls are slow. revision: branch, tag or commit of a Hub model. quantize:
-    4 or 8 bits for the language model, on the fly. offline: never touch the network.
+    whose half-precision matmuls are slow. revision: branch, tag or commit of a Hub model. bits: 4
+    or 8 for the language model, quantised on the fly. offline: never touch the network, for the
+    pictures of a prompt neither.
     image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
     checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
     image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
@@ -57,7 +59,7 @@ class LoadOptions:
 
     dtype: str | None = None
     revision: str | None = None
-    quantize: int | None = None
+    bits: int | None = None
     offline: bool = False
     image_strategy: str | None = None
     resolution: int | None = None
@@ -70,6 +72,17 @@ class LoadOptions:
         return Preprocessing(self.image_strategy, self.resolution, self.max_tiles)
 
     def check(self) -> None:
+        """Raises UsageError for all that can be told before a model is looked for."""
+        for name in ("bits", "max_tiles"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.bits not in (None, 4, 8):
+            raise UsageError(f"bits must be 4 or 8, not {self.bits}")
+        if self.vision_backend != "mlx":
+            from mlx_vlm_edge_convert.coreml.features import parse
+
+            parse(self.vision_backend)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.resolution is not None and type(self.resolution) is not int:
@@ -82,37 +95,67 @@ class LoadOptions:
             )
 
 
-def load(name: str = "demo", **options: Any) -> tuple[VisionLanguageModel, Processor]:
+class LoadKeywords(TypedDict, total=False):
+    """The fields of LoadOptions, for type checkers; `quantize` is what `bits` was called."""
+
+    dtype: str | None
+    revision: str | None
+    bits: int | None
+    offline: bool
+    image_strategy: str | None
+    resolution: int | None
+    max_tiles: int | None
+    jpeg_draft: bool
+    vision_backend: str
+    quantize: int | None
+
+
+def load(
+    name: str = "demo", **options: Unpack[LoadKeywords]
+) -> tuple[VisionLanguageModel, Processor]:
     """Load a model by alias ("fastvlm-0.5b"), Hub id or folder. options: the fields of LoadOptions.
 
     Raises UsageError for anything that is missing, damaged or unknown.
     """
-    model, processor = load_ahead(name, LoadOptions(**options))
-    model.arrive()
+    model, processor = start_loading(name, _load_options(options))
+    model.finish_loading()
     return model, processor
 
 
-def load_ahead(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Processor]:
+def _load_options(options: LoadKeywords) -> LoadOptions:
+    keywords: dict[str, Any] = {**options}
+    if "quantize" in keywords:
+        warnings.warn("load's quantize is called bits", DeprecationWarning, stacklevel=3)
+        bits = keywords.pop("quantize")
+        if keywords.setdefault("bits", bits) != bits:
+            raise UsageError("bits and quantize are the same: leave quantize out")
+    check_keywords("load", keywords, LoadOptions)
+    return LoadOptions(**keywords)
+
+
+def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Processor]:
     """`load`, but on a CPU the language model is still being read when this returns.
 
-    Until `model.arrive()` only `stream_generate` may use the model: it encodes the images first.
+    Until `model.finish_loading()` only `stream_generate` may use it: it encodes the images first.
     A GPU's model is all there: nobody has seen whether its queue bears a second thread.
     """
     blas.check()
     options.check()
-    folder = locate(name, revision=options.revision, offline=options.offline)
+    folder = obtain(name, revision=options.revision, offline=options.offline)
     if on_cpu():
-        steps = Steps(_read(folder, options))
+        steps = Steps(_reading(folder, options))
         kind, model = steps.wait(BUILT)
-        model.arriving = lambda: steps.wait(WHOLE)
+        model.unread = lambda: steps.wait(WHOLE)
         tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
         steps.wait(ENCODES)
     else:
-        parsing = Steps(Tokenizer.from_folder(item) for item in (folder,))
-        *_, (kind, model) = _read(folder, options)
-        tokenizer = parsing.wait(0)
+        parsing = Background(lambda: Tokenizer.from_folder(folder))
+        *_, (kind, model) = _reading(folder, options)
+        tokenizer = parsing.wait()
+    tokenizer.check_rows(model.config.text.vocab_size)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
+    processor.offline = options.offline
     if options.vision_backend != "mlx":
         use_backend(model, processor, folder, options.vision_backend)
     if options.jpeg_draft:
@@ -121,14 +164,16 @@ def load_ahead(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Pr
     return model, processor
 
 
-def _read(folder: Path, options: LoadOptions) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
+def _reading(
+    folder: Path, options: LoadOptions
+) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
     """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
     config, arrays = read_checkpoint(folder)
     kind = family(config)
     model = build(kind, config, arrays)
     model.config.adapted(options.preprocessing)  # or a clear line
-    if options.quantize is not None:
-        quantize_language_model(model, config, options.quantize)
+    if options.bits is not None:
+        quantize_language_model(model, config, options.bits)
     cast(model, options.dtype)
     del arrays  # so that nothing is held twice
     yield kind, model
@@ -175,6 +220,9 @@ def arrange(model: VisionLanguageModel) -> None:
         language.fuse(quantized.for_cpu)
     if on_cpu():
         quantized.for_cpu(model)  # a connector, say
+    for layer in language.model.layers:
+        stop_if_exiting()  # nobody may be waiting any more
+        mx.eval(layer.state)
     mx.eval(model.state)
     _give_back()
 
@@ -206,9 +254,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 def quantize_language_model(model: VisionLanguageModel, config: Quantization, bits: int) -> None:
     if config.get("quantization"):
-        raise UsageError("the model is quantised already: leave quantize out")
-    if bits not in (4, 8):
-        raise UsageError(f"quantize={bits}: 4 or 8 bits are supported")
+        raise UsageError("the model is quantised already: leave bits out")
     for name, layer in model.language_model.named_modules():
         if isinstance(layer, nn.Linear | nn.Embedding) and layer.weight.shape[-1] % GROUP_SIZE:
             raise UsageError(
@@ -216,3 +262,6 @@ def quantize_language_model(model: VisionLanguageModel, config: Quantization, bi
                 f"divide: quantise with `mlx-vlm-edge convert --bits {bits} --group-size 32`"
             )
     nn.quantize(model.language_model, GROUP_SIZE, bits)
+
+
+Options, load_ahead = LoadOptions, start_loading  # their old names

@@ -60,7 +60,7 @@ class VisionLanguageModel(nn.Module):
     tower_name = "vision_tower"
     connector_name: str | None = "mm_projector"
     encoder: Callable[[np.ndarray], mx.array] | None = None
-    arriving: Callable[[], Any] | None = None  # waits for weights that are still being read
+    unread: Callable[[], Any] | None = None  # waits for weights that are still being read
 
     @property
     def tower(self) -> Any:
@@ -72,11 +72,11 @@ class VisionLanguageModel(nn.Module):
         """Image features [B, N, C] -> visual tokens [B, N', D]; None where they are the same."""
         return self[self.connector_name] if self.connector_name else None
 
-    def arrive(self) -> None:
+    def finish_loading(self) -> None:
         """Wait until all weights are here. Raises UsageError when they cannot be read."""
-        if self.arriving is not None:
-            self.arriving()
-            self.arriving = None
+        if self.unread is not None:
+            self.unread()
+            self.unread = None
 
     def encode_image(self, pixels: Pixels) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""

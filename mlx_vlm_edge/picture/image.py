@@ -167,34 +167,64 @@ def reading(name: str) -> Iterator[None]:
 def _decode(
     source: Path | bytes, name: str, draft_side: int | None = None, page: int | None = None
 ) -> "Image":
-    import warnings
-
-    if not (source if isinstance(source, bytes) else source.stat().st_size):
-        raise UsageError(f"{name}: is empty (0 bytes); save or download it again")
-    head = source[:12] if isinstance(source, bytes) else _head(source)
+    head = _head(source, name)
     if head.startswith(b"%PDF-"):
         return page_image(source, name, page)
     if page is not None:
         raise UsageError(f"{name}: is not a PDF, which alone has pages: leave the page out")
+    with _header(source, head, name) as image:
+        whole = image.size
+        if draft_side:
+            image.draft(None, (draft_side, draft_side))
+        drafted = image.size != whole
+        rgb = upright(image, release=True)
+        if drafted:
+            rgb.info[DRAFTED] = True
+        return rgb
+
+
+def check_header(source: Any) -> None:
+    """What `open_image` would refuse a path, an address that is not fetched, or a file's content
+    for, as far as its header tells. Raises UsageError."""
+    if isinstance(source, Page):
+        source = source.source
+    if isinstance(source, str) and _is_address(source):
+        from .fetch import fetch
+
+        source = fetch(source, "the data: URI" if source[:5].lower() == "data:" else shown(source))
+    name = "the image data" if isinstance(source, bytes) else shown(str(source))
+    content = source if isinstance(source, bytes) else _checked_path(source)
+    head = _head(content, name)
+    if head.startswith(b"%PDF-"):
+        return
+    with _header(content, head, name):
+        pass
+
+
+def _head(source: Path | bytes, name: str) -> bytes:
+    """The first bytes. Raises UsageError when there are none."""
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        with finding(name), source.open("rb") as file:
+            head = file.read(12)
+    if not head:
+        raise UsageError(f"{name}: is empty (0 bytes); save or download it again")
+    return head
+
+
+@contextmanager
+def _header(source: Path | bytes, head: bytes, name: str) -> "Iterator[Image]":
+    """Pillow's image, not decoded yet, of a size that is taken."""
+    import warnings
+
     with reading(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
         if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
             _learn_heif(name)
         with opened(source) as image:
             check_size(image.size, name)
-            whole = image.size
-            if draft_side:
-                image.draft(None, (draft_side, draft_side))
-            drafted = image.size != whole
-            rgb = upright(image, release=True)
-            if drafted:
-                rgb.info[DRAFTED] = True
-            return rgb
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(12)
+            yield image
 
 
 def opened(source: Path | bytes) -> "Image":

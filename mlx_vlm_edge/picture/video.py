@@ -92,16 +92,23 @@ def read_video(video: Video, fps: float, limit: int, prepare: Prepare = as_it_is
     prepare: applied to each frame as it is read, so that no two large ones are held.
     Raises UsageError naming the video when it cannot be read or has no frames.
     """
-    with finding(str(video.source)[:SHOWN]):
-        path = Path(video.source).expanduser()
-        if not path.exists():
-            raise UsageError(f"{path}: no such file or folder; check the path")
+    path = existing(video)
+    with finding(str(path)[:SHOWN]):
         head = b"" if path.is_dir() else _head(path)
     if path.is_dir():
         return _folder(path, video.fps or fps, limit, prepare)
     if head in (b"GIF87a", b"GIF89a"):
         return _gif(path, video.fps or fps, limit, prepare)
     return _film(path, video.fps or fps, limit, prepare)
+
+
+def existing(video: Video) -> Path:
+    """A video's path. Raises UsageError when nothing is there."""
+    with finding(str(video.source)[:SHOWN]):
+        path = Path(video.source).expanduser()
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder; check the path")
+        return path
 
 
 def _head(path: Path) -> bytes:

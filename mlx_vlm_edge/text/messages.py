@@ -27,6 +27,12 @@ _PART_KEYS = {
 }
 
 
+def check_question(text: str) -> None:
+    """Raises UsageError for a question that says nothing."""
+    if not text.strip():
+        raise UsageError("the question is empty: ask something")
+
+
 def normalize(
     prompt: str | Sequence[Message], images: Sequence[Any] = ()
 ) -> tuple[list[Message], list[Any]]:
@@ -38,6 +44,7 @@ def normalize(
     Raises UsageError for what is not a chat, and where pictures and places differ in number.
     """
     if isinstance(prompt, str):
+        check_question(prompt)
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | tuple) or not prompt:
         raise UsageError("the prompt must be a text or a list of messages, not empty")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from ..picture.check import refuse_remote
 from ..picture.image import Pixels, open_image
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.video import Video
@@ -63,6 +64,7 @@ class Processor(ABC):
 
     stop_tokens: tuple[str, ...] = ()
     jpeg_draft = False
+    offline = False  # whether pictures behind http(s) addresses are refused
 
     def __init__(
         self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
@@ -110,6 +112,7 @@ class Processor(ABC):
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
+        self._check_ids(ids, visual)
         yield "tokenise", ids
         return Inputs(
             np.array([ids], np.int32),
@@ -117,6 +120,19 @@ class Processor(ABC):
             pixels,
             jpeg_draft=self.jpeg_draft and bool(images),
         )
+
+    def _check_ids(self, ids: Sequence[int], visual: np.ndarray) -> None:
+        """Raises UsageError for a token that the embedding has no row for: MLX would read other
+        memory. Placeholders of visual tokens are never looked up."""
+        text = np.delete(np.asarray(ids), visual)
+        rows = self.config.text.vocab_size
+        if len(text) and not 0 <= text.min() <= text.max() < rows:
+            wrong = int(text.max() if text.max() >= rows else text.min())
+            word = self.tokenizer.backend.id_to_token(wrong) if wrong >= 0 else None
+            raise UsageError(
+                f"the prompt has token {wrong} ({word}), and the model knows {rows} tokens: its "
+                "tokenizer has some that it was not trained with"
+            )
 
     def read(self, source: Any, preprocess: Preprocess) -> Steps[Pixels]:
         """One of a prompt's images, from its source to pixels."""
@@ -126,6 +142,8 @@ class Processor(ABC):
             raise UsageError(
                 "this model does not take videos: give one of their frames as an image"
             )
+        if self.offline:
+            refuse_remote(source)
         image = open_image(source, self.draft_side() if self.jpeg_draft else None)
         yield "image decode", image
         pixels = preprocess(image)

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from . import saved_tokenizer
 from .detokenizer import ByteLevelText, Detokenizer, WindowText
 from .guard import GUARD, Guard, split_unmarked, unguard, unmarked
@@ -65,6 +66,18 @@ class Tokenizer:
         """
         if saved_tokenizer.begins_once(self.backend) and self.config.get("legacy") is not False:
             self.backend.pre_tokenizer.prepend_scheme = "always"
+
+    def check_rows(self, rows: int) -> None:
+        """Raises UsageError where words have ids that an embedding of `rows` rows has not.
+
+        Added tokens may: a prompt that has one is refused.
+        """
+        words = self.backend.get_vocab_size(with_added_tokens=False)
+        if words > rows:
+            raise UsageError(
+                f"the tokenizer knows {words:,} tokens and the model {rows:,}: it is another "
+                "model's; get the model's files again"
+            )
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`.

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.loading import load as loading
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,8 @@ def test_json(generate, native_folder, picture_file):
     assert len(out.splitlines()) == 1
     want = answer(native_folder, "What is this?", images=[str(picture_file)], max_tokens=4)
     assert whole["text"] == want
-    assert len(whole["token"]) == 4
+    assert len(whole["tokens"]) == 4
+    assert whole["token"] == whole["tokens"]
     assert whole["visual_tokens"] == 9
     assert whole["finish_reason"] in ("stop", "length")
     assert whole["ttft_e2e"] > 0
@@ -160,6 +162,48 @@ def test_quantised_at_load(generate, bits):
 
 
 # Mistakes of a user: one line, exit code 2.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", ""], "the question is empty"),
+        (["--prompt", " \n"], "the question is empty"),
+        (["--raw", "--prompt", ""], "the question is empty"),
+        (["--top-p", "2"], "top_p"),
+        (["--stop", ""], "stop string must not be empty"),
+        (["--kv-bits", "7"], "kv_bits"),
+        (["--vision-backend", "other"], "vision back end 'other'"),
+        (["--resolution", "1000000"], "image size 1,000,000"),
+        (["--max-tiles", "0"], "max_tiles must be"),
+        (["--image", "/no/such.png"], "no such file"),
+        (["--image", __file__], "not an image"),
+        (["--video", "/no/such.gif"], "no such file"),
+        (["--fps", "2"], "--fps is for videos"),
+        (["--image", "data:image/png;base64,AAAA"], "not an image"),
+        (["--offline", "--image", "http://127.0.0.1:9/a.png"], "nothing is fetched offline"),
+        (["--image", "http://127.0.0.1:9/a.png"], "cannot be fetched"),
+        (["--system", "x", "--raw"], "--raw takes the prompt as it stands"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_looked_for(generate, monkeypatch, arguments, words):
+    """So that nothing is downloaded or read, and the process ends at once."""
+    monkeypatch.setattr(loading, "obtain", lambda *_, **__: pytest.fail("looked for a model"))
+    prompt = None if "--prompt" in arguments else "Hi"
+    refused(generate(*arguments, prompt=prompt), words)
+
+
+def test_an_address_is_fetched_once_and_its_header_looked_at(generate, monkeypatch, picture_file):
+    fetched = []
+
+    def fetch(address, name):
+        fetched.append(address)
+        return picture_file.read_bytes()
+
+    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.fetch", fetch)
+    answer = generate("--image", "http://example.com/a.png", "--max-tokens", 3)
+    assert answer == generate("--image", picture_file, "--max-tokens", 3)
+    assert fetched == ["http://example.com/a.png"]
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_a_model_that_convert_did_not_write_is_not_overwritten(apple, tmp_path):
 
 
 def test_a_target_in_the_way_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "locate", lambda _: pytest.fail("fetched"))
+    monkeypatch.setattr(pipeline, "obtain", lambda _: pytest.fail("fetched"))
     (tmp_path / "mine.txt").touch()
     for out, said in ((tmp_path, "not empty"), (tmp_path / "mine.txt", "is a file")):
         with pytest.raises(UsageError, match=said):

@@ -1,9 +1,10 @@
 """The generation loop, on a model that says what a script tells it to."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import cycle
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from mlx_vlm_edge import Options, generate, stream_generate
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.keywords import OptionKeywords
 from mlx_vlm_edge.language.cache import KVCache, RotatingKVCache
 from mlx_vlm_edge.text.prompt import Inputs
 from mlx_vlm_edge.text.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ class Scripted:
     Its cache is fed as a real model's would be, one position per token.
     """
 
-    arriving = None
+    unread = None
 
     def __init__(self, script, context=100, near=None):
         self.script, self.near = list(script), near or {}
@@ -263,7 +265,7 @@ def test_a_repetition_penalty_costs_the_same_for_every_token(run, monkeypatch):
     assert joined == [5] + [6] * 39
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}, {"logprobs": 2}])
 def test_pieces_may_be_taken_by_different_threads(run, tokenizer, options):
     """As a web server does with a generator."""
     near = {66: 9.5, 67: 9.5, 68: 9.5}
@@ -308,7 +310,9 @@ def test_a_cache_is_quantised_once_it_holds_the_start(run):
     assert Options().quantized_kv_start == 5000
 
 
-@pytest.mark.parametrize(("width", "remedy"), [(80, "leave kv_bits out"), (96, "can be 32")])
+@pytest.mark.parametrize(
+    ("width", "remedy"), [(80, "leave --kv-bits out"), (96, "set --kv-group-size to 32")]
+)
 def test_heads_that_groups_do_not_divide_are_refused_before_anything_runs(tokenizer, width, remedy):
     model = Scripted([tiny.STOP, 1])
     model.language_model.config.head_dim = width
@@ -333,6 +337,15 @@ def test_heads_that_groups_do_not_divide_are_refused_before_anything_runs(tokeni
 def test_values_out_of_range_are_refused(run, option, value):
     with pytest.raises(UsageError, match=option.split("_")[0]):
         run("abc", **{option: value})
+
+
+def test_keywords_are_the_fields_of_the_options():
+    assert get_type_hints(OptionKeywords).keys() == {field.name for field in fields(Options)}
+
+
+def test_an_empty_stop_text_is_told_with_the_options():
+    with pytest.raises(UsageError, match="stop string must not be empty"):
+        Options(stop=["a", ""])
 
 
 def test_an_unknown_option_is_a_programmer_s_mistake(run):

@@ -13,7 +13,7 @@ from mlx_vlm_edge import generate, load, stream_generate
 from mlx_vlm_edge.generation import prefix
 from mlx_vlm_edge.generation.prefix import PrefixCache, digest, position_keys, shared
 from mlx_vlm_edge.language.cache import KVCache, QuantizedKVCache
-from mlx_vlm_edge.loading.load import LoadOptions, load_ahead
+from mlx_vlm_edge.loading.load import LoadOptions, start_loading
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.picture.tiling import Tiles
 from mlx_vlm_edge.text.prompt import Inputs
@@ -440,7 +440,7 @@ def test_pixels_of_an_earlier_prompt_are_not_read_again(fastvlm):
 
 
 def test_a_model_still_being_read_encodes_a_picture_once(native_folder, monkeypatch):
-    model, processor = load_ahead(str(native_folder), LoadOptions())
+    model, processor = start_loading(str(native_folder), LoadOptions())
     asker = Asker(model, processor, monkeypatch)
     stream = stream_generate(
         model, processor, "Is it?", [picture(1)], prefix_cache=asker.store, max_tokens=1

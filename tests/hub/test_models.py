@@ -56,15 +56,15 @@ def put(cache: Path, repo: str = REPO, reference: str = "main", files=WHOLE) -> 
 @pytest.mark.parametrize("name", ["fastvlm-0.5b", "FastVLM-0.5B", REPO])
 def test_a_model_on_the_machine_is_found_by_alias_and_id(name, cache):
     snapshot = put(cache)
-    assert hub.locate(name) == snapshot
-    assert hub.locate(name, offline=True) == snapshot
+    assert hub.obtain(name) == snapshot
+    assert hub.obtain(name, offline=True) == snapshot
     assert hub_cache.local_snapshot(REPO) == snapshot
 
 
 def test_finding_it_imports_nothing_heavy(cache):
     put(cache)
     program = (
-        "import sys; from mlx_vlm_edge.hub.models import locate; locate('fastvlm-0.5b'); "
+        "import sys; from mlx_vlm_edge.hub.models import obtain; obtain('fastvlm-0.5b'); "
         "print([m for m in ('huggingface_hub', 'mlx', 'numpy', 'httpx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -122,11 +122,11 @@ def test_a_config_without_weights_and_a_damaged_index_are_incomplete(cache):
 
 def test_a_folder_is_itself_and_must_have_a_model(tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
-        hub.locate(str(tmp_path))
+        hub.obtain(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    assert hub.locate(str(tmp_path)) == tmp_path
+    assert hub.obtain(str(tmp_path)) == tmp_path
     with pytest.raises(UsageError, match="is a file"):
-        hub.locate(str(tmp_path / "config.json"))
+        hub.obtain(str(tmp_path / "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_folder_is_itself_and_must_have_a_model(tmp_path):
 )
 def test_unknown_names_are_answered_in_one_line(name, said, cache):
     with pytest.raises(UsageError, match=said) as caught:
-        hub.locate(name)
+        hub.obtain(name)
     assert "\n" not in str(caught.value)
 
 
@@ -152,7 +152,7 @@ def test_offline_names_the_model_the_cause_and_the_remedy(variable, cache, monke
     if variable:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError) as caught:
-        hub.locate("fastvlm-0.5b", offline=not variable)
+        hub.obtain("fastvlm-0.5b", offline=not variable)
     said = str(caught.value)
     assert REPO in said
     assert "downloads are off" in said
@@ -236,7 +236,7 @@ def online(cache, monkeypatch) -> Hub:
 
 
 def test_a_named_model_is_downloaded_after_saying_how_much(online, cache, capsys):
-    folder = hub.locate("fastvlm-0.5b", revision="main")
+    folder = hub.obtain("fastvlm-0.5b", revision="main")
     assert hub_cache.is_complete(folder)
     said = capsys.readouterr()
     assert "downloading apple/FastVLM-0.5B: 2 MB, licence apple-amlr" in said.err
@@ -247,7 +247,7 @@ def test_a_named_model_is_downloaded_after_saying_how_much(online, cache, capsys
         "LICENSE", "merges.txt",
     }  # fmt: skip
     online.asked = {}
-    hub.locate("fastvlm-0.5b")
+    hub.obtain("fastvlm-0.5b")
     assert online.asked == {}, "what is here is not asked for again"
 
 
@@ -256,14 +256,14 @@ def test_a_download_that_died_is_known_and_resumed(breaks, online, cache, capsys
     """Wherever it ended: listed, not taken for whole, finished by the same command."""
     online.breaks = breaks
     with pytest.raises(UsageError, match="connection lost"):
-        hub.locate("fastvlm-0.5b")
+        hub.obtain("fastvlm-0.5b")
     assert hub_cache.local_snapshot(REPO) is None
     assert [(m.repo, m.complete) for m in hub_cache.cached_models()] == [(REPO, False)]
     with pytest.raises(UsageError, match="is not all on this machine"):
-        hub.locate("fastvlm-0.5b", offline=True)
+        hub.obtain("fastvlm-0.5b", offline=True)
     online.breaks = 99
     capsys.readouterr()
-    folder = hub.locate("fastvlm-0.5b")
+    folder = hub.obtain("fastvlm-0.5b")
     assert len(online.sent) == len({*online.sent}) == 8, "nothing is sent twice"
     assert hub_cache.local_snapshot(REPO) == folder
     more = "more of 2 MB" in capsys.readouterr().err
@@ -272,10 +272,10 @@ def test_a_download_that_died_is_known_and_resumed(breaks, online, cache, capsys
 
 @pytest.mark.parametrize("name", ["generation_config.json", "merges.txt", "LICENSE", *WHOLE])
 def test_what_the_repository_has_is_part_of_the_whole(name, online):
-    folder = hub.locate("fastvlm-0.5b")
+    folder = hub.obtain("fastvlm-0.5b")
     (folder / name).unlink()
     assert hub_cache.local_snapshot(REPO) is None
-    assert hub.locate("fastvlm-0.5b") == folder
+    assert hub.obtain("fastvlm-0.5b") == folder
     assert (folder / name).is_file()
     os.truncate(folder / name, 1)  # of another size, then
     assert hub_cache.local_snapshot(REPO) is None
@@ -286,7 +286,7 @@ def test_what_the_repository_has_is_part_of_the_whole(name, online):
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_wrong_bytes_of_the_right_size_are_fetched_again(name, online, capsys):
     online.wrong = {name: 1}
-    folder = hub.locate("fastvlm-0.5b")
+    folder = hub.obtain("fastvlm-0.5b")
     assert f"{name}: not the Hub's bytes" in capsys.readouterr().err
     assert (folder / name).read_bytes() == online.files[name]
     assert sorted(online.sent).count(name) == 2
@@ -295,13 +295,13 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(name, online, capsys):
 def test_wrong_bytes_that_come_again_are_not_kept(online):
     online.wrong = {"model.safetensors": 2}
     with pytest.raises(UsageError, match=r"model\.safetensors does not come as the Hub says"):
-        hub.locate("fastvlm-0.5b")
+        hub.obtain("fastvlm-0.5b")
     assert hub_cache.local_snapshot(REPO) is None
-    assert hub_cache.is_complete(hub.locate("fastvlm-0.5b"))
+    assert hub_cache.is_complete(hub.obtain("fastvlm-0.5b"))
 
 
 def test_bytes_that_went_wrong_on_the_disk_heal_at_the_next_pull(online, capsys):
-    folder = hub.locate("fastvlm-0.5b")
+    folder = hub.obtain("fastvlm-0.5b")
     path = folder / "model.safetensors"
     path.write_bytes(b"?" + path.read_bytes()[1:])
     hub.pull("fastvlm-0.5b")
@@ -312,14 +312,14 @@ def test_bytes_that_went_wrong_on_the_disk_heal_at_the_next_pull(online, capsys)
 def test_leftovers_of_files_that_came_are_removed(online):
     online.breaks = 2
     with pytest.raises(UsageError):
-        hub.locate("fastvlm-0.5b")
+        hub.obtain("fastvlm-0.5b")
     blobs = hub_cache.repository_folder(REPO) / "blobs"
     ours = blobs / f"{online.hash('model.safetensors')}.5cd1.incomplete"
     other = blobs / f"{'0' * 64}.5cd1.incomplete"
     ours.touch()
     other.touch()
     online.breaks = 99
-    hub.locate("fastvlm-0.5b")
+    hub.obtain("fastvlm-0.5b")
     assert not ours.exists()
     assert other.exists(), "of another revision, which may be on its way"
 
@@ -387,15 +387,15 @@ def test_an_update_that_died_leaves_the_older_revision(online, cache, capsys):
     older = cache / "models--apple--FastVLM-0.5B" / "snapshots" / ("a" * 40)
     (older.parent / COMMIT).rename(older)
     (older.parents[1] / "refs" / "main").write_text("a" * 40)
-    assert hub.locate("fastvlm-0.5b") == older
+    assert hub.obtain("fastvlm-0.5b") == older
     online.breaks = 3
     with pytest.raises(UsageError, match="connection lost"):
         hub.pull("fastvlm-0.5b")
     capsys.readouterr()
-    assert hub.locate("fastvlm-0.5b", offline=True) == older
+    assert hub.obtain("fastvlm-0.5b", offline=True) == older
     assert "its newest revision is not all here; aaaaaaaaaaaa is used" in capsys.readouterr().err
     with pytest.raises(UsageError, match="not all on this machine"):
-        hub.locate("fastvlm-0.5b", offline=True, revision="main")
+        hub.obtain("fastvlm-0.5b", offline=True, revision="main")
 
 
 def test_too_little_disk_is_said_before_the_download(online, monkeypatch):
@@ -413,7 +413,7 @@ def test_resuming_asks_for_room_for_what_is_missing(online, monkeypatch):
     import shutil
 
     usage, spare = shutil.disk_usage("/"), 256 << 20
-    folder = hub.locate("fastvlm-0.5b")
+    folder = hub.obtain("fastvlm-0.5b")
     for name, room, enough in (
         ("model.safetensors", 1_509_999, False),
         ("model.safetensors", 1_510_000, True),
@@ -423,10 +423,10 @@ def test_resuming_asks_for_room_for_what_is_missing(online, monkeypatch):
         free = usage._replace(free=room + spare)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
         if enough:
-            assert hub.locate("fastvlm-0.5b") == folder
+            assert hub.obtain("fastvlm-0.5b") == folder
             continue
         with pytest.raises(UsageError, match=r"takes 2 MB more of 2 MB, .* has 270 MB free"):
-            hub.locate("fastvlm-0.5b")
+            hub.obtain("fastvlm-0.5b")
 
 
 def test_a_place_that_cannot_be_written_is_not_called_the_network(online, cache, monkeypatch):

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub.models import ALIASES, locate
+from mlx_vlm_edge.hub.models import ALIASES, obtain
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.counting import Work, counted
 from mlx_vlm_edge.loading.load import load
@@ -282,7 +282,7 @@ def test_any_broken_value_is_one_line(alias):
 
 
 def test_the_bundled_model_weighs_what_is_said():
-    plan = cost.blueprint(cost.native(read_config(locate("demo"))), dtype="float32")
+    plan = cost.blueprint(cost.native(read_config(obtain("demo"))), dtype="float32")
     model, _ = load("demo", dtype="float32")
     assert plan.nbytes == cost.nbytes(model)
     del model

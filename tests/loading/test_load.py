@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from typing import get_type_hints
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge import load
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import on_cpu
+from mlx_vlm_edge.loading import load as loading
 from mlx_vlm_edge.models import build as building
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from ..parity import FLOAT32, distance
 
@@ -308,3 +311,57 @@ def test_a_tokenizer_is_read_once_and_its_damage_told(native_folder, copy, monke
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UsageError, match="damaged"):
         load(str(copy))
+
+
+def test_keywords_are_the_fields_of_the_options(native_folder):
+    hints = get_type_hints(loading.LoadKeywords)
+    assert hints.pop("quantize") == hints["bits"]
+    assert hints == get_type_hints(loading.LoadOptions)
+    with pytest.raises(TypeError, match=r"load: unknown option 'bitz'; known are bits, "):
+        load(str(native_folder), bitz=4)
+    with pytest.raises(UsageError, match="bits must be 4 or 8, not 5"):
+        load(str(native_folder), bits=5)
+
+
+def test_quantize_is_bits_under_its_old_name():
+    with pytest.warns(DeprecationWarning, match="quantize is called bits"):
+        assert loading._load_options({"quantize": 4}) == loading.LoadOptions(bits=4)
+    with pytest.raises(UsageError, match="leave quantize out"):
+        loading._load_options({"quantize": 4, "bits": 8})
+
+
+def test_offline_fetches_no_picture(native_folder, monkeypatch):
+    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.fetch", lambda *_: pytest.fail("fetched"))
+    _, processor = load(str(native_folder), offline=True)
+    with pytest.raises(UsageError, match="nothing is fetched offline"):
+        processor("What is it?", images=["HTTPS://example.com/a.png"])
+
+
+def test_ids_beyond_the_embedding_are_refused(native_folder, tmp_path):
+    """MLX would read other memory for them, in silence, or crash."""
+    folder = shutil.copytree(native_folder, tmp_path / "more")
+    backend = Tokenizer.from_folder(folder).backend
+    rows = load(str(folder))[0].config.text.vocab_size
+    backend.add_tokens([f"<more{n}>" for n in range(rows)])
+    backend.save(str(folder / "tokenizer.json"))
+    processor = load(str(folder))[1]
+    assert processor("Say hi").input_ids.max() < rows
+    with pytest.raises(UsageError, match=rf"\(<more{rows - 1}>\), and the model knows {rows} tok"):
+        processor(f"Say <more{rows - 1}> hi")
+
+
+def test_another_model_s_tokenizer_is_refused_at_load(native_folder, tmp_path):
+    folder = shutil.copytree(native_folder, tmp_path / "other")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    words.update({f"word{n}": len(words) + n for n in range(5000)})
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match="it is another model's"):
+        load(str(folder))
+
+
+def test_an_empty_question_is_refused(native_folder):
+    _, processor = load(str(native_folder))
+    for question in ("", " \n"):
+        with pytest.raises(UsageError, match="the question is empty"):
+            processor(question)

@@ -14,7 +14,7 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import load as loading
 from mlx_vlm_edge.loading import steps as stepping
-from mlx_vlm_edge.loading.load import LoadOptions, load_ahead
+from mlx_vlm_edge.loading.load import LoadOptions, start_loading
 from mlx_vlm_edge.loading.steps import Background, Steps
 from mlx_vlm_edge.models.fastvlm import Model
 
@@ -65,10 +65,10 @@ def test_images_are_encoded_while_the_language_model_is_read(native_folder, monk
     want = [piece.token for piece in stream_generate(model, processor, **ask)]
     monkeypatch.setattr(loading, "arrange", late)
     monkeypatch.setattr(Model, "stages", first)
-    model, processor = load_ahead(str(native_folder), LoadOptions())
-    assert model.arriving is not None
+    model, processor = start_loading(str(native_folder), LoadOptions())
+    assert model.unread is not None
     assert [piece.token for piece in stream_generate(model, processor, **ask)] == want
-    assert model.arriving is None
+    assert model.unread is None
 
 
 def test_everything_is_evaluated_where_it_was_made(tmp_path):
@@ -89,7 +89,7 @@ def test_what_goes_wrong_while_reading_is_told(native_folder, monkeypatch):
     monkeypatch.setattr(loading, "arrange", broken)
     with pytest.raises(UsageError, match="gone"):
         load(str(native_folder))
-    model, processor = load_ahead(str(native_folder), LoadOptions())
+    model, processor = start_loading(str(native_folder), LoadOptions())
     with pytest.raises(UsageError, match="gone"):
         list(stream_generate(model, processor, "Hi"))
 
@@ -99,8 +99,8 @@ def test_a_gpu_s_model_is_all_there_and_answers_the_same(native_folder, monkeypa
     answers = []
     for cpu in (True, False):
         monkeypatch.setattr(loading, "on_cpu", lambda cpu=cpu: cpu)
-        model, processor = load_ahead(str(native_folder), LoadOptions(dtype="float32"))
-        assert (model.arriving is None) is not cpu
+        model, processor = start_loading(str(native_folder), LoadOptions(dtype="float32"))
+        assert (model.unread is None) is not cpu
         pieces = stream_generate(model, processor, "Hi", [picture(1)], max_tokens=4)
         answers.append([piece.token for piece in pieces])
     assert answers[0] == answers[1]

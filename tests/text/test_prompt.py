@@ -5,6 +5,7 @@ The families here are made for the test: each needs its own methods only, no swi
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ class Settings:
 
     eos_token_ids: tuple[int, ...]
     context: int = 1000
+    text = SimpleNamespace(vocab_size=100_000)
 
     def adapted(self, asked):
         return self

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_vlm_edge.loading.load import LoadOptions, load_ahead, use_backend
+from mlx_vlm_edge.loading.load import LoadOptions, start_loading, use_backend
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
@@ -40,11 +40,11 @@ class LoadedModel:
                 use_backend(self.model, self._processor, name, choice.vision_backend)
         else:
             options = LoadOptions(
-                dtype=choice.dtype, quantize=choice.bits, vision_backend=choice.vision_backend
+                dtype=choice.dtype, bits=choice.bits, vision_backend=choice.vision_backend
             )
-            self.model, self._processor = load_ahead(choice.model, options)
+            self.model, self._processor = start_loading(choice.model, options)
             if not ahead:
-                self.model.arrive()
+                self.model.finish_loading()
 
     def at(self, resolution: int | None) -> tuple[VisionLanguageModel, Processor]:
         """The model at a resolution, None for the checkpoint's own.

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_vlm_edge import __version__
 from mlx_vlm_edge.checkpoint.files import CONFIG, TOKENIZER_JSON, tokenizer_files
-from mlx_vlm_edge.hub.models import expanded, locate
+from mlx_vlm_edge.hub.models import expanded, obtain
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.models.build import build
@@ -65,7 +65,7 @@ def export(
     say, options = report or (lambda _: None), options or Options()
     target = expanded(str(out))
     precheck(target, options, image, overwrite)
-    folder = locate(str(source))
+    folder = obtain(str(source))
     model, processor = _load(folder, parts)
     built, pixels = _parts(model, parts, options, image)
     with new_folder(target, overwrite=overwrite, listed=manifest.listed) as partial:

@@ -247,8 +247,8 @@ def test_what_is_wrong_with_any_model_is_told_before_one_is_looked_for(
     def unwanted(*_, **__):
         raise AssertionError("looked for a model")
 
-    monkeypatch.setattr("mlx_vlm_edge.hub.models.locate", unwanted)
-    monkeypatch.setattr(exporting, "locate", unwanted)
+    monkeypatch.setattr("mlx_vlm_edge.hub.models.obtain", unwanted)
+    monkeypatch.setattr(exporting, "obtain", unwanted)
     monkeypatch.setitem(sys.modules, "coreai.authoring", None)
     out = tmp_path / "out"
     if said == "is not empty":
