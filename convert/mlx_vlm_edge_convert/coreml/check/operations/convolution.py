@@ -73,19 +73,16 @@ def conv(
     return y if bias is None else np.add(y, bias.reshape(-1, 1, 1), out=y)
 
 
-def _out(size: int, span: int, step: int) -> int:
-    return (size - span) // step + 1
+def _grid(size: tuple[int, int], spans: list[int], steps: list[int]) -> list[int]:
+    """Places of a window in a picture without padding: (5, 6), [3, 3], [2, 1] -> [2, 4]."""
+    return [(side - span) // step + 1 for side, span, step in zip(size, spans, steps, strict=True)]
 
 
 def _dense(
     x: np.ndarray, weight: np.ndarray, spans: list[int], steps: list[int], gaps: list[int]
 ) -> np.ndarray:
     B, C, H, W = x.shape
-    outputs, rows, columns = (
-        weight.shape[0],
-        _out(H, spans[0], steps[0]),
-        _out(W, spans[1], steps[1]),
-    )
+    outputs, (rows, columns) = weight.shape[0], _grid((H, W), spans, steps)
     flat = weight.reshape(outputs, -1)
     if spans == [1, 1]:
         x = x[:, :, :: steps[0], :: steps[1]]
@@ -107,11 +104,7 @@ def _depthwise(
 ) -> np.ndarray:
     """Every channel by itself; with O = m C, channel c gives the outputs m c ... m c + m - 1."""
     B, C, H, W = x.shape
-    outputs, rows, columns = (
-        weight.shape[0],
-        _out(H, spans[0], steps[0]),
-        _out(W, spans[1], steps[1]),
-    )
+    outputs, (rows, columns) = weight.shape[0], _grid((H, W), spans, steps)
     multiple = outputs // C
     y = np.empty((B, C, multiple, rows, columns), x.dtype)
     taps = weight.reshape(C, multiple, *weight.shape[2:])
