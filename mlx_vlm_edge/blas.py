@@ -14,6 +14,8 @@ from .errors import UsageError
 
 VARIABLE = "MLX_VLM_EDGE_BLAS"  # "off", or a library's path or name
 SYMBOL = "cblas_sgemm"
+# Bytes. OpenBLAS maps buffers for every thread as it is loaded, and tries for ever where it cannot.
+LEAST_ADDRESS_SPACE = 2 << 30
 # pip and conda put these beside Python; the pip wheel `mkl` is the fastest where it is installed.
 BESIDE_PYTHON = ("libmkl_rt.so.", "libopenblas.so.0")
 # Debian's and Arch's name, Fedora's with threads, the development package's.
@@ -73,9 +75,22 @@ def _candidates() -> list[str]:
     return [os.path.join(folder, file) for file in beside] + list(BY_NAME)
 
 
+def _address_space() -> float:
+    """Bytes that this process may map. (The module for it would be one more to import.)"""
+    try:
+        with open("/proc/self/limits", "rb") as limits:
+            line = next(line for line in limits if line.startswith(b"Max address space"))
+    except (OSError, StopIteration):
+        return float("inf")
+    limit = line.split()[3]
+    return float("inf") if limit == b"unlimited" else float(limit)
+
+
 def _choose() -> Blas:
     if sys.platform != "linux":
         return Blas("not used: MLX has a fast BLAS here")
+    if _address_space() < LEAST_ADDRESS_SPACE:
+        return Blas("stock: the address space is too small for another's buffers (see ulimit -v)")
     setting, mlx_is_there = os.environ.get(VARIABLE, ""), "mlx.core" in sys.modules
     present = _home(ctypes.CDLL(None))
     if present and (os.environ.get("LD_PRELOAD") or not mlx_is_there):

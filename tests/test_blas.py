@@ -134,3 +134,16 @@ def test_no_process_is_started_to_find_one():
         f"sys.addaudithook(watch)\n{OURS}"
     )
     assert len(lines(code)) == 1
+
+
+def test_no_library_is_loaded_into_a_small_address_space(sevens):
+    """OpenBLAS would try for ever to map its buffers."""
+    program = [sys.executable, "-c", OURS]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 1500000; exec "$@"', "sh", *program],
+        env=os.environ | {blas.VARIABLE: sevens},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("stock: the address space is too small")

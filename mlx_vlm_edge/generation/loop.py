@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import mlx.core as mx
 
+from .. import forked
 from ..errors import UsageError, check_keywords
 from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
 from ..models.base import VisionLanguageModel
@@ -166,6 +167,7 @@ def stream_inputs(
     started: float,
     prefix_cache: "PrefixCache | None",
 ) -> Iterator[GenerationResult]:
+    forked.check()
     limit, skip = budget(model, inputs, options), options.skip_special_tokens
     cache = make_cache(model, inputs, options)
     sample = token_sampler(model, processor, inputs, options)

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .. import blas
+from .. import blas, forked
 from ..checkpoint.config import read_config
 from ..checkpoint.weights import DTYPES, check_finite
 from ..errors import UsageError, check_keywords
@@ -140,6 +140,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
     A GPU's model is all there: nobody has seen whether its queue bears a second thread.
     """
     blas.check()
+    forked.check()
     options.check()
     folder = obtain(name, revision=options.revision, offline=options.offline)
     if on_cpu():
