@@ -2,6 +2,7 @@
 #   make demo   ask the bundled model about a picture
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
 #   make test-coreml test-swift test-server test-page
+#   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
 
@@ -17,7 +18,7 @@ IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: demo test test-coreml test-swift test-server test-page check format clean
+.PHONY: demo test test-coreml test-swift test-server test-page fuzz check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
@@ -36,6 +37,9 @@ test-server: $(VENV)/.dev
 
 test-page: $(VENV)/.page
 	$(BIN)/python -m pytest $(PAGE) $(ARGS)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

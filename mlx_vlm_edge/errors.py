@@ -5,12 +5,23 @@ from typing import Any
 
 from .wording import first_line
 
+LONGEST = 1000  # characters of a line; what a file says may be longer
+
 
 class UsageError(Exception):
     """A mistake the user can mend. The command line prints it and exits with code 2.
 
-    Python callers may catch it as well: nothing was written when it is raised.
+    It is one printable line, whatever of files and servers is quoted in it: a control character
+    would reach the terminal. Python callers may catch it as well: nothing was written when it is
+    raised.
     """
+
+    def __init__(self, line: str) -> None:
+        if not line.isprintable():
+            line = "".join(x if x.isprintable() else " " if x.isspace() else "?" for x in line)
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class Refusing:

@@ -1,12 +1,11 @@
 """The configs of a model folder as one, and their values held against the types of a dataclass."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UsageError
+from ..errors import Refusing, UsageError
 from .files import CONFIG, GENERATION_CONFIG, read_json, read_preprocessor
 
 PREPROCESSOR = "preprocessor_config"  # key for that file's content beside config.json's keys
@@ -36,21 +35,10 @@ def _joined(ids: Any, more: Any) -> Any:
     return both[0] if len(both) == 1 else both
 
 
-@contextmanager
-def reading_values(where: str) -> Iterator[None]:
-    """The one net for values that are of another kind than a model's: one line that names `where`.
-
-    Values are checked by `check` and `number`; what they do not see ends here, as what Python or
-    MLX makes of it.
-    """
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-            RuntimeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
-        raise UsageError(f"{where}: a value is of the wrong kind ({reason})") from error
+def reading_values(where: str) -> Refusing:
+    """The one net for values that are of another kind than a model's: what `check` and `number` do
+    not see ends here, as what Python or MLX makes of it."""
+    return Refusing(where, "a value is of the wrong kind", "take it from the original model's file")
 
 
 def check(config: Any, *, positive: bool = False) -> None:

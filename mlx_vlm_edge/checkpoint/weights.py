@@ -46,7 +46,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise UsageError(f"{path}: not a complete safetensors file; download it again")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}: damaged safetensors header; download it again") from error
     if not isinstance(header, dict):
         raise UsageError(f"{path}: damaged safetensors header; download it again")

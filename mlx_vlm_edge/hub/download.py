@@ -209,7 +209,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}{at} is not on this machine and the Hub cannot be reached ({reason}); "
             "connect to the network, or name a folder that has the model"
         ) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{repo}: the Hub's answer cannot be used ({first_line(error)})"
         ) from error

@@ -50,7 +50,10 @@ def read_data_uri(uri: str) -> bytes:
     header, comma, body = uri.partition(",")
     if len(body) > MAX_DOWNLOAD * 4 // 3 + 4:
         raise UsageError(f"the data: URI is larger than {MAX_DOWNLOAD // 2**20} MB")
-    content = urllib.parse.unquote_to_bytes(body)
+    try:
+        content = urllib.parse.unquote_to_bytes(body)
+    except UnicodeEncodeError:
+        raise UsageError("the data: URI is not valid Unicode text") from None
     if not header.lower().endswith(";base64"):
         if not comma:
             raise UsageError("the data: URI has no comma: data:image/png;base64,...")

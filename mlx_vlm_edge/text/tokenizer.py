@@ -129,7 +129,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token's exact text, or None."""
-        id: int | None = self.backend.token_to_id(token)
+        try:
+            id: int | None = self.backend.token_to_id(token)
+        except UnicodeEncodeError:  # lone surrogates of a JSON file are no text
+            return None
         return id
 
     def special_among(self, words: Iterable[str]) -> frozenset[int]:

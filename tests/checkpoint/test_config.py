@@ -112,7 +112,7 @@ def test_a_number_may_be_missing_or_null_where_it_has_a_default():
 )  # fmt: skip
 def test_the_net_makes_one_line(error):
     with (
-        pytest.raises(UsageError, match=r"^config\.json: a value is of the wrong kind \(.+\)$"),
+        pytest.raises(UsageError, match=r"^config\.json: a value is of the wrong kind \(.+\): .+$"),
         reading_values("config.json"),
     ):
         raise error

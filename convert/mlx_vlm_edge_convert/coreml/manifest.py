@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_edge.checkpoint.config import reading_values
 from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
@@ -97,18 +98,19 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable manifest ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path}: not a bundle of format {FORMAT}; export it again")
-    if lacking := _KEYS - content.keys():
-        raise UsageError(f"{path}: lacks {min(lacking)}; export it again")
-    _check_files(folder, content["files"])
-    for name, part in content["parts"].items():
-        if lacking := _PART_KEYS - part.keys():
-            raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
-        if part["functions"] != interface(folder / part["package"]):
-            raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
+    with reading_values(str(path)):
+        if lacking := _KEYS - content.keys():
+            raise UsageError(f"{path}: lacks {min(lacking)}; export it again")
+        _check_files(folder, content["files"])
+        for name, part in content["parts"].items():
+            if lacking := _PART_KEYS - part.keys():
+                raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
+            if part["functions"] != interface(folder / part["package"]):
+                raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
     return content
 
 

@@ -58,7 +58,7 @@ class Saved:
             entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
             model = path / "Data" / entry["path"]
             content = model.read_bytes()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UsageError(f"{path.name} is not a whole Core ML package ({error})") from error
         try:
             self.spec = parse(content)
