@@ -147,10 +147,14 @@ def finding(name: str) -> Iterator[None]:
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn what Pillow raises on bad data into one line with the source's name."""
+    import warnings
+
     from PIL import Image, UnidentifiedImageError
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{name}: {first_line(error)} Make the image smaller.") from None
     except UnidentifiedImageError:
@@ -216,10 +220,7 @@ def _head(source: Path | bytes, name: str) -> bytes:
 @contextmanager
 def _header(source: Path | bytes, head: bytes, name: str) -> "Iterator[Image]":
     """Pillow's image, not decoded yet, of a size that is taken."""
-    import warnings
-
-    with reading(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # large but allowed; metadata that doesn't matter here
+    with reading(name):
         if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
             _learn_heif(name)
         with opened(source) as image:

@@ -180,7 +180,7 @@ def _film(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
             container.seek(0)
             frames = _pictures(container.decode(video=0), set(taken), prepare)
             size = (stream.width, stream.height)
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: cannot be read as a video ({error})") from None
     if not frames:
         raise UsageError(f"{path}: none of its frames can be decoded")
