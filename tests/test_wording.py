@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.wording import first_line, gigabytes, some
 
 
@@ -29,3 +30,12 @@ def test_an_error_is_its_first_line_or_its_type():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError("\n two")) == "two"
     assert first_line(MemoryError()) == "MemoryError"
+
+
+def test_an_error_is_one_printable_line_whatever_it_quotes():
+    assert str(UsageError("a: no such file")) == "a: no such file"
+    assert str(UsageError("a\x1b[31m\nb\tc")) == "a?[31m b c"
+    long = str(UsageError("start" + "x" * 100_000 + "end"))
+    assert len(long) < 1100
+    assert long.startswith("start")
+    assert long.endswith("end")

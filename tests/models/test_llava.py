@@ -159,6 +159,15 @@ def test_whole_numbers_are_no_weights(name, folders, tmp_path):
         load(str(folder))
 
 
+def test_a_norm_that_is_not_finite_is_told_at_load(folders, tmp_path):
+    folder = shutil.copytree(folders["hub"], tmp_path / "changed")
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    arrays["language_model.model.norm.weight"][3] = float("nan")
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    with pytest.raises(UsageError, match=r"norm\.weight has values that are not finite"):
+        load(str(folder))
+
+
 def test_every_stage_is_transformers(pair, reference):
     model, processor = pair
     inputs = processor(QUESTION, images=[picture()])
