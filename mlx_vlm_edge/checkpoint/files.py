@@ -32,6 +32,7 @@ _BESIDE = frozenset((
     *(name for names in TOKENIZERS for name in names), TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP, ADDED_TOKENS, TEMPLATE, TEMPLATE_JSON,
 ))  # fmt: skip
+_LONGEST_NAME = 200  # characters; more than file systems bear are asked for by no index
 _DOCUMENTS = ("LICENSE", "NOTICE", "README")  # and what begins so
 # model_types that are a vision tower alone, and those whose pictures the config does not describe.
 _TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
@@ -121,7 +122,8 @@ def _shards(index: Path) -> list[str]:
     names = sorted(set(named.values()))
     for name in names:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        odd = "\\" in name or not name.isprintable() or len(name) > _LONGEST_NAME
+        if odd or path.is_absolute() or ".." in path.parts:
             raise UsageError(f"{index}: names {name[:80]!r}, which is not a file of this folder")
     return names
 

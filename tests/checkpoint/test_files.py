@@ -101,7 +101,16 @@ def test_an_index_of_another_build(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../model.safetensors", "a/../../b.safetensors", "..\\b", "\x1b[2Jm", "", 5],
+    [
+        "/etc/passwd",
+        "../model.safetensors",
+        "a/../../b.safetensors",
+        "..\\b",
+        "\x1b[2Jm",
+        "",
+        5,
+        "a" * 3000,
+    ],
     ids=repr,
 )
 def test_an_index_stays_in_its_folder(name, tmp_path):
