@@ -2,7 +2,8 @@
 
 python examples/demo_model/record.py [--check]
 
-The answers about the sample pictures go to tests/golden/demo_answers.json; the figures of
+The answers about the sample pictures go to tests/golden/demo_answers.json, three of them and their
+pictures to mlx_vlm_edge/doctor/pictures, for `doctor --selftest`; the figures of
 evaluation.json, which evaluate.py wrote, go into the tables of the READMEs. --check writes nothing:
 it asks again, on this machine's device, and fails when an answer is another.
 """
@@ -18,6 +19,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ANSWERS = ROOT / "tests" / "golden" / "demo_answers.json"
+SHIPPED = ROOT / "mlx_vlm_edge" / "doctor" / "pictures"  # what `doctor --selftest` asks
 EVALUATION = HERE / "evaluation.json"
 READMES = (ROOT / "README.md", HERE / "README.md")
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
@@ -39,6 +41,7 @@ ASKED = (
     ("shapes.png", "describe", "Describe the image."),
     ("shapes.png", "shape", "What shape is it?"),
 )
+SELFTEST = (("hello.png", "read"), ("shapes.png", "count"), ("position.png", "position"))
 HEADINGS = {
     "read": "reads text", "count": "counts", "shape": "names the shape", "colour": "the colour",
     "background": "the background", "position": "the position", "describe": "describes",
@@ -71,6 +74,19 @@ def known() -> list[dict[str, str]]:
         }
         for (picture, category, question), answer in zip(ASKED, said, strict=True)
     ]
+
+
+def ship(rows: list[dict[str, str]]) -> None:
+    """Copy the pictures of a few rows to where the runtime has them, with their known answers."""
+    chosen = [
+        {name: row[name] for name in ("picture", "question", "answer")}
+        for (picture, category, _), row in zip(ASKED, rows, strict=True)
+        if (picture, category) in SELFTEST
+    ]
+    for row in chosen:
+        picture = ROOT / "examples" / "images" / row["picture"]
+        (SHIPPED / picture.name).write_bytes(picture.read_bytes())
+    (SHIPPED / "answers.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def check() -> bool:
@@ -126,7 +142,9 @@ def put(readme: str, text: str) -> str:
 def main() -> int:
     if "--check" in sys.argv[1:]:
         return 0 if check() else 1
-    ANSWERS.write_text(json.dumps(known(), indent=1) + "\n")
+    rows = known()
+    ANSWERS.write_text(json.dumps(rows, indent=1) + "\n")
+    ship(rows)
     figures = table(json.loads(EVALUATION.read_text()))
     for readme in READMES:
         readme.write_text(put(readme.read_text(), figures))

@@ -25,6 +25,7 @@ VERBS = {
     "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
     "export": "export a model to Core ML packages for an app",
+    "doctor": "check this machine, its parts and its arithmetic, or a published model",
 }
 
 

@@ -72,12 +72,17 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
+    print(fetched(args.name, args.revision))
+    return 0
+
+
+def fetched(name: str, revision: str | None = None) -> Path:
+    """`pull`, which Ctrl-C ends at once."""
     try:
-        print(pull(args.name, revision=args.revision))
+        return pull(name, revision=revision)
     except KeyboardInterrupt:  # already told what is here; the threads of the download go on
         sys.stdout.flush()
         os._exit(INTERRUPTED)
-    return 0
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -248,7 +253,7 @@ def _remove(args: argparse.Namespace) -> int:
     model = next((model for model in cached_models([repo]) if model.repo == repo), None)
     if model is None:
         raise UsageError(f"{repo} is not among the downloaded models (`mlx-vlm-edge models list`)")
-    if not args.yes and not _confirmed(f"remove {repo} ({gigabytes(model.nbytes)})? [y/N] "):
+    if not args.yes and not confirmed(f"remove {repo} ({gigabytes(model.nbytes)})? [y/N] "):
         print("kept", file=sys.stderr)
         return 1
     shutil.rmtree(model.folder)
@@ -256,6 +261,6 @@ def _remove(args: argparse.Namespace) -> int:
     return 0
 
 
-def _confirmed(question: str) -> bool:
+def confirmed(question: str) -> bool:
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
