@@ -98,7 +98,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[Any, _Prompt | _Image] = OrderedDict()
+        self._entries: OrderedDict[Any, _Prompt | _Image] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -110,7 +110,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything, as after a change of a model's weights."""
         with self._lock:
-            self._kept.clear()
+            self._entries.clear()
 
     def begin(
         self,
@@ -135,13 +135,13 @@ class PrefixCache:
         length, layers = 0, []
         with self._lock:
             name = None
-            for key, kept in self._kept.items():
-                if isinstance(kept, _Prompt) and kept.model() is model:
-                    known = min(shared(kept.keys, keys), len(keys) - 1)
+            for key, entry in self._entries.items():
+                if isinstance(entry, _Prompt) and entry.model() is model:
+                    known = min(shared(entry.keys, keys), len(keys) - 1)
                     if 0 < known >= length:  # of equals the latest
-                        length, layers, name = known, kept.layers, key
+                        length, layers, name = known, entry.layers, key
             if name is not None:
-                self._kept.move_to_end(name)
+                self._entries.move_to_end(name)
         if length:
             for layer, (k, v) in zip(cache, layers, strict=True):
                 _fill(layer, k, v, length)
@@ -151,15 +151,15 @@ class PrefixCache:
         """Count images as used, so that they stay as long as the prompts they are in."""
         with self._lock:
             for name in names:
-                if name in self._kept:
-                    self._kept.move_to_end(name)
+                if name in self._entries:
+                    self._entries.move_to_end(name)
 
     def image(self, model: VisionLanguageModel, name: bytes) -> mx.array | None:
         """The visual tokens of an image by its digest, None where they are not known."""
         with self._lock:
-            kept = self._kept.get((id(model), name))
-        if isinstance(kept, _Image) and kept.model() is model:  # not another at its address
-            return kept.tokens
+            entry = self._entries.get((id(model), name))
+        if isinstance(entry, _Image) and entry.model() is model:  # not another at its address
+            return entry.tokens
         return None
 
     def keep_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
@@ -170,28 +170,28 @@ class PrefixCache:
     def keep(self, model: VisionLanguageModel, keys: np.ndarray, layers: Layers) -> None:
         """Remember a prompt's keys and values; what it continues is dropped for it."""
         with self._lock:
-            for key, kept in list(self._kept.items()):
-                if isinstance(kept, _Prompt) and kept.model() is model:
-                    length = shared(kept.keys, keys)
+            for key, entry in list(self._entries.items()):
+                if isinstance(entry, _Prompt) and entry.model() is model:
+                    length = shared(entry.keys, keys)
                     if length == len(keys):  # known already
-                        self._kept.move_to_end(key)
+                        self._entries.move_to_end(key)
                         return
-                    if length == len(kept.keys):
-                        del self._kept[key]
+                    if length == len(entry.keys):
+                        del self._entries[key]
         self._add(object(), _Prompt(weakref.ref(model), keys, layers))
 
     def _add(self, name: Any, item: _Prompt | _Image) -> None:
         with self._lock:
-            self._kept[name] = item
-            self._kept.move_to_end(name)
-            for key, kept in list(self._kept.items()):
-                if kept.model() is None:
-                    del self._kept[key]
+            self._entries[name] = item
+            self._entries.move_to_end(name)
+            for key, entry in list(self._entries.items()):
+                if entry.model() is None:
+                    del self._entries[key]
             while self._size() > self.max_bytes:
-                self._kept.popitem(last=False)
+                self._entries.popitem(last=False)
 
     def _size(self) -> int:
-        return sum(kept.nbytes for kept in self._kept.values())
+        return sum(entry.nbytes for entry in self._entries.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,10 @@ def for_cpu(model: nn.Module, but: str = "none") -> None:
 
     but: a part of the names of those that stay.
     """
-    found = [(name, layer) for name, layer in model.named_modules() if _fits(layer)]
-    found = [(name, layer) for name, layer in found if but not in name.split(".")]
-    while found:  # popped, so that no layer but one is held twice
-        name, layer = found.pop()
+    replaced = [(name, layer) for name, layer in model.named_modules() if _fits(layer)]
+    replaced = [(name, layer) for name, layer in replaced if but not in name.split(".")]
+    while replaced:  # popped, so that no layer but one is held twice
+        name, layer = replaced.pop()
         new = Linear(layer) if isinstance(layer, nn.QuantizedLinear) else Embedding(layer)
         mx.eval(new.parameters())
         model.update_modules(tree_unflatten([(name, new)]))
@@ -142,8 +142,8 @@ class Weight(nn.Module):
         values = (self.codes[:, :, word] >> shift) & (2**self.bits - 1)
         packed = word * (32 // self.bits) + place
         scales, biases = (y[:, packed][:, None] for y in (self.scales, self.biases))
-        found = (values.astype(scales.dtype) * scales + biases).reshape(-1, flat.shape[0])
-        return found.T.reshape(*ids.shape, -1)
+        unpacked = (values.astype(scales.dtype) * scales + biases).reshape(-1, flat.shape[0])
+        return unpacked.T.reshape(*ids.shape, -1)
 
 
 class Linear(nn.Module):
