@@ -85,7 +85,7 @@ def read_function(node: ast.FunctionDef | ast.AsyncFunctionDef, where: str) -> F
     arguments = [a for a in arguments if a.arg not in ("self", "cls")]
     length = span(node)
     documented = docstring_lines(node) > 0
-    body = node.body[1:] if documented else node.body
+    text = "\n".join(ast.unparse(s) for s in (node.body[1:] if documented else node.body))
     return Function(
         where=f"{where}:{node.lineno}",
         name=node.name,
@@ -94,7 +94,7 @@ def read_function(node: ast.FunctionDef | ast.AsyncFunctionDef, where: str) -> F
         complexity=complexity(node),
         documented=documented,
         annotated=all(a.annotation for a in arguments),
-        body="\n".join(ast.unparse(s) for s in body) if length >= 6 else None,
+        body=text if length >= 6 and text != "..." else None,  # an overload has none
     )
 
 
