@@ -20,3 +20,12 @@ def gigabytes(nbytes: float) -> str:
 def first_line(error: BaseException) -> str:
     """What a library's error says, without what it says below; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """A value that is not what it should be: a text or a number as it is, shortened; of anything
+    that may be deep, its type."""
+    if isinstance(value, str):
+        return repr(value[:limit])
+    plain = value is None or isinstance(value, bool | int | float)
+    return f"{value!r:.{limit}}" if plain else f"a {type(value).__name__}"

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from ..picture.image import Pixels
 from ..picture.video import Video
+from ..wording import quoted
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, Any]
@@ -104,7 +105,7 @@ def _message(message: Any) -> Message:
     _refuse_unknown(message, _MESSAGE_KEYS, "a message")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise UsageError(f"role {role!r:.60} is not one of {', '.join(ROLES)}")
+        raise UsageError(f"role {quoted(role)} is not one of {', '.join(ROLES)}")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
@@ -132,14 +133,14 @@ def _refuse_unknown(entry: Mapping[str, Any], known: Sequence[str], what: str) -
     for key in entry:
         if key not in known:
             raise UsageError(
-                f"{what} has the key {key!r:.60}, which is not known: use {', '.join(known)}"
+                f"{what} has the key {quoted(key)}, which is not known: use {', '.join(known)}"
             )
 
 
 def _part(part: Any) -> Mapping[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind not in _PART_KEYS:
-        raise UsageError(f"content part of type {kind!r:.60} is not known: use 'text' or 'image'")
+        raise UsageError(f"content part of type {quoted(kind)} is not known: use 'text' or 'image'")
     keys = _PART_KEYS[kind]
     _refuse_unknown(part, ("type", *keys), f"a content part of type {kind!r}")
     if kind == "text":
@@ -162,7 +163,7 @@ def _address(entry: Any) -> str:
         _refuse_unknown(entry, ("url", "detail"), "an 'image_url'")
         if entry.get("detail", "auto") != "auto":
             raise UsageError(
-                f"an 'image_url' of detail {entry['detail']!r:.60}: leave it out, the resolution "
+                f"an 'image_url' of detail {quoted(entry['detail'])}: leave it out, the resolution "
                 "is the model's"
             )
         entry = entry.get("url")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import files
 from ..errors import Refusing, UsageError
+from ..wording import quoted
 from . import sentencepiece
 
 if TYPE_CHECKING:
@@ -179,8 +180,9 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens = {name: content(config[name]) for name in NAMED if config.get(name) is not None}
     for name, token in tokens.items():
         if token is None:
+            wrong = quoted(config[name])
             raise UsageError(
-                f"{files.TOKENIZER_CONFIG}: {name} must be a token's text, not {config[name]!r:.60}"
+                f"{files.TOKENIZER_CONFIG}: {name} must be a token's text, not {wrong}"
             )
     return {name: token for name, token in tokens.items() if token}
 
@@ -210,5 +212,5 @@ def add_tokens(backend: "Backend", wanted: Mapping[int, Mapping[str, Any]], sour
     for id, entry in missing.items():
         if (got := backend.token_to_id(entry["content"])) != id:
             raise UsageError(
-                f"{source}: token {entry['content']!r:.60} should have id {id}, but has {got}"
+                f"{source}: token {quoted(entry['content'])} should have id {id}, but has {got}"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import Refusing, UsageError
 from . import saved_tokenizer
 from .detokenizer import ByteLevelText, Detokenizer, WindowText
 from .guard import GUARD, Guard, split_unmarked, unguard, unmarked
@@ -56,7 +56,8 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """The tokenizer of a model folder. Raises UsageError as `saved_tokenizer.read` does."""
-        return cls(*saved_tokenizer.read(folder))
+        with Refusing(folder, "its tokenizer cannot be used", "copy the original model's files"):
+            return cls(*saved_tokenizer.read(folder))
 
     def begin_each_text(self) -> None:
         """Put the word mark before each text between special tokens, as LLaMA's original does.
@@ -153,8 +154,9 @@ class Tokenizer:
 def _ids(backend: "Backend", text: str, plain: bool, begins: bool) -> list[int]:
     backend.encode_special_tokens = plain
     if begins or not saved_tokenizer.begins_once(backend):
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
+        with Refusing("the tokenizer", "cannot encode the text", "copy the original model's files"):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            return ids
     backend.pre_tokenizer.prepend_scheme = "never"
     try:
         return _ids(backend, text, plain, begins=True)

@@ -10,7 +10,7 @@ from .checkpoints import (
 from .harness import Inputs
 from .pictures import prepare as prepare_pictures
 from .remote import prepare_addresses, prepare_hub
-from .texts import prepare_prompts, prepare_templates, prepare_tokenizers
+from .texts import prepare_messages, prepare_prompts, prepare_templates, prepare_tokenizers
 
 # A class's inputs, and its share of them.
 CLASSES = {
@@ -24,6 +24,7 @@ CLASSES = {
         (Inputs("bundles", prepare_bundles), 8),
         (Inputs("tokenizers", prepare_tokenizers), 5),
         (Inputs("chat templates", prepare_templates), 12),
+        (Inputs("messages", prepare_messages), 4),
         (Inputs("prompts", prepare_prompts), 8),
         (Inputs("addresses", prepare_addresses), 8),
         (Inputs("Hub answers", prepare_hub), 8),

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and prompts: files that are spoiled, words that try to be tokens."""
+"""Tokenizers, templates, messages and prompts: what is spoiled, words that try to be tokens."""
 
 import json
 import random
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_vlm_edge.text.chat_template import render_chat_template
+from mlx_vlm_edge.text.messages import normalize
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from .harness import Attempt
@@ -31,6 +32,8 @@ def prepare_tokenizers(folder: Path) -> Attempt:
                      "special_tokens_map.json"):  # fmt: skip
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
+        if rng.random() < 0.3:
+            (folder / "added_tokens.json").write_text('{"<a>": 512, "<|b|>": 513}')
         path = rng.choice(sorted(folder.iterdir()))
         if path.suffix == ".json" and rng.random() < 0.85:
             text = written(odd(json.loads(path.read_text()), rng))
@@ -77,6 +80,26 @@ def prepare_templates(_: Path) -> Attempt:
         )
         assert isinstance(text, str)
         assert "subclasses" not in text or "subclasses" in template
+
+    return attempt
+
+
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "?"}]},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}],
+     "images": ["b"]},
+]  # fmt: skip
+
+
+def prepare_messages(_: Path) -> Attempt:
+    """Chats with something odd in them: no picture is lost, and none has two places."""
+
+    def attempt(rng: random.Random) -> None:
+        messages, images = normalize(odd(CHAT, rng), ["c"] * rng.randint(0, 2))
+        parts = [part for message in messages for part in message["content"]]
+        assert sum(part["type"] != "text" for part in parts) == len(images)
 
     return attempt
 
