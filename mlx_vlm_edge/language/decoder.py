@@ -99,10 +99,20 @@ class LanguageModel(nn.Module):
         self, embeddings: mx.array, cache: Sequence[Cache] | None = None, last_only: bool = False
     ) -> mx.array:
         """Logits [B, L, V] of input embeddings [B, L, D], or [B, 1, V] with `last_only`."""
+        return self.run(self.model.layers, embeddings, cache, last_only)
+
+    def run(
+        self,
+        layers: Sequence[nn.Module],
+        embeddings: mx.array,
+        cache: Sequence[Cache] | None,
+        last_only: bool,
+    ) -> mx.array:
+        """Logits of input embeddings that go through these layers, each with its cache."""
         x, L = embeddings, embeddings.shape[1]
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
-        final = len(self.model.layers) - 1
-        for index, layer in enumerate(self.model.layers):
+        final = len(layers) - 1
+        for index, layer in enumerate(layers):
             x = layer(x, mask, cache[index] if cache else None, last_only and index == final)
         return self.head(x)
 

@@ -91,6 +91,9 @@ class LanguageModel(decoder.LanguageModel):
         if visual is None or not len(visual):
             return super().__call__(embeddings, cache, last_only)
         L = embeddings.shape[1]
+        if len(visual) == L:  # without text: nothing is computed of no positions
+            layers = [layer.visual for layer in self.model.layers]
+            return self.run(layers, embeddings, cache, last_only)
         mask = cache[0].make_mask(L) if cache else ("causal" if L > 1 else None)
         kinds = Kinds.of(visual, L)
         xs = kinds.split(embeddings)

@@ -57,6 +57,7 @@ class TextConfig:
         if config.get("hidden_act", "silu") != "silu":
             raise UsageError(f"config.json: hidden_act {config['hidden_act']!r} is not known")
         try:
+            _refuse_window(config)
             hidden, heads = config["hidden_size"], config["num_attention_heads"]
             bias = config.get("attention_bias", _BIASES[model_type])
             rope = first(config.get("rope_parameters"), {})
@@ -83,6 +84,23 @@ class TextConfig:
             raise UsageError(f"config.json lacks {error.args[0]!r}") from error
         except (TypeError, ZeroDivisionError, AttributeError) as error:
             raise UsageError(f"config.json: a size or rope setting is wrong ({error})") from error
+
+
+def _refuse_window(config: Mapping[str, Any]) -> None:
+    """Raises UsageError where a layer would not see all positions before it, as Qwen2's may not.
+
+    Defaults are transformers'.
+    """
+    if not config.get("use_sliding_window"):
+        return
+    kinds, full = config.get("layer_types"), first(config.get("max_window_layers"), 28)
+    slides = full < config["num_hidden_layers"] if kinds is None else "sliding_attention" in kinds
+    window = first(config.get("sliding_window"), 4096)
+    if slides and window < first(config.get("max_position_embeddings"), 32768):
+        raise UsageError(
+            f"config.json: use_sliding_window, so that layers see the last {window:,} positions "
+            "alone, is not known"
+        )
 
 
 def rope_periods(config: TextConfig) -> mx.array | None:

@@ -65,8 +65,11 @@ class Config:
         patch, window = config.get("patch_stride", PATCH), config.get("conv_stride", WINDOW)
         size = config.get("image_size") or named_size(config, r".*-patch14-anypixel-(\d+)")
         ratio, rest = divmod(size, config.get("image_size_clip", CLIP_SIZE))
-        if rest or ratio % window:
-            raise UsageError(f"config.json: an image size of {size} is not EVE's (672 or 1344)")
+        if rest or ratio < 1:
+            raise UsageError(
+                f"config.json: an image size of {size} is not EVE's (672, 1344 or another multiple "
+                f"of {config.get('image_size_clip', CLIP_SIZE)})"
+            )
         text = TextConfig.from_dict(config, "llama")
         return cls(
             text=text,

@@ -41,7 +41,6 @@ ONLY = {  # settings of LLaVA that FastVLM has one value of
     "mm_patch_merge_type": "flat",
     "mm_use_im_start_end": False,
     "mm_use_im_patch_token": False,
-    "use_sliding_window": False,
 }
 SYSTEM = "You are a helpful assistant."
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.config import PREPROCESSOR
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..language.persimmon import LanguageModel, TextConfig
@@ -32,11 +33,15 @@ from .contract import Family
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-WIDTH, HEIGHT = 1920, 1080  # what larger pictures are scaled down to fit
-CHANNELS = 3
+SIZE = (1920, 1080)  # what larger pictures are scaled down to fit, where no file says another
+PATCH, CHANNELS = 30, 3
 PADDING = 1  # raw value (of 255) right of and below the picture, as in the original
 IMAGE_TOKEN, NEWLINE_TOKEN = "|SPEAKER|", "|NEWLINE|"  # an odd name; the tokenizer's own
-IMAGE_ID, NEWLINE_ID = 71011, 71019  # of adept/fuyu-8b, whose config does not name them
+FIXED = {  # settings of preprocessor_config.json that Fuyu has one value of
+    "do_resize": True, "do_pad": True, "do_rescale": True, "do_normalize": True, "resample": 2,
+    "padding_mode": "constant", "padding_value": PADDING, "image_mean": 0.5, "image_std": 0.5,
+}  # fmt: skip
+IMAGE_ID, NEWLINE_ID = 71011, 71019  # in adept/fuyu-8b's tokenizer
 BOS, ANSWER = "<s>", "<0x04>"
 
 
@@ -44,38 +49,36 @@ BOS, ANSWER = "<s>", "<0x04>"
 class Config:
     """What the model needs of config.json; `source` has every key of it, known or not.
 
-    image_size: the (width, height) that larger pictures are scaled down to fit.
+    image_size: the (width, height) that larger pictures are scaled down to fit. image_token_id and
+    image_newline_id: None where the tokenizer alone tells them.
     """
 
     text: TextConfig
     patch_size: int
     image_size: tuple[int, int]
-    image_token_id: int
-    image_newline_id: int
+    image_token_id: int | None
+    image_newline_id: int | None
     eos_token_ids: tuple[int, ...]
     context: int
     source: Mapping[str, Any] = field(repr=False, compare=False)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
-        """Read a config.json whose decoder's keys are its own or in `text_config`.
+        """Read a config.json whose decoder's keys are its own or in `text_config`, and what the
+        file of the preprocessor says.
 
         Raises UsageError for a missing key or an unknown value.
         """
         keys = {**config, **(config.get("text_config") or {})}
         tied = config.get("tie_word_embeddings", False)
         text = TextConfig.from_dict({**keys, "tie_word_embeddings": tied})
-        patch, channels = config.get("patch_size", 30), config.get("num_channels", CHANNELS)
-        if channels != CHANNELS or WIDTH % patch or HEIGHT % patch:
-            raise UsageError(
-                f"config.json: patches of {patch} pixels, {channels} channels: not Fuyu's"
-            )
+        patch, size = _geometry(config)
         return cls(
             text=text,
             patch_size=patch,
-            image_size=(WIDTH, HEIGHT),
-            image_token_id=config.get("image_token_id", IMAGE_ID),
-            image_newline_id=config.get("image_newline_id", NEWLINE_ID),
+            image_size=size,
+            image_token_id=config.get("image_token_id"),
+            image_newline_id=config.get("image_newline_id"),
             eos_token_ids=eos_ids({"eos_token_id": 2, **keys}),
             context=text.max_position_embeddings,
             source=config,
@@ -97,6 +100,46 @@ class Config:
             raise UsageError(f"image size {resolution}: Fuyu takes multiples of {patch}")
         width, height = self.image_size
         return replace(self, image_size=(min(width, resolution), min(height, resolution)))
+
+
+def _geometry(config: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
+    """The side of a patch, and the (width, height) that pictures are scaled down to fit.
+
+    Raises UsageError for what Fuyu's patches cannot be, and for settings that it does not have.
+    """
+    pixels = config.get(PREPROCESSOR) or {}
+    for key, value in FIXED.items():
+        said = pixels.get(key, value)
+        if any(one != value for one in (said if isinstance(said, list) else [said])):
+            raise UsageError(f"preprocessor_config.json: {key} {said!r} is not known")
+    patches = _sides(pixels, "patch_size", (config.get("patch_size", PATCH),) * 2)
+    patch, size = config.get("patch_size", patches[0]), _sides(pixels, "size", SIZE)
+    channels = config.get("num_channels", CHANNELS)
+    if channels != CHANNELS or patches != (patch, patch) or any(side % patch for side in size):
+        raise UsageError(
+            f"config.json: patches of {patch} pixels, {channels} channels, in pictures of up to "
+            f"{size[0]} x {size[1]}: not Fuyu's"
+        )
+    return patch, size
+
+
+def _sides(config: Mapping[str, Any], key: str, default: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of {"height": 1080, "width": 1920}. Raises UsageError for another value."""
+    said = config.get(key)
+    if said is None:
+        return default
+    named = said if isinstance(said, Mapping) else {}
+    width, height = named.get("width"), named.get("height")
+    if type(width) is not int or type(height) is not int or min(width, height) < 1:
+        raise UsageError(f"preprocessor_config.json: {key} cannot be {said!r}")
+    return width, height
+
+
+@dataclass(frozen=True, eq=False)
+class Patches(Pixels):
+    """A picture in whole patches; newline: the id of the token that ends each row of them."""
+
+    newline: int
 
 
 def is_native(weights: Mapping[str, mx.array]) -> bool:
@@ -142,7 +185,8 @@ class Model(VisionLanguageModel):
         tokens = self.vision_embed_tokens(patchify(x, self.config.patch_size))
         yield "vision", tokens
         rows, _, D = tokens.shape
-        newline = self.language_model.embed(mx.array([self.config.image_newline_id]))
+        assert isinstance(pixels, Patches)
+        newline = self.language_model.embed(mx.array([pixels.newline]))
         ends = mx.broadcast_to(newline.astype(tokens.dtype), (rows, 1, D))
         return mx.concatenate([tokens, ends], axis=1).reshape(-1, D)
 
@@ -151,24 +195,25 @@ class Processor(prompt.Processor):
     """The picture's rows, BOS, the text and <0x04>; without a picture BOS and the text alone."""
 
     stop_tokens = ("|ENDOFTEXT|",)
+    image_id, newline_id = IMAGE_ID, NEWLINE_ID  # until a tokenizer says its own
 
     def __init__(
         self, config: Config, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
     ) -> None:
         super().__init__(config, tokenizer, asked)
-        self._known(IMAGE_TOKEN, config.image_token_id)
-        self._known(NEWLINE_TOKEN, config.image_newline_id)
+        self.image_id = self._known(IMAGE_TOKEN, config.image_token_id)
+        self.newline_id = self._known(NEWLINE_TOKEN, config.image_newline_id)
         self._known(ANSWER)
         self.bos_id = self._known(BOS)
 
     def _known(self, token: str, wanted: int | None = None) -> int:
-        found = self.tokenizer.token_id(token)
-        if found is None or wanted not in (None, found):
+        token_id = self.tokenizer.token_id(token)
+        if token_id is None or wanted not in (None, token_id):
             raise UsageError(
                 f"the tokenizer does not have {token} where the model has it: copy the "
                 "tokenizer's files from the original model"
             )
-        return found
+        return token_id
 
     def draft_side(self) -> int:
         return min(self.config.image_size)
@@ -183,7 +228,7 @@ class Processor(prompt.Processor):
         )
         right, below = -size[0] % patch, -size[1] % patch
         data = np.pad(picture, ((0, below), (0, right), (0, 0)), constant_values=PADDING)
-        return Pixels(data, image.size)
+        return Patches(data, image.size, self.newline_id)
 
     def render(self, messages: list[prompt.Message]) -> str:
         """The question and a line end, as Fuyu's own examples have them."""
@@ -216,7 +261,7 @@ class Processor(prompt.Processor):
         ids: list[int] = []
         for image in pixels:
             rows, columns = self._grid(image)
-            ids += ([self.config.image_token_id] * columns + [self.config.image_newline_id]) * rows
+            ids += ([self.image_id] * columns + [self.newline_id]) * rows
         visual = np.arange(len(ids), dtype=np.int32)
         text = segments[0] + ANSWER if pixels else segments[0]
         return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual

@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
     attends to all tokens.
 
     The original computes on a padded square canvas and crops the patches to the picture; the
-    picture alone gives the same, since its sides are whole windows.
+    picture alone gives the same.
     """
 
     def __init__(self, config: PatchConfig) -> None:
@@ -88,6 +88,7 @@ class PatchEmbedding(nn.Module):
         patches = self.patch_embedding(x)[0]
         n, C = self.window, patches.shape[-1]
         h, w = patches.shape[0] // n, patches.shape[1] // n
+        patches = patches[: h * n, : w * n]  # of sizes that are not whole windows, as the original
         windows = patches.reshape(h, n, w, n, C).swapaxes(1, 2).reshape(h * w, n * n, C)
         tokens = self.local_attention(windows.mean(axis=1), windows)
         first = self.global_attention(self.class_embedding[None], tokens[None])

@@ -240,6 +240,11 @@ def test_a_fault_is_caught(references, monkeypatch, fault):
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
         ({"num_attention_heads": 0}, "size"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "last 8 "),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+            "use_sliding_window",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(references, change, message):
@@ -247,6 +252,20 @@ def test_a_config_that_cannot_be_run_is_refused(references, change, message):
     config = {key: value for key, value in config.items() if value is not None}
     with pytest.raises(UsageError, match=message):
         LanguageModel(TextConfig.from_dict(config, "qwen2"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 8},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28},
+        {"use_sliding_window": True, "sliding_window": 1 << 20, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2},
+    ],
+)
+def test_a_window_that_no_layer_has_or_that_takes_all_in_changes_nothing(references, change):
+    config = references("qwen2").config
+    assert TextConfig.from_dict(config | change, "qwen2") == TextConfig.from_dict(config, "qwen2")
 
 
 def test_caches_are_plain_by_default(references):

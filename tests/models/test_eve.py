@@ -24,6 +24,7 @@ from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.kernels import gelu_tanh
 from mlx_vlm_edge.models import eve
 from mlx_vlm_edge.models.build import build
+from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 from mlx_vlm_edge.vision import eve as vision
 
@@ -349,6 +350,22 @@ def test_without_the_preprocessors_file_the_constants_hold(folder):
     path.write_text(json.dumps(config | {"mm_vision_tower": HD["mm_vision_tower"]}))
     parsed = to_native_config(folder)
     assert (parsed.image_size, parsed.ratio, parsed.step) == (1344, 4, 56)
+
+
+def test_sizes_that_the_tower_s_name_has_in_it_are_taken():
+    """Of an odd multiple of the teacher's size, the patches that fill no window are left out."""
+    parsed = eve.Config.from_dict(FULL | {"mm_vision_tower": "x/eve-patch14-anypixel-1008"})
+    assert (parsed.image_size, parsed.ratio, parsed.step) == (1008, 3, 42)
+    tower = vision.PatchEmbedding(vision.PatchConfig(8, 14, 2))
+    pixels = mx.random.normal((1, 42, 84 + 42, 3))
+    whole = tower(pixels[:, :28, : 84 + 28])
+    assert mx.array_equal(tower(pixels), whole)
+    assert len(whole) == 1 + 1 * (4 + 1)
+    small = eve.Config.from_dict(FULL | {"image_size": 3 * 28, "image_size_clip": 28})
+    processor = eve.Processor.__new__(eve.Processor)
+    processor.config = small
+    data = np.zeros((42, 84 + 42, 3), np.uint8)
+    assert processor.visual_tokens(Pixels(data, (9, 3))) == len(whole)
 
 
 def to_native_config(folder):

@@ -8,6 +8,8 @@ from mlx.utils import tree_flatten
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
+from mlx_vlm_edge.loading import cost
+from mlx_vlm_edge.loading.counting import Counter, counting
 from mlx_vlm_edge.models import FAMILIES, family, family_name
 from mlx_vlm_edge.models.contract import Family
 from mlx_vlm_edge.picture.image import Pixels
@@ -146,6 +148,29 @@ def test_what_ends_an_answer_where_neither_config_nor_tokenizer_says(alias, ends
     Processor.__init__(processor, config, Vocabulary())
     assert processor.eos_ids == {7, 8, *ends}
     assert ends == {*kind.Processor.stop_tokens}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("step_size", [2048, 256])
+def test_no_family_hands_the_device_an_empty_array(name, step_size, monkeypatch):
+    """A launch of size zero fails on CUDA: EVE v2's first parts of a prompt have no text at all."""
+    plan = cost.blueprint(configs.read(FIRST[name]))
+    inputs = cost.question(plan, (640, 480))
+    empty, add = [], Counter.add
+
+    def looked_at(self, out, x, *weights, **counts):
+        empty.extend(
+            array.shape for array in (out, x, *weights) if array is not None and 0 in array.shape
+        )
+        add(self, out, x, *weights, **counts)
+
+    monkeypatch.setattr(Counter, "add", looked_at)
+    with counting() as counter:
+        cache = plan.model.make_cache()
+        plan.model.prefill(inputs, cache, step_size)
+        plan.model.step(mx.zeros((1,), mx.int32), cache)
+        assert counter.take().macs
+    assert not empty
 
 
 def test_another_back_end_stands_in_for_the_tower():

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx_vlm_edge_convert import convert
 from mlx_vlm_edge_convert.families import fuyu as rules
 
 from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.loop import Options, make_cache
 from mlx_vlm_edge.hub.models import repo_id
@@ -316,7 +318,7 @@ def test_the_published_checkpoint_maps_whole_and_unallocated():
     model = build(fuyu, config, native)
     assert sum(p.size for _, p in nn.utils.tree_flatten(model.parameters())) == 9_408_238_592
     parsed = model.config
-    assert (parsed.image_token_id, parsed.image_newline_id) == (71011, 71019)
+    assert (parsed.image_token_id, parsed.image_newline_id) == (None, None)  # the tokenizer's
     assert (parsed.text.rope_theta, parsed.text.rotary_dims, parsed.context) == (25000.0, 32, 16384)
     assert (parsed.text.layer_norm_eps, parsed.eos_token_ids) == (1e-5, (2,))
     assert mx.get_peak_memory() < 10_000_000
@@ -366,6 +368,12 @@ def test_what_it_was_not_trained_for_is_refused(hub, prompt, images, message):
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"patch_size": 14}, "patches of 14"),
         ({"num_channels": 1}, "1 channels"),
+        ({PREPROCESSOR: {"patch_size": {"height": 15, "width": 15}}}, "patches of 30"),
+        ({PREPROCESSOR: {"size": {"height": 600, "width": 100}}}, "up to 100 x 600"),
+        ({PREPROCESSOR: {"size": 600}}, "size cannot be 600"),
+        ({PREPROCESSOR: {"do_resize": False}}, "do_resize False"),
+        ({PREPROCESSOR: {"image_mean": [0.4, 0.4, 0.4]}}, "image_mean"),
+        ({PREPROCESSOR: {"resample": 3}}, "resample 3"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(folders, change, message):
@@ -382,6 +390,41 @@ def test_a_config_that_cannot_be_run_is_refused(folders, change, message):
 def test_options_that_cannot_be_are_refused(folders, options, message):
     with pytest.raises(UsageError, match=message):
         load(str(folders["hub"]), **options)
+
+
+def test_ids_that_the_config_does_not_name_are_the_tokenizers(folders, hub, tmp_path):
+    """As transformers writes it: the config has no image_newline_id, the tokenizer has."""
+    folder = shutil.copytree(folders["hub"], tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("image_newline_id", "image_token_id"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    image = np.full((70, 100, 3), 90, np.uint8)
+    (model, processor), (same, asked) = load(str(folder)), hub
+    want, inputs = asked(QUESTION, images=[image]), processor(QUESTION, images=[image])
+    assert inputs.input_ids.tolist() == want.input_ids.tolist()
+    assert mx.array_equal(model(inputs), same(want))
+
+
+def test_the_size_of_the_preprocessors_file_is_honoured(folders, tmp_path, theirs):
+    from PIL.Image import Resampling
+    from transformers.image_utils import SizeDict
+    from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
+
+    folder = shutil.copytree(folders["hub"], tmp_path / "copy")
+    said = {"size": {"height": 120, "width": 210}, "image_mean": 0.5, "padding_value": 1.0}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    image = theirs.picture(3, 333, 200)
+    (pixels,) = load(str(folder))[1](QUESTION, images=[image]).pixels
+    resized = FuyuImageProcessorPil(size=said["size"]).resize(
+        image.transpose(2, 0, 1), SizeDict(**said["size"]), resample=Resampling.BILINEAR
+    )
+    height, width = resized.shape[1:]
+    assert (width, height) == (199, 120)
+    assert np.array_equal(pixels.data[:height, :width], resized.transpose(1, 2, 0))
+    assert pixels.data.shape == (120, 210, 3)
+    out = convert(folder, tmp_path / "out", verify=True)
+    assert load(str(out))[0].config.image_size == (210, 120)
 
 
 @pytest.mark.parametrize("token", ["image_token_id", "image_newline_id"])

@@ -8,6 +8,8 @@ spelled in bytes; what is left of the vocabulary is named by its number.
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_vlm_edge.checkpoint.config import first
+from mlx_vlm_edge.models import fuyu
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -63,9 +65,12 @@ def random_tokenizer(vocab_size: int, config: Any) -> Tokenizer:
 
 def _fixed(config: Any) -> dict[str, int]:
     """The tokens whose ids the model itself has: Fuyu's picture and line end."""
-    if not hasattr(config, "image_newline_id"):
+    if not isinstance(config, fuyu.Config):
         return {}
-    return {"|SPEAKER|": config.image_token_id, "|NEWLINE|": config.image_newline_id}
+    return {
+        fuyu.IMAGE_TOKEN: first(config.image_token_id, fuyu.IMAGE_ID),
+        fuyu.NEWLINE_TOKEN: first(config.image_newline_id, fuyu.NEWLINE_ID),
+    }
 
 
 def _merges(more: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

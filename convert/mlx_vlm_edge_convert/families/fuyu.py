@@ -47,7 +47,7 @@ def to_native(
 ) -> tuple[dict[str, Any], Arrays]:
     """The native config and weights of a published Fuyu checkpoint.
 
-    `preprocessor` is not read: the sizes are the same for every Fuyu.
+    `preprocessor` is not read here: it has the native words.
     Raises UsageError for names without a rule.
     """
     if fuyu.is_native(weights):
@@ -57,7 +57,8 @@ def to_native(
 
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json as transformers' FuyuImageProcessor writes it."""
-    patch = config.get("patch_size", 30)
+    parsed = fuyu.Config.from_dict(config)
+    patch, (width, height) = parsed.patch_size, parsed.image_size
     published = {
         "do_normalize": True,
         "do_pad": True,
@@ -70,7 +71,7 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
         "patch_size": {"height": patch, "width": patch},
         "resample": 2,
         "rescale_factor": 1 / 255,
-        "size": {"height": fuyu.HEIGHT, "width": fuyu.WIDTH},
+        "size": {"height": height, "width": width},
     }
     kind = {"image_processor_type": "FuyuImageProcessor", "processor_class": "FuyuProcessor"}
     complete_json(folder / PREPROCESSOR_CONFIG, published, kind)
@@ -78,8 +79,8 @@ def write_files(folder: Path, config: Mapping[str, Any]) -> None:
 
 def probe(config: Mapping[str, Any]) -> Pixels:
     """A small random image for `--verify`."""
-    patch = config.get("patch_size", 30)
+    patch = fuyu.Config.from_dict(config).patch_size
     rows, columns = PROBE_PATCHES
     shape = (rows * patch, columns * patch, 3)
     data = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return Pixels(data, (columns * patch, rows * patch))
+    return fuyu.Patches(data, (columns * patch, rows * patch), newline=0)

@@ -1,5 +1,6 @@
 """How a family's picture becomes image features: its tower's emitter, its pixels, its grid."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,7 +189,7 @@ def _eve(
 ) -> Encoder:  # fmt: skip
     config = model.config.adapted(Preprocessing(strategy))
     stride = config.vision.stride
-    step = config.step if isinstance(config, eve_family.Config) else stride
+    step = math.lcm(config.step, stride) if isinstance(config, eve_family.Config) else stride
     height, width = size or (config.image_size // step * step,) * 2
     if min(height, width) < step or height % step or width % step:
         raise UsageError(
