@@ -59,7 +59,10 @@ def test_the_flags_decide_how_many_tiles_there_are(generate, flags, tiles):
         (("--video", "clip.gif", "--fps", 0), "fps 0"),
         (("--video", "none.gif"), "no such file"),
         (("--image", "square.png", "--image-strategy", "pad"), "split, no-upscale, stretch"),
-        (("--image", "square.png", "--max-tiles", 0), "at least one tile"),
+        (
+            ("--image", "square.png", "--max-tiles", 0),
+            "max_tiles must be a whole number of at least 1",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(generate, flags, message):
