@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .flags import (
+    add_cache_argument,
     add_model_arguments,
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
     load_model,
     load_options,
+    prefix_cache,
     sampling_options,
 )
 
@@ -51,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rows", type=int, default=8, metavar="N", help="pictures answered together"
     )
-    add_model_arguments(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    add_model_arguments(model)
+    add_cache_argument(model)
     add_picture_arguments(parser.add_argument_group("pictures"))
     add_sampling_arguments(parser.add_argument_group("generation"))
 
@@ -83,11 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace, name: str) -> "Engine":
     from ..generation.engine import Engine
-    from ..generation.prefix import PrefixCache
 
     model, processor = load_model(args, name)
-    waiting = 2 * args.rows + 8
-    return Engine(model, processor, rows=args.rows, waiting=waiting, prefix_cache=PrefixCache())
+    waiting, remembered = 2 * args.rows + 8, prefix_cache(args)
+    return Engine(model, processor, rows=args.rows, waiting=waiting, prefix_cache=remembered)
 
 
 def _group() -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .flags import (
+    add_cache_argument,
     add_model_arguments,
     add_picture_arguments,
     add_sampling_arguments,
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", "--system-prompt", dest="system", metavar="TEXT", help="the system prompt"
     )
     group.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
-    add_model_arguments(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    add_model_arguments(model)
+    add_cache_argument(model)
     add_picture_arguments(parser.add_argument_group("pictures"))
     add_sampling_arguments(parser.add_argument_group("generation"))
 
@@ -75,11 +78,13 @@ def _piped() -> str:
 
 def _conversation(args: argparse.Namespace, options: dict[str, Any]) -> "Conversation":
     from ..generation.conversation import Conversation
-    from .flags import default_model, load_model
+    from .flags import default_model, load_model, prefix_cache
 
     args.model = args.model or default_model()
     model, processor = load_model(args, args.model)
-    return Conversation(model, processor, system=args.system, **options)
+    return Conversation(
+        model, processor, system=args.system, prefix_cache=prefix_cache(args), **options
+    )
 
 
 def _note(line: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..generation.prefix import PrefixCache
     from ..loading.load import LoadOptions
     from ..models.base import VisionLanguageModel
     from ..text.prompt import Processor
@@ -81,6 +82,21 @@ def default_model() -> str:
         return DEFAULT_MODEL
     print(DEMO_NOTE, file=sys.stderr)
     return "demo"
+
+
+def add_cache_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache-dir", metavar="DIR",
+        help="remember pictures and prompts in this folder (up to 4 GiB), so that later runs skip "
+        "them; it holds what was asked",
+    )  # fmt: skip
+
+
+def prefix_cache(args: argparse.Namespace) -> "PrefixCache":
+    """What remembers prompts, on the disk as well where `add_cache_argument`'s flag says so."""
+    from ..generation.prefix import PrefixCache
+
+    return PrefixCache(disk=args.cache_dir)
 
 
 def add_picture_arguments(group: argparse._ArgumentGroup) -> None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .flags import (
+    add_cache_argument,
     add_model_arguments,
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
     load_options,
+    prefix_cache,
     sampling_options,
 )
 
@@ -26,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} --prompt TEXT [--image FILE ...] [--model NAME] [options]"
     _add_prompt(parser.add_argument_group("prompt"))
     add_picture_arguments(parser.add_argument_group("pictures"))
-    add_model_arguments(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    add_model_arguments(model)
+    add_cache_argument(model)
     add_sampling_arguments(parser.add_argument_group("generation"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")
@@ -100,8 +104,9 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose or args.json:
         model.finish_loading()  # so that no time of loading is taken for one of answering
     results = stream_generate(
-        model, processor, prompt, images, raw=args.raw, verbose=args.verbose, **options
-    )
+        model, processor, prompt, images, raw=args.raw, verbose=args.verbose,
+        prefix_cache=prefix_cache(args) if args.cache_dir else None, **options,
+    )  # fmt: skip
     return _print(results, args)
 
 

@@ -19,9 +19,11 @@ EXTRA = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .flags import add_model_arguments, add_picture_arguments
+    from .flags import add_cache_argument, add_model_arguments, add_picture_arguments
 
-    add_model_arguments(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    add_model_arguments(model)
+    add_cache_argument(model)
     add_picture_arguments(parser.add_argument_group("pictures"))
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -136,11 +138,10 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
 
 def _engine(args: argparse.Namespace, name: str, limits: Any) -> "Engine":
     from ..generation.engine import Engine
-    from ..generation.prefix import PrefixCache
-    from .flags import load_model
+    from .flags import load_model, prefix_cache
 
     model, processor = load_model(args, name)
     print("ready", file=sys.stderr, flush=True)
     return Engine(
-        model, processor, rows=limits.rows, waiting=limits.waiting, prefix_cache=PrefixCache()
+        model, processor, rows=limits.rows, waiting=limits.waiting, prefix_cache=prefix_cache(args)
     )

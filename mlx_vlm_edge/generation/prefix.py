@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeGuard
 
@@ -21,6 +22,7 @@ from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
 from ..text.prompt import Inputs, Processor
 from ..timings import Steps
+from .disk import DiskStore
 
 MAX_BYTES = 512 * 2**20
 Layers = list[tuple[mx.array, mx.array]]
@@ -94,10 +96,16 @@ class PrefixCache:
 
     For any number of models and threads. What is kept is never changed: a prompt that takes it over
     writes into copies. Models that are gone take what was kept for them along.
+
+    disk: a folder, or a DiskStore, that remembers as well, for other processes and later ones; for
+    models that were loaded from files.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, max_bytes: int = MAX_BYTES, disk: "DiskStore | str | Path | None" = None
+    ) -> None:
         self.max_bytes = max_bytes
+        self.disk = DiskStore(disk) if isinstance(disk, str | Path) else disk
         self._entries: OrderedDict[Any, _Prompt | _Image] = OrderedDict()
         self._lock = Lock()
 
@@ -124,9 +132,35 @@ class PrefixCache:
         digests = [digest(pixels, settings) for pixels in inputs.pixels]
         counts = [processor.visual_tokens(pixels) for pixels in inputs.pixels]
         keys = position_keys(inputs, digests, counts)
+        self._recall(model, keys)
         start = self._take(model, keys, cache)
         self._touch((id(model), name) for name in digests)
         return Run(self, model, keys, list(cache), start, inputs, digests, counts)
+
+    def _recall(self, model: VisionLanguageModel, keys: np.ndarray) -> None:
+        """Take a prompt from the disk into memory where it knows a longer beginning."""
+        if self.disk is None or model.identity is None:
+            return
+        known = self._known(model, keys)
+        stored = [(shared(other, keys), path) for path, other in self.disk.prompts(model.identity)]
+        length, path = max(stored, default=(0, None), key=lambda pair: pair[0])
+        if path is None or length <= known:
+            return
+        layers = self.disk.layers(path)
+        if layers is not None:
+            self._add(object(), _Prompt(weakref.ref(model), keys[:length], layers))
+
+    def _known(self, model: VisionLanguageModel, keys: np.ndarray) -> int:
+        """How many positions of a prompt memory knows."""
+        with self._lock:
+            return max(
+                (
+                    shared(entry.keys, keys)
+                    for entry in self._entries.values()
+                    if isinstance(entry, _Prompt) and entry.model() is model
+                ),
+                default=0,
+            )
 
     def _take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
@@ -160,12 +194,19 @@ class PrefixCache:
             entry = self._entries.get((id(model), name))
         if isinstance(entry, _Image) and entry.model() is model:  # not another at its address
             return entry.tokens
-        return None
+        if self.disk is None or model.identity is None:
+            return None
+        tokens = self.disk.image(model.identity, name)
+        if tokens is not None:
+            self._add((id(model), name), _Image(weakref.ref(model), tokens))
+        return tokens
 
     def keep_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
         """Remember an image's visual tokens."""
         mx.eval(tokens)  # what is not computed yet is of use to this thread alone
         self._add((id(model), name), _Image(weakref.ref(model), tokens))
+        if self.disk is not None and model.identity is not None:
+            self.disk.keep_image(model.identity, name, tokens)
 
     def keep(self, model: VisionLanguageModel, keys: np.ndarray, layers: Layers) -> None:
         """Remember a prompt's keys and values; what it continues is dropped for it."""
@@ -179,6 +220,8 @@ class PrefixCache:
                     if length == len(entry.keys):
                         del self._entries[key]
         self._add(object(), _Prompt(weakref.ref(model), keys, layers))
+        if self.disk is not None and model.identity is not None:
+            self.disk.keep_prompt(model.identity, keys, layers)
 
     def _add(self, name: Any, item: _Prompt | _Image) -> None:
         with self._lock:

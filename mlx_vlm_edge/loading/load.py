@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from .. import blas, forked
 from ..checkpoint.config import read_config
+from ..checkpoint.identity import identity
 from ..checkpoint.weights import DTYPES, check_finite
 from ..errors import UsageError, check_keywords
 from ..hub.models import obtain
@@ -154,6 +155,8 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         *_, (kind, model) = _reading(folder, options)
         tokenizer = parsing.wait()
     tokenizer.check_rows(model.config.text.vocab_size)
+    settings = options.dtype, options.bits, options.vision_backend
+    model.identity = f"{identity(folder)} {settings}"
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
     processor.offline = options.offline
@@ -199,7 +202,6 @@ def use_backend(
     size of the processor's pictures is there when this returns.
     """
     from mlx_vlm_edge_convert.coreml.features import attach
-    from mlx_vlm_edge_convert.coreml.run.cache import identity
 
     name = identity(weights) if isinstance(weights, Path) else weights
     pixels = processor.preprocess(open_image(np.zeros((BLANK, BLANK, 3), np.uint8)))

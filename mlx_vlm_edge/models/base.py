@@ -60,6 +60,7 @@ class VisionLanguageModel(nn.Module):
     tower_name = "vision_tower"
     connector_name: str | None = "mm_projector"
     encoder: Callable[[np.ndarray], mx.array] | None = None
+    identity: str | None = None  # of its weights and settings, for what outlives the process
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
 
     @property

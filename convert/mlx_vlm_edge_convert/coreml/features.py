@@ -92,7 +92,7 @@ def attach(
 ) -> CoreMLFeatures:
     """Let Core ML compute a model's image features, by "coreml" with ":fp32" or ":cpu-gpu" behind.
 
-    weights: `cache.identity` of the checkpoint, or another name that no other weights have. size:
+    weights: `checkpoint.identity` of the folder, or another name that no other weights have. size:
     of pictures whose package is there when this returns, by default the model's.
     Raises UsageError for another setting and for a family that has no tower to export.
     """

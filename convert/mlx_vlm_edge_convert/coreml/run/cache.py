@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_vlm_edge import errors
-from mlx_vlm_edge.checkpoint.config import read_config
-from mlx_vlm_edge.checkpoint.files import weight_files
 
 from ..part import Compute, Precision, Size
 
@@ -30,18 +28,8 @@ def folder() -> Path:
     return Path(home).expanduser() / "mlx-vlm-edge" / "coreml"
 
 
-def identity(checkpoint: Path) -> str:
-    """Of a checkpoint: another one when its config changes or a file of weights is replaced.
-
-    Names, sizes and times of the files, since reading gigabytes would take longer than answering.
-    """
-    files = [path.resolve() for path in weight_files(checkpoint)]
-    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return _digest([read_config(checkpoint), weights], 16)
-
-
 def key(weights: str, size: Size, precision: Precision, compute: Compute) -> str:
-    """The name of a package's folder. weights: their `identity`; size: (height, width)."""
+    """The name of a package's folder. weights: their `checkpoint.identity`; size: (H, W)."""
     return _digest([exporter(), weights, *size, precision, compute], 24)
 
 

@@ -1,0 +1,169 @@
+"""What a prefix cache remembers, in a folder: the next process skips the picture as well.
+
+One safetensors file an entry, named by what it is of and by its own content's hash. A file appears
+whole or not at all; one that is damaged is dropped with a line, and the least recently used ones go
+when there is too much. Entries of other models and weights are never looked at.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UsageError
+
+MAX_BYTES = 4 * 2**30
+FORMAT = 1  # raised when other numbers would be computed for the same model
+SUFFIX = ".safetensors"
+Layers = list[tuple[mx.array, mx.array]]
+
+
+class DiskStore:
+    """Visual tokens and prompts' keys and values, up to `max_bytes` in a folder that is made.
+
+    model: what stands for a model with its weights and settings (`VisionLanguageModel.identity`).
+    Raises UsageError when the folder cannot be used.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES) -> None:
+        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for left in self.folder.glob(".*.partial"):
+                if not _alive(left):
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder}: cannot keep a cache there ({error.strerror})"
+            ) from None
+        self._prompt_keys: dict[Path, np.ndarray] = {}
+
+    def image(self, model: str, name: bytes) -> mx.array | None:
+        """An image's visual tokens [N, D], None where they are not there."""
+        for path in self.folder.glob(f"{_name(model, 'image', name)}-*{SUFFIX}"):
+            if (arrays := self._read(path)) is not None:
+                return arrays["tokens"]
+        return None
+
+    def keep_image(self, model: str, name: bytes, tokens: mx.array) -> None:
+        """Remember an image's visual tokens, unless they are there."""
+        stem = _name(model, "image", name)
+        if not any(self.folder.glob(f"{stem}-*{SUFFIX}")):
+            self._write(stem, {"tokens": tokens})
+
+    def prompts(self, model: str) -> Iterator[tuple[Path, np.ndarray]]:
+        """Every prompt of a model: its file and its positions' keys, int64[L, 3]."""
+        for path in self.folder.glob(f"{_name(model, 'prompt')}-*{SUFFIX}"):
+            if path not in self._prompt_keys:
+                arrays = self._read(path)
+                if arrays is None:
+                    continue
+                self._prompt_keys[path] = np.array(arrays["keys"])
+            yield path, self._prompt_keys[path]
+
+    def layers(self, path: Path) -> Layers | None:
+        """A prompt's keys and values, [1, heads, L, D] of each layer; None where it is gone."""
+        arrays = self._read(path)
+        if arrays is None:
+            return None
+        depth = (len(arrays) - 1) // 2
+        return [(arrays[f"k{index}"], arrays[f"v{index}"]) for index in range(depth)]
+
+    def keep_prompt(self, model: str, keys: np.ndarray, layers: Layers) -> None:
+        """Remember a prompt; those that it continues are dropped for it."""
+        length, covered = len(keys), []
+        for path, other in self.prompts(model):
+            common = min(len(other), length)
+            if np.array_equal(other[:common], keys[:common]):
+                if len(other) >= length:
+                    return
+                covered.append(path)
+        arrays = {"keys": mx.array(keys)}
+        for index, (k, v) in enumerate(layers):
+            arrays |= {f"k{index}": k[..., :length, :], f"v{index}": v[..., :length, :]}
+        self._write(_name(model, "prompt"), arrays)
+        for path in covered:
+            self._drop(path)
+
+    def _write(self, stem: str, arrays: dict[str, mx.array]) -> None:
+        """Add a file. A folder that cannot be written to is told of, and harms no answer."""
+        partial = self.folder / f".{os.getpid()}-{stem}.partial"
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.close(descriptor)
+            mx.save_safetensors(str(partial) + SUFFIX, arrays)
+            os.replace(str(partial) + SUFFIX, partial)
+            partial.chmod(0o600)
+            with partial.open("rb") as file:
+                digest = _content(file.read())
+                os.fsync(file.fileno())
+            partial.replace(self.folder / f"{stem}-{digest}{SUFFIX}")
+            self._evict()
+        except (OSError, RuntimeError) as error:
+            _say(f"{self.folder}: the cache cannot be written ({error})")
+            Path(str(partial) + SUFFIX).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, mx.array] | None:
+        """A file's arrays, None where it is gone; one that is not what it was written as is
+        dropped."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if _content(content) != path.stem.rpartition("-")[2]:
+            _say(f"{path}: damaged, and dropped from the cache")
+            self._drop(path)
+            return None
+        os.utime(path)
+        arrays = cast(dict[str, mx.array], mx.load(str(path)))
+        mx.eval(arrays)
+        return arrays
+
+    def _drop(self, path: Path) -> None:
+        self._prompt_keys.pop(path, None)
+        path.unlink(missing_ok=True)
+
+    def _evict(self) -> None:
+        """Remove what was used longest ago until the rest fits."""
+        entries = sorted(
+            ((info := path.stat()).st_mtime, info.st_size, path)
+            for path in self.folder.glob(f"*{SUFFIX}")
+        )
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if total <= self.max_bytes:
+                return
+            self._drop(path)
+            total -= size
+
+
+def _name(model: str, kind: str, name: bytes = b"") -> str:
+    """What a file's name begins with: hexadecimal digits of a model, a kind and a picture."""
+    told = f"{FORMAT}|{model}|{kind}|".encode()
+    return blake2b(told + name, digest_size=16).hexdigest()
+
+
+def _content(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _alive(partial: Path) -> bool:
+    """Whether the process that was writing a file still runs: its number is in the name."""
+    number = partial.name[1:].partition("-")[0]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

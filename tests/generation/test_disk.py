@@ -1,0 +1,148 @@
+"""A prefix cache in a folder: the next process skips the picture, and damage is never believed."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_edge import PrefixCache, load, stream_generate
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.disk import DiskStore
+
+from ..demo import IMAGES, known
+
+DESCRIBE = known("shapes.png", "Describe the image.")
+COUNT = known("shapes.png", "How many circles are there?")
+PICTURE = IMAGES / "shapes.png"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def ask(demo, folder, question, monkeypatch=None, **options):
+    """(text, positions taken over, pictures encoded) with a cache that knows the disk only."""
+    model, processor = demo
+    encoded, encode = [], type(model).encode_image
+    if monkeypatch is not None:
+        monkeypatch.setattr(
+            type(model), "encode_image", lambda this, *a: (encoded.append(1), encode(this, *a))[1]
+        )
+    pieces = list(stream_generate(
+        model, processor, question, [PICTURE], prefix_cache=PrefixCache(disk=folder), **options
+    ))  # fmt: skip
+    return "".join(piece.text for piece in pieces), pieces[-1].reused_tokens, len(encoded)
+
+
+def entries(folder):
+    return sorted(folder.iterdir())
+
+
+def test_the_next_process_encodes_nothing_and_says_the_same(demo, folder, monkeypatch):
+    assert ask(demo, folder, DESCRIBE.question) == (DESCRIBE.answer, 0, 0)
+    assert len(entries(folder)) == 2
+    text, reused, encoded = ask(demo, folder, DESCRIBE.question, monkeypatch)
+    assert (text, encoded) == (DESCRIBE.answer, 0)
+    assert reused > 20
+    text, reused, encoded = ask(demo, folder, COUNT.question, monkeypatch)
+    assert (text, encoded) == (COUNT.answer, 0)
+    assert reused > 4
+
+
+def test_other_weights_settings_and_models_see_nothing(demo, folder):
+    ask(demo, folder, DESCRIBE.question)
+    other = load("demo", dtype="bfloat16")
+    assert other[0].identity != demo[0].identity
+    assert ask(other, folder, DESCRIBE.question)[1] == 0
+
+
+def test_a_model_without_files_keeps_nothing_there(demo, folder, monkeypatch):
+    monkeypatch.setattr(demo[0], "identity", None)
+    ask(demo, folder, DESCRIBE.question)
+    assert entries(folder) == []
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-10], lambda content: b"", lambda content: b"x" * len(content),
+    lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+], ids=["cut", "empty", "other", "one bit"])  # fmt: skip
+def test_a_damaged_entry_is_dropped_with_one_line(demo, folder, damage, capfd):
+    ask(demo, folder, DESCRIBE.question)
+    for path in entries(folder):
+        path.write_bytes(damage(path.read_bytes()))
+    capfd.readouterr()
+    assert ask(demo, folder, DESCRIBE.question)[:2] == (DESCRIBE.answer, 0)
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all("damaged, and dropped" in line for line in told)
+    assert ask(demo, folder, DESCRIBE.question)[1] > 20
+
+
+def test_a_longer_prompt_takes_the_place_of_what_it_continues(folder):
+    store, random = DiskStore(folder), np.random.default_rng(0)
+    keys = random.integers(0, 9, (30, 3))
+
+    def layers(length):
+        return [(mx.zeros((1, 2, length, 4)), mx.ones((1, 2, length, 4)))]
+
+    for length in (10, 20, 15, 30):
+        store.keep_prompt("m", keys[:length], layers(32))
+    ((path, known),) = list(store.prompts("m"))
+    assert np.array_equal(known, keys)
+    ((k, v),) = store.layers(path)
+    assert k.shape == (1, 2, 30, 4)
+    assert v.sum().item() == 240
+    assert list(store.prompts("other")) == []
+
+
+def test_the_least_recently_used_leave_when_there_is_too_much(folder):
+    store = DiskStore(folder, max_bytes=3 * 4600)
+    for index in range(3):
+        store.keep_image("m", bytes([index]), mx.zeros((4, 256)))
+        (newest,) = [p for p in folder.iterdir() if p.stat().st_mtime > index + 5]
+        os.utime(newest, (index, index))
+    assert store.image("m", b"\0") is not None  # used again: the second is the oldest now
+    store.keep_image("m", b"\3", mx.zeros((4, 256)))
+    assert [store.image("m", bytes([i])) is not None for i in range(4)] == [True, False, True, True]
+
+
+def test_what_a_kill_left_is_removed_and_never_read(folder):
+    folder.mkdir()
+    left = folder / ".999999999-abc.partial"
+    left.write_bytes(b"half")
+    own = folder / f".{os.getpid()}-abc.partial"
+    own.write_bytes(b"being written")
+    DiskStore(folder)
+    assert entries(folder) == [own]
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="cannot keep a cache there"):
+        DiskStore(tmp_path / "file")
+
+
+def test_files_are_the_user_s_own(demo, folder):
+    ask(demo, folder, DESCRIBE.question)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in entries(folder))
+
+
+def test_by_the_command_line(folder):
+    command = [
+        sys.executable, "-m", "mlx_vlm_edge", "generate", "--model", "demo", "--image",
+        str(PICTURE), "--prompt", DESCRIBE.question, "--cache-dir", str(folder), "--json",
+    ]  # fmt: skip
+    first, second = (subprocess.check_output(command, text=True) for _ in range(2))
+    assert '"reused_tokens": 0' in first
+    assert '"reused_tokens": 0' not in second
+    assert DESCRIBE.answer in second
