@@ -11,16 +11,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.names import IMAGE, MAIN, TOKENS
+from mlx_vlm_edge_convert.coreml.package.malformed import reading
 from mlx_vlm_edge_convert.coreml.run.host import DecoderHost
 from mlx_vlm_edge_convert.coreml.run.runner import UNITS, Runner, runner
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture.image import fit, open_image
-from mlx_vlm_edge.text.tokenizer import Detokenizer, Tokenizer
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 Open = Callable[[str], Runner]  # a package's file name -> what runs it
 
@@ -30,6 +32,10 @@ class Bundle:
 
     def __init__(self, folder: Path, open_package: Open) -> None:
         self.manifest = content = manifest.read(folder)
+        with reading(folder / manifest.NAME):
+            self._open(folder, content, open_package)
+
+    def _open(self, folder: Path, content: dict[str, Any], open_package: Open) -> None:
         parts = content["parts"]
         if {"vision", "decoder"} - parts.keys():
             raise UsageError(f"{folder}: has no vision and decoder; export it with --part all")
@@ -37,13 +43,18 @@ class Bundle:
             raise UsageError(f"{folder}: this family's pictures and prompts need its own code")
         self.packages = {name: open_package(part["package"]) for name, part in parts.items()}
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.ends = [int(token) for token in content["tokens"]["eos"]]
+        wanted, told = content["preprocessing"], content["prompt"]
+        self.size = (int(wanted["width"]), int(wanted["height"]))
+        self.fill, self.strategy = tuple(map(int, wanted["fill"])), str(wanted["strategy"])
+        self.before, self.after = (list(map(int, told[f"{s}_image"])) for s in ("before", "after"))
+        self.around = str(told["before_question"]), str(told["after_question"])
+        self.special = list(map(str, told["special_tokens"]))
         self.decoder = DecoderHost.open(folder, parts["decoder"], self.packages["decoder"])
 
     def visual_tokens(self, picture: str | Path) -> np.ndarray:
         """A picture -> its visual tokens [N, D]."""
-        wanted = self.manifest["preprocessing"]
-        size, fill = (wanted["width"], wanted["height"]), tuple(wanted["fill"])
-        pixels = np.asarray(fit(open_image(picture), size, wanted["strategy"], fill))
+        pixels = np.asarray(fit(open_image(picture), self.size, self.strategy, self.fill))
         outputs = {IMAGE: pixels.transpose(2, 0, 1)[None].astype(np.float32)}
         for name in ("vision", "connector"):
             if name in self.packages:
@@ -52,21 +63,20 @@ class Bundle:
 
     def prompt(self, picture: str | Path, question: str) -> np.ndarray:
         """Input embeddings [L, D] of a picture and a question."""
-        told, embed = self.manifest["prompt"], self.decoder.embed
-        words = question.strip()
-        if odd := [token for token in told["special_tokens"] if token in words]:
+        embed, words = self.decoder.embed, question.strip()
+        if odd := [token for token in self.special if token in words]:
             raise UsageError(f"the question has the chat's own {odd[0]} in it; take it out")
-        text = told["before_question"] + words + told["after_question"]
-        after = [*told["after_image"], *self.tokenizer.encode(text, special=True)]
+        text = self.around[0] + words + self.around[1]
+        after = [*self.after, *self.tokenizer.encode(text, special=True)]
         tokens = self.visual_tokens(picture).astype(self.decoder.embeddings.dtype)
-        return np.concatenate([embed(told["before_image"]), tokens, embed(after)])
+        return np.concatenate([embed(self.before), tokens, embed(after)])
 
     def answer(self, picture: str | Path, question: str, max_tokens: int) -> Iterator[int]:
         """Greedy token ids, without the one that ends the answer."""
-        prompt, ends = self.prompt(picture, question), self.manifest["tokens"]["eos"]
+        prompt = self.prompt(picture, question)
         self.decoder.start()
-        for token in self.decoder.generate(prompt, max_tokens, ends):
-            if token not in ends:
+        for token in self.decoder.generate(prompt, max_tokens, self.ends):
+            if token not in self.ends:
                 yield token
 
 
@@ -89,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         bundle = Bundle(args.bundle, opener(args.bundle, args.compute, Path(cache)))
-        detokenizer = Detokenizer(bundle.tokenizer)
+        detokenizer = bundle.tokenizer.detokenizer()
         for token in bundle.answer(args.picture, args.question, args.max_tokens):
             print(detokenizer.add(token), end="", flush=True)
         print(detokenizer.finish())

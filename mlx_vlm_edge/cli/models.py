@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     listing = verbs.add_parser("list", help="what is on this machine, with its size")
     listing.add_argument("--json", action="store_true", help="print JSON")
+    listing.add_argument(
+        "--coreml", action="store_true", help="the packages that --vision-backend coreml exported"
+    )
     pulling = verbs.add_parser("pull", help="download a model")
     showing = verbs.add_parser("show", help="what a model is: parts, sizes, licence")
     verifying = verbs.add_parser("verify", help="whether a model's files are whole and unchanged")
@@ -34,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("name", help="alias or Hub id (show, verify: or a folder)")
         verb.add_argument("--revision", help="branch, tag or commit of a Hub model")
     removing = verbs.add_parser("rm", help="remove a downloaded model")
-    removing.add_argument("name", help="alias or Hub id")
+    removing.add_argument("name", nargs="?", help="alias or Hub id; with --coreml a package")
+    removing.add_argument(
+        "--coreml", action="store_true",
+        help="packages that --vision-backend coreml exported: NAME as listed, or all",
+    )  # fmt: skip
     removing.add_argument("--yes", "-y", action="store_true", help="do not ask")
 
 
@@ -46,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    if args.coreml:
+        return _list_packages(args)
     names = {repo: alias for alias, repo in ALIASES.items()}
     rows: list[dict[str, Any]] = [
         {
@@ -68,6 +77,36 @@ def _list(args: argparse.Namespace) -> int:
         print(f"{row['name']:32} {gigabytes(row['bytes']):>9}{note}")
     if more := [alias for alias in ALIASES if alias not in here]:
         print(f"in {cache_folder()}; to pull: {', '.join(more)}", file=sys.stderr)
+    return 0
+
+
+def _list_packages(args: argparse.Namespace) -> int:
+    from mlx_vlm_edge_convert.coreml.run import cache
+
+    packages = cache.entries()
+    if args.json:
+        rows = [{"name": p.name, "bytes": p.nbytes, **p.about} for p in packages]
+        print(json.dumps(rows))
+        return 0
+    for package in packages:
+        print(f"{package.name:26} {gigabytes(package.nbytes):>9}  {package.description}")
+    print(f"{len(packages)} in {cache.folder()}", file=sys.stderr)
+    return 0
+
+
+def _remove_packages(args: argparse.Namespace) -> int:
+    from mlx_vlm_edge_convert.coreml.run import cache
+
+    packages = [p for p in cache.entries() if args.name in (None, p.name, p.about.get("model"))]
+    if args.name and not packages:
+        raise UsageError(f"{args.name} is no package of `mlx-vlm-edge models list --coreml`")
+    size = gigabytes(sum(package.nbytes for package in packages))
+    what = f"{len(packages)} Core ML package{'' if len(packages) == 1 else 's'} ({size})"
+    if not args.yes and not _confirmed(f"remove {what}? [y/N] "):
+        print("kept", file=sys.stderr)
+        return 1
+    cache.clear(packages)
+    print(f"removed {what}", file=sys.stderr)
     return 0
 
 
@@ -249,6 +288,10 @@ def licence(folder: Path) -> str:
 def _remove(args: argparse.Namespace) -> int:
     import shutil
 
+    if args.coreml:
+        return _remove_packages(args)
+    if not args.name:
+        raise UsageError("name the model to remove (`mlx-vlm-edge models list`)")
     repo = repo_id(args.name)
     model = next((model for model in cached_models([repo]) if model.repo == repo), None)
     if model is None:

@@ -202,11 +202,14 @@ def use_backend(
     size of the processor's pictures is there when this returns.
     """
     from mlx_vlm_edge_convert.coreml.features import attach
+    from mlx_vlm_edge_convert.coreml.run.cache import label
 
-    name = identity(weights) if isinstance(weights, Path) else weights
+    name = called = str(weights)
+    if isinstance(weights, Path):
+        name, called = identity(weights), label(weights)
     pixels = processor.preprocess(open_image(np.zeros((BLANK, BLANK, 3), np.uint8)))
     size = pixels.data.shape[-3], pixels.data.shape[-2]
-    attach(model, name, setting, partial(print, file=sys.stderr, flush=True), size)
+    attach(model, name, setting, partial(print, file=sys.stderr, flush=True), size, called)
 
 
 def arrange(model: VisionLanguageModel) -> None:

@@ -1,12 +1,17 @@
 """examples/coreml_answer.py: a whole bundle gives MLX's greedy tokens, by the interpreter."""
 
+import copy
+import functools
 import importlib.util
+import json
+import random
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml import prompts
+from mlx_vlm_edge_convert.coreml import manifest, prompts
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
 from mlx_vlm_edge import load, stream_generate
@@ -125,3 +130,34 @@ def test_a_folder_that_is_no_bundle_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("coreml_answer: error: ")
     assert "Traceback" not in done.stderr
+
+
+ODD = (None, "x", -1, 1e308, [], {}, True, [[[]]], "../manifest.json")
+
+
+def places(content, path=()):
+    """Where every value of a JSON object is."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield (*path, key)
+            yield from places(value, (*path, key))
+
+
+def test_a_manifest_whose_values_are_odd_is_one_line(example, demo_bundles, tmp_path, monkeypatch):
+    """One value after the other is another thing; the bundle opens, or says why not."""
+    folder = shutil.copytree(demo_bundles["stateful"], tmp_path / "demo")
+    monkeypatch.setattr(manifest, "_check_files", lambda *_: None)
+    sound = json.loads((folder / "manifest.json").read_text())
+    listed = [place for place in places(sound) if place[0] not in ("files", "model")]
+    rng, lines = random.Random(0), []
+    for place in rng.sample(listed, 60):
+        content = copy.deepcopy(sound)
+        holder = functools.reduce(lambda each, key: each[key], place[:-1], content)
+        holder[place[-1]] = rng.choice(ODD)
+        (folder / "manifest.json").write_text(json.dumps(content))
+        try:
+            example.Bundle(folder, lambda name: Package(folder / name))
+        except UsageError as error:
+            lines.append(str(error))
+    assert len(lines) > 20
+    assert not any("\n" in line for line in lines)

@@ -38,6 +38,7 @@ from .parts.encoders import AppPixels, Encoder, encoder
 from .parts.pictures import drawn_cases, picture_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
+from .run.cache import label
 
 PARTS = ("vision", "connector", "decoder")
 Report = Callable[[str], None]
@@ -182,18 +183,11 @@ def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
 def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:
     source = model.config.source
     return {
-        "name": _name(folder),
+        "name": label(folder),
         "model_type": source.get("model_type"),
         "exporter": f"mlx-vlm-edge {__version__}",
         "coremltools": tools().ct.__version__,
     }
-
-
-def _name(folder: Path) -> str:
-    """A folder's name, or the repository's where it is a snapshot in the Hub's cache."""
-    if folder.parent.name != "snapshots":
-        return folder.name
-    return folder.parents[1].name.removeprefix("models--").replace("--", "/")
 
 
 def _tokens(model: VisionLanguageModel, processor: Processor | None) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class CoreMLFeatures:
     precision: Precision = "fp16"
     compute: Compute = "cpu-ne"
     say: Say = print
+    label: str = ""  # of the model, for people
     _runners: dict[Size, Runner] = field(default_factory=dict)
 
     def __call__(self, pictures: np.ndarray) -> mx.array:
@@ -55,7 +56,8 @@ class CoreMLFeatures:
         package, dtype = self._runners[size], DTYPES[self.precision]
         features: list[np.ndarray] = []
         for picture in pictures:
-            outputs = package.run(MAIN, {IMAGE: picture.transpose(2, 0, 1)[None].astype(dtype)})
+            with self._named(size):
+                outputs = package.run(MAIN, {IMAGE: picture.transpose(2, 0, 1)[None].astype(dtype)})
             features.append(outputs[FEATURES] if FEATURES in outputs else outputs[TOKENS])
         text = self.model.language_model.model.norm.weight.dtype
         return mx.array(np.concatenate(features)).astype(text)
@@ -64,11 +66,27 @@ class CoreMLFeatures:
         """Have the package for pictures of this size ready to run."""
         if size in self._runners:
             return
-        folder = cache.folder() / cache.key(self.weights, size, self.precision, self.compute)
+        folder = self._folder(size)
         if not folder.is_dir():
             self.say(f"exporting the vision tower to Core ML at {size[1]}x{size[0]} (once)")
             self._export(size, folder)
-        self._runners[size] = runner(folder / PACKAGE, self.compute, folder, self.say)
+        with self._named(size):
+            self._runners[size] = runner(folder / PACKAGE, self.compute, folder, self.say)
+
+    def _folder(self, size: Size) -> Path:
+        return cache.folder() / cache.key(self.weights, size, self.precision, self.compute)
+
+    @contextmanager
+    def _named(self, size: Size) -> Iterator[None]:
+        """An error of a cached package says which it is, and how to be rid of it."""
+        try:
+            yield
+        except UsageError as error:
+            folder = self._folder(size)
+            raise UsageError(
+                f"{folder}: {error}. If it is damaged, `mlx-vlm-edge models rm --coreml "
+                f"{folder.name}` removes it, and it is exported anew"
+            ) from error
 
     def _export(self, size: Size, folder: Path) -> None:
         options = Options(self.precision, self.compute, size, fused=False, image_input=False)
@@ -76,6 +94,10 @@ class CoreMLFeatures:
         part = VisionPart(tower, options, drawn_cases(tower.encoder))
         with new_folder(folder, listed=lambda _: ()) as partial, self._set_aside():
             saved_and_checked(part, partial / PACKAGE, self.say)
+            model = self.label or self.model.config.source.get("model_type")
+            cache.describe(
+                partial, model=model, size=size, precision=self.precision, compute=self.compute
+            )
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
@@ -88,18 +110,24 @@ class CoreMLFeatures:
 
 
 def attach(
-    model: VisionLanguageModel, weights: str, setting: str, say: Say, size: Size | None = None
+    model: VisionLanguageModel,
+    weights: str,
+    setting: str,
+    say: Say,
+    size: Size | None = None,
+    label: str = "",
 ) -> CoreMLFeatures:
     """Let Core ML compute a model's image features, by "coreml" with ":fp32" or ":cpu-gpu" behind.
 
     weights: `checkpoint.identity` of the folder, or another name that no other weights have. size:
-    of pictures whose package is there when this returns, by default the model's.
+    of pictures whose package is there when this returns, by default the model's. label: what the
+    model is called where packages are listed.
     Raises UsageError for another setting and for a family that has no tower to export.
     """
     precision, compute = parse(setting)
     usual = encoder(model, None, None).pixels.size
     own: Any = weakref.proxy(model)  # which owns its encoder: no ring keeps gigabytes alive
-    features = CoreMLFeatures(own, weights, precision, compute, say)
+    features = CoreMLFeatures(own, weights, precision, compute, say, label)
     model.encoder = features
     features.prepare(size or usual)
     return features

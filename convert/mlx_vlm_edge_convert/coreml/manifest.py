@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_edge.checkpoint.config import reading_values
 from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
 from .names import PACKAGE_SUFFIX
 from .package.interface import interface
+from .package.malformed import reading
 from .parity import Check
 from .part import MINIMUM, Options, Part
 from .parts.encoders import AppPixels
@@ -96,22 +96,27 @@ def read(folder: Path) -> dict[str, Any]:
     missing, extra or changed, and a package whose inputs and outputs are not those it says.
     """
     path = folder / NAME
-    try:
+    with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a readable manifest ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"{path}: not a bundle of format {FORMAT}; export it again")
-    with reading_values(str(path)):
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UsageError(f"{path}: not a bundle of format {FORMAT}; export it again")
         if lacking := _KEYS - content.keys():
             raise UsageError(f"{path}: lacks {min(lacking)}; export it again")
         _check_files(folder, content["files"])
         for name, part in content["parts"].items():
-            if lacking := _PART_KEYS - part.keys():
-                raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
-            if part["functions"] != interface(folder / part["package"]):
-                raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
+            _check_part(folder, name, part)
     return content
+
+
+def _check_part(folder: Path, name: str, part: Mapping[str, Any]) -> None:
+    path = folder / NAME
+    if lacking := _PART_KEYS - part.keys():
+        raise UsageError(f"{path}: {name} lacks {min(lacking)}; export it again")
+    package = folder / part["package"]
+    if package.parent != folder:
+        raise UsageError(f"{path}: {part['package']} is no package beside it; export it again")
+    if part["functions"] != interface(package):
+        raise UsageError(f"{path}: {part['package']} has other inputs or outputs")
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -95,3 +95,17 @@ def test_a_family_without_a_tower_is_one_line():
     model = blueprint("fuyu-8b").model
     with pytest.raises(UsageError, match="fuyu has no vision tower"):
         backend.attach(model, "weights", "coreml", print)
+
+
+def test_a_damaged_package_names_its_folder_and_the_way_out(tools, native_folder, own_cache):
+    load(str(native_folder), vision_backend="coreml:fp32")
+    (entry,) = cache.entries()
+    assert entry.about["model"] == native_folder.name
+    (weights,) = entry.folder.rglob("weight.bin")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    model, _ = load(str(native_folder), vision_backend="coreml:fp32")
+    side = model.config.image_size
+    with pytest.raises(UsageError) as told:
+        model.encoder(np.zeros((1, side, side, 3), np.uint8))
+    assert str(entry.folder) in str(told.value)
+    assert f"models rm --coreml {entry.name}" in str(told.value)

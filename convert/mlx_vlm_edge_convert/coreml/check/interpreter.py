@@ -16,6 +16,7 @@ from mlx_vlm_edge.errors import UsageError
 from ..names import MAIN
 from ..package.blob import NUMPY
 from ..package.interface import is_state
+from ..package.malformed import reading
 from ..package.saved import FLOATS, Saved, Type, type_of
 from .constants import DECOMPRESS
 from .operations import MOVES, OPERATIONS
@@ -78,23 +79,23 @@ class Package:
         A picture is an array [1, 3, H, W] of 0..255, red first. Raises UsageError for wrong inputs.
         """
         declared = self._function(function)
-        block = declared.block_specializations[declared.opset]
-        frame = _Frame(self, self.new_state(function) if state is None else state)
-        frame.values.update(self._entered(function, inputs or {}))
-        for item in declared.inputs:
-            if is_state(item):
-                self._check_state(item, frame.state)
-                frame.types[item.name] = type_of(item.type)
-        frame.types.update(self.inputs(function))
-        last = _last_uses(block)
-        with np.errstate(all="ignore"):
+        with reading(self._saved.name), np.errstate(all="ignore"):
+            block = declared.block_specializations[declared.opset]
+            frame = _Frame(self, self.new_state(function) if state is None else state)
+            frame.values.update(self._entered(function, inputs or {}))
+            for item in declared.inputs:
+                if is_state(item):
+                    self._check_state(item, frame.state)
+                    frame.types[item.name] = type_of(item.type)
+            frame.types.update(self.inputs(function))
+            last = _last_uses(block)
             for index, op in enumerate(block.operations):
                 frame.step(op)
                 for name in last.get(index, ()):
                     frame.values.pop(name, None)
-        return {
-            name: self._leaving(frame.values[name], frame.types[name]) for name in block.outputs
-        }
+            return {
+                name: self._leaving(frame.values[name], frame.types[name]) for name in block.outputs
+            }
 
     def _entered(self, function: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         kinds = self.inputs(function)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .malformed import reading
 from .saved import Saved, Type, type_of
 
 
@@ -24,20 +25,22 @@ def interface(package: Path) -> dict[str, Any]:
     Raises UsageError when the folder is not a whole package.
     """
     saved = Saved(package)
+    with reading(package.name):
+        return {name: _ports(saved, name, *parts) for name, *parts in blocks(saved)}
+
+
+def _ports(saved: Saved, name: str, function: Any, block: Any) -> dict[str, Any]:
     described = {f.name: f for f in saved.spec.description.functions}
-    functions: dict[str, Any] = {}
-    for name, function, block in blocks(saved):
-        outer = described.get(name, saved.spec.description)
-        images = {x.name for x in outer.input if x.type.WhichOneof("Type") == "imageType"}
-        types = {out.name: type_of(out.type) for op in block.operations for out in op.outputs}
-        entry: dict[str, list[dict[str, Any]]] = {"inputs": [], "states": [], "outputs": []}
-        for value in function.inputs:
-            kind = "state" if is_state(value) else "image" if value.name in images else "tensor"
-            where = entry["states" if kind == "state" else "inputs"]
-            where.append(_entry(value.name, kind, type_of(value.type)))
-        entry["outputs"] = [_entry(out, "tensor", types[out]) for out in block.outputs]
-        functions[name] = entry
-    return functions
+    outer = described.get(name, saved.spec.description)
+    images = {x.name for x in outer.input if x.type.WhichOneof("Type") == "imageType"}
+    types = {out.name: type_of(out.type) for op in block.operations for out in op.outputs}
+    entry: dict[str, list[dict[str, Any]]] = {"inputs": [], "states": [], "outputs": []}
+    for value in function.inputs:
+        kind = "state" if is_state(value) else "image" if value.name in images else "tensor"
+        where = entry["states" if kind == "state" else "inputs"]
+        where.append(_entry(value.name, kind, type_of(value.type)))
+    entry["outputs"] = [_entry(out, "tensor", types[out]) for out in block.outputs]
+    return entry
 
 
 def _entry(name: str, kind: str, declared: Type) -> dict[str, Any]:

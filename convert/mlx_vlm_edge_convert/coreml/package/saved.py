@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_vlm_edge.errors import UsageError
-
 from .blob import NUMPY, WIDTHS, Blob, unpack
+from .malformed import reading
 from .messages import parse
 
 DTYPES = {  # MIL_pb2.DataType
@@ -53,19 +52,15 @@ class Saved:
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        try:
+        with reading(path.name, "is not a whole Core ML package"):
             manifest = json.loads((path / "Manifest.json").read_text())
             entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-            model = path / "Data" / entry["path"]
+            model = _within(path / "Data", entry["path"])
             content = model.read_bytes()
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UsageError(f"{path.name} is not a whole Core ML package ({error})") from error
-        try:
+        with reading(f"{path.name}: {model.name}"):
             self.spec = parse(content)
-        except ValueError as error:
-            raise UsageError(f"{path.name}: {model.name} is damaged ({error})") from error
-        if self.spec.WhichOneof("Type") != "mlProgram":
-            raise UsageError(f"{path.name}: {model.name} is damaged: it has no ML program")
+            if self.spec.WhichOneof("Type") != "mlProgram":
+                raise ValueError("it has no ML program")
         self.functions = self.spec.mlProgram.functions
         self._folder = model.parent
         self._blobs: dict[str, Blob] = {}
@@ -90,8 +85,16 @@ class Saved:
 
     def _blob(self, name: str) -> Blob:
         if name not in self._blobs:
-            self._blobs[name] = Blob(self._folder / name)
+            self._blobs[name] = Blob(_within(self._folder, name))
         return self._blobs[name]
+
+
+def _within(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises ValueError for a name that leads out of it."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is outside of it")
+    return path
 
 
 def _array(values: Any, dtype: str, count: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 It drives a bundle's decoder through whatever executes the package's functions.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from ..names import (
     in_order,
     new_name,
 )
+from ..package.malformed import reading
 from .runner import Runner
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 EMBEDDINGS_NAME = "embeddings"
+LARGEST = 1 << 24  # of any of a decoder's sizes
 HIDDEN = -1e4  # what a mask adds where nothing is to be seen; finite, as devices want it
 
 
@@ -52,11 +55,25 @@ class Geometry:
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Geometry":
-        """Of a manifest's decoder entry. Raises UsageError when it lacks something."""
-        try:
-            return cls(**entry["geometry"])
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"manifest.json: the decoder's geometry is wrong ({error})") from error
+        """Of a manifest's decoder entry. Raises UsageError for what cannot be."""
+        with reading("manifest.json: the decoder's geometry", "is wrong"):
+            geometry = cls(**entry["geometry"])
+            geometry._check()
+        return geometry
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError for what no package has."""
+        sizes = (self.layers, self.kv_heads, self.head_dim, self.context, self.chunk)
+        sound = (
+            self.form in ("stateful", "readonly")
+            and self.dtype in ("float16", "float32")
+            and all(type(size) is int and 0 < size < LARGEST for size in sizes)
+            and self.chunk <= self.context
+            and 2 * len(self.periods) == self.head_dim
+            and all(math.isfinite(period) and period > 0 for period in self.periods)
+        )
+        if not sound:
+            raise ValueError("sizes or words that no decoder has")
 
 
 class DecoderHost:
@@ -70,8 +87,14 @@ class DecoderHost:
     @classmethod
     def open(cls, folder: Path, entry: Mapping[str, Any], package: Runner) -> "DecoderHost":
         """Of a bundle's folder. entry: the manifest's, of the decoder that `package` runs."""
-        described = entry["embeddings"]
-        table = load_file(folder / described["file"])[described["name"]]
+        with reading(f"{folder.name}: the decoder's embeddings"):
+            described = entry["embeddings"]
+            file = folder / described["file"]
+            if file.parent != folder:
+                raise ValueError(f"{described['file']} is elsewhere")
+            table = load_file(file)[described["name"]]
+            if table.ndim != 2 or table.dtype.kind != "f":
+                raise ValueError(f"{table.dtype} of {table.ndim} axes")
         return cls(package, Geometry.from_manifest(entry), table)
 
     def start(self) -> None:
