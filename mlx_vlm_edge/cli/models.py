@@ -102,7 +102,7 @@ def _remove_packages(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.name} is no package of `mlx-vlm-edge models list --coreml`")
     size = gigabytes(sum(package.nbytes for package in packages))
     what = f"{len(packages)} Core ML package{'' if len(packages) == 1 else 's'} ({size})"
-    if not args.yes and not _confirmed(f"remove {what}? [y/N] "):
+    if not args.yes and not confirmed(f"remove {what}? [y/N] "):
         print("kept", file=sys.stderr)
         return 1
     cache.clear(packages)

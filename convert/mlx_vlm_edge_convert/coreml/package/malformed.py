@@ -1,28 +1,8 @@
-"""The one net under what reads packages and bundles: a malformed file is a line, no traceback."""
+"""The net under what reads packages and bundles: a malformed file is a line, no traceback."""
 
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from safetensors import SafetensorError
-
-from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.wording import first_line
-
-# What arbitrary content does to code that expects its own: keys that are missing, values of another
-# type, sizes that cannot be, nesting without end.
-_FAULTS = (
-    ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError,
-    ValueError, struct.error, SafetensorError,
-)  # fmt: skip
+from mlx_vlm_edge.errors import Refusing
 
 
-@contextmanager
-def reading(what: object, verdict: str = "is damaged") -> Iterator[None]:
-    """Raises UsageError, `what` and its verdict, for whatever its content does to the block."""
-    try:
-        yield
-    except _FAULTS as error:
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        reason = f"{kind}{first_line(error)}"
-        raise UsageError(f"{what} {verdict} ({reason}); export it again") from error
+def reading(source: object, fault: str = "it is damaged") -> Refusing:
+    """Raises UsageError, source and fault, for whatever its content does to the block."""
+    return Refusing(source, fault, "export it again")

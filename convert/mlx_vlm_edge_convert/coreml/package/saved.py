@@ -57,7 +57,7 @@ class Saved:
             entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
             model = _within(path / "Data", entry["path"])
             content = model.read_bytes()
-        with reading(f"{path.name}: {model.name}"):
+        with reading(path.name, f"{model.name} is damaged"):
             self.spec = parse(content)
             if self.spec.WhichOneof("Type") != "mlProgram":
                 raise ValueError("it has no ML program")

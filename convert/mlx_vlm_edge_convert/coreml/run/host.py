@@ -56,7 +56,7 @@ class Geometry:
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Geometry":
         """Of a manifest's decoder entry. Raises UsageError for what cannot be."""
-        with reading("manifest.json: the decoder's geometry", "is wrong"):
+        with reading("manifest.json", "the decoder's geometry is wrong"):
             geometry = cls(**entry["geometry"])
             geometry._check()
         return geometry
@@ -87,7 +87,7 @@ class DecoderHost:
     @classmethod
     def open(cls, folder: Path, entry: Mapping[str, Any], package: Runner) -> "DecoderHost":
         """Of a bundle's folder. entry: the manifest's, of the decoder that `package` runs."""
-        with reading(f"{folder.name}: the decoder's embeddings"):
+        with reading(folder, "the decoder's embeddings are damaged"):
             described = entry["embeddings"]
             file = folder / described["file"]
             if file.parent != folder:
