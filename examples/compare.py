@@ -7,12 +7,11 @@ The default, fastvlm-0.5b, is downloaded (1.5 GB) when it is not on the machine.
 
 import sys
 
-from mlx_vlm_edge import generate, load
+from mlx_vlm_edge import UsageError, generate, load
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
 before, after, *name = sys.argv[1:]
-model, processor = load(*name or ["fastvlm-0.5b"])
 content = [
     {"type": "text", "text": "Before:"},
     {"type": "image"},
@@ -21,4 +20,8 @@ content = [
     {"type": "text", "text": "What has changed?"},
 ]
 messages = [{"role": "user", "content": content}]
-print(generate(model, processor, messages, images=[before, after], max_tokens=128))
+try:
+    model, processor = load(*name or ["fastvlm-0.5b"])
+    print(generate(model, processor, messages, images=[before, after], max_tokens=128))
+except UsageError as error:  # no network, say: the line says what to do
+    sys.exit(str(error))

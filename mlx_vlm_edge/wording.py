@@ -1,6 +1,11 @@
 """How names, sizes and the errors of others are put into a line for the user."""
 
+import re
 from collections.abc import Iterable
+
+# What moves a terminal's cursor, changes its state or turns text around.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_PROGRESS = re.compile(r"(\r|\x1b\[[KA])")  # of a line that changes: to its beginning, wiped, up
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
@@ -29,3 +34,20 @@ def quoted(value: object, limit: int = 60) -> str:
         return repr(value[:limit])
     plain = value is None or isinstance(value, bool | int | float)
     return f"{value!r:.{limit}}" if plain else f"a {type(value).__name__}"
+
+
+def printable(text: str, *, lines: bool = True, progress: bool = False) -> str:
+    """Text as a terminal may show it, controls spelt out: names and answers are not ours.
+
+    lines: whether it may have line ends. progress: whether a line may be written over.
+    """
+    if progress:
+        parts = _PROGRESS.split(text)
+        return "".join(part if _PROGRESS.fullmatch(part) else printable(part) for part in parts)
+    shown = _CONTROLS.sub(lambda match: _escaped(match[0]), text)
+    return shown if lines else shown.replace("\n", "\\n")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

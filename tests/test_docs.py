@@ -195,3 +195,16 @@ def test_an_example_runs(native_folder, pictures, arguments):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout
+
+
+def test_an_example_without_its_model_says_so_in_one_line(pictures, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(pictures / "hub"))
+    for script, *rest in (
+        ("ask.py", "photo.jpg", "?", "some/model"),
+        ("compare.py", *PICTURES[:2]),
+    ):
+        command = [sys.executable, str(ROOT / "examples" / script), *rest]
+        done = subprocess.run(command, capture_output=True, cwd=pictures, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count(b"\n") == 1, done.stderr
+        assert b"not on this machine" in done.stderr

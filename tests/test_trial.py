@@ -59,6 +59,11 @@ def test_a_failed_conversion_leaves_no_folder(native_folder, tmp_path, monkeypat
 def test_verify_takes_a_quantised_source(native_folder, tmp_path):
     four = convert(native_folder, tmp_path / "four", bits=4, dtype="bfloat16")
     convert(four, tmp_path / "float32", dtype="float32", verify=True)
+    lines: list[str] = []
+    convert(four, tmp_path / "eight", bits=8, report=lines.append)
+    assert any(line.startswith("note: the source has 4 bits already") for line in lines)
+    convert(native_folder, tmp_path / "whole", bits=8, report=lines.append)
+    assert sum("bits already" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.wording import first_line, gigabytes, some
+from mlx_vlm_edge.wording import first_line, gigabytes, printable, some
 
 
 def test_the_first_few_names_and_how_many_more():
@@ -39,3 +39,22 @@ def test_an_error_is_one_printable_line_whatever_it_quotes():
     assert len(long) < 1100
     assert long.startswith("start")
     assert long.endswith("end")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain\ttext\nof two lines", "plain\ttext\nof two lines"),
+        ("a\x1b]0;title\x07b\x1b[2J", r"a\x1b]0;title\x07b\x1b[2J"),
+        ("over\rwritten \x9b1A", r"over\x0dwritten \x9b1A"),
+        ("photo\u202egpj.exe", r"photo\u202egpj.exe"),
+        ("é 中 👩‍🔬 \xa0", "é 中 👩‍🔬 \xa0"),
+    ],
+)
+def test_what_would_command_a_terminal_is_spelt_out(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_line_that_may_change_and_one_that_may_not_end():
+    assert printable("\r1/2\x1b[K\x1b[31m", progress=True) == "\r1/2\x1b[K\\x1b[31m"
+    assert printable("one\ntwo", lines=False) == r"one\ntwo"

@@ -107,6 +107,8 @@ def convert(
     read = read_config(folder)
     config, weights = to_native(folder, read)
     module = source_family(config)
+    if note := _requantised(config, bits):
+        say(note)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config), config, weights)  # strict, and evaluates nothing
     say(f"{folder} -> {target}: {_count(weights)}")
@@ -168,6 +170,23 @@ def _reshape(
     if block:
         config["quantization"] = config["quantization_config"] = block
     return config, weights
+
+
+def _requantised(config: Mapping[str, Any], bits: int | None) -> str:
+    """What is lost when a quantised source is quantised anew; "" where nothing is."""
+    before = {
+        int(kind["bits"])
+        for block in [config.get("quantization") or config.get("quantization_config") or {}]
+        for kind in (block, *block.values())
+        if isinstance(kind, Mapping) and kind.get("bits")
+    }
+    if bits is None or not before:
+        return ""
+    shown = " and ".join(map(str, sorted(before)))
+    return (
+        f"note: the source has {shown} bits already: rounding it to {bits} again loses more, and "
+        "brings nothing back; a full-precision source is better"
+    )
 
 
 def _count(weights: Mapping[str, mx.array]) -> str:

@@ -89,15 +89,19 @@ def verify(
         limits = {**limits, BRANCHES: _rounding(kernels)}
         del kernels
     errors += compare(_build(_read(written)), _build(source()), probe)
-    for error in errors:
-        report(f"  {error.part}: max abs {error.largest:.2e}, relative {error.relative:.2e}")
-    for error in errors:
-        allowed = limits.get(error.part, limits["parts"])
+    allowances = [limits.get(error.part, limits["parts"]) for error in errors]
+    for error, allowed in zip(errors, allowances, strict=True):
+        report(
+            f"  {error.part}: max abs {error.largest:.2e}, relative {error.relative:.2e} "
+            f"(at most {allowed:.0e})"
+        )
+    for error, allowed in zip(errors, allowances, strict=True):
         if not error.relative <= allowed:  # NaN fails too
             raise UsageError(
                 f"the written model is wrong: {error.part} off by {error.relative:.2e} (relative), "
                 f"more than {allowed:.0e}; nothing was kept"
             )
+    report("verified: every part is within its limit")
     return errors
 
 

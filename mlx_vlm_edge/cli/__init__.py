@@ -5,16 +5,19 @@ user's is one line and exit code 2.
 """
 
 import argparse
+import shutil
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__, blas
 from ..errors import UsageError
+from ..wording import printable
 from . import streams
 
 PROGRAM = "mlx-vlm-edge"
 BROKEN_PIPE = 141  # exit code
+WIDE = 90  # columns from which flags have a wider margin
 VERBS = {
     "generate": "answer a question about images",
     "chat": "talk with a model about images",
@@ -25,15 +28,16 @@ VERBS = {
     "bench": "measure time to first token, and the paper's claims",
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
     "export": "export a model to Core ML packages for an app",
-    "doctor": "check this machine, its parts and its arithmetic, or a published model",
+    "doctor": "check this machine, its arithmetic, or a published model",
 }
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Wide enough for flag and text on one line, with the default where there is one."""
+    """As wide as the terminal, up to 100, with the default where there is one."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=100)
+        width = min(100, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=36 if width > WIDE else 28, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.default in (None, False, []) or "default" in (action.help or "")
@@ -97,7 +101,7 @@ def _coded(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UsageError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {printable(str(error), lines=False)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return streams.INTERRUPTED

@@ -28,7 +28,11 @@ BACKENDS = (
 # Flags that are passed on to `stream_generate` as they are.
 SAMPLING = {
     "max_tokens": (int, 256, "tokens to generate at most"),
-    "top_p": (float, 1.0, "nucleus sampling: smallest set of tokens with this probability"),
+    "top_p": (
+        float,
+        1.0,
+        "nucleus sampling: fewest tokens with this probability; 0 or 1: all",
+    ),
     "top_k": (int, 0, "sample from the k likeliest tokens; 0 for all"),
     "min_p": (float, 0.0, "leave out tokens below this share of the likeliest one"),
     "repetition_penalty": (float, 1.0, "above 1: make repeated tokens less likely"),

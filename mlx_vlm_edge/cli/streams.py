@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import BinaryIO, TextIO
+
+from ..wording import printable
 
 INTERRUPTED = 130  # exit code
 STOPPING = "\nstopping when the step under way is done; Ctrl-C again stops at once"
@@ -18,14 +20,17 @@ PATIENCE = 0.2  # seconds until that is said
 @contextmanager
 def safe() -> Iterator[None]:
     _occupy()
-    stderr, sys.stderr = sys.stderr, _Notes(sys.stderr)
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stderr = _Notes(stderr)
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+        if isinstance(stdout, io.TextIOWrapper):
+            stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+            if stdout.isatty():
+                sys.stdout = _Shown(stdout)
         with _second_interrupt_ends():
             yield
     finally:
-        sys.stderr = stderr
+        sys.stdout, sys.stderr = stdout, stderr
 
 
 def _occupy() -> None:
@@ -47,7 +52,7 @@ class _Notes(io.TextIOBase):
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
             if self._stream is not None:
-                self._stream.write(text)
+                self._stream.write(printable(text, progress=True))
                 self._stream.flush()
         return len(text)
 
@@ -56,6 +61,35 @@ class _Notes(io.TextIOBase):
 
     def fileno(self) -> int:
         return 2 if self._stream is None else self._stream.fileno()
+
+
+class _Shown(io.TextIOBase):
+    """stdout at a terminal, which no answer and no name may command; a pipe gets them raw."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """For programs that command the terminal themselves, as an editor of lines does."""
+        return self._stream.buffer
 
 
 class _Interrupts:

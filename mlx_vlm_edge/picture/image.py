@@ -262,7 +262,7 @@ def _learn_heif(name: str) -> None:
         from pi_heif import register_heif_opener
     except ImportError:
         raise UsageError(
-            f"{name}: reading HEIC photos needs pi-heif: pip install 'mlx-vlm-edge[heic]'"
+            f"{name}: reading HEIC photos needs pi-heif: pip install pi-heif"
         ) from None
     register_heif_opener()
 

@@ -38,7 +38,7 @@ def page_image(source: Path | bytes, name: str, number: int | None) -> "Image":
         import pypdfium2
     except ImportError:
         raise UsageError(
-            f"{name}: reading PDF pages needs pypdfium2: pip install 'mlx-vlm-edge[pdf]'"
+            f"{name}: reading PDF pages needs pypdfium2: pip install pypdfium2"
         ) from None
     try:
         with pypdfium2.PdfDocument(source) as document:

@@ -34,7 +34,7 @@ class Video:
     """A video to give in the place of an image.
 
     source: a folder of frames (in the order of their numbers), an animated GIF, or a film (.mp4,
-    .mov, ...; needs `pip install 'mlx-vlm-edge[video]'`). fps: how many frames to take per second,
+    .mov, ...; needs `pip install av`). fps: how many frames to take per second,
     by default what the model was trained with; for a folder, how many frames of it a second has,
     all of which are taken (up to the model's limit).
     """
@@ -163,7 +163,7 @@ def _film(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
         import av
     except ImportError:
         raise UsageError(
-            f"{path}: films other than animated GIFs need PyAV: pip install 'mlx-vlm-edge[video]'"
+            f"{path}: films other than animated GIFs need PyAV: pip install av"
         ) from None
     try:
         with av.open(str(path)) as container:

@@ -116,3 +116,36 @@ def test_an_interrupt_during_the_imports_ends_without_a_traceback(tmp_path):
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == -signal.SIGINT
         assert process.stderr.read() == b""
+
+
+HOSTILE = "no\x1b]0;owned\x07such\x1b[2J.png"
+
+
+def test_a_name_never_reaches_the_terminal_raw():
+    command = [*PROGRAM, "generate", "--model", "demo", "--prompt", "Hi", "--image", HOSTILE]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"]0;owned" in done.stderr
+    assert not {0x1B, 0x07} & set(done.stderr)
+
+
+SAY = """if True:
+    import sys
+    from mlx_vlm_edge.cli import streams
+    with streams.safe():
+        print("an\\x1b[2J answer", flush=True)
+        print("\\r1/2\\x1b[K note\\x07", file=sys.stderr)
+        print(sys.stdout.encoding, sys.stdout.fileno(), sys.stdout.isatty(), sys.stdout.buffer)
+"""
+
+
+def test_an_answer_does_not_command_a_terminal_and_is_whole_in_a_pipe():
+    piped = subprocess.run([sys.executable, "-c", SAY], capture_output=True, check=True)
+    assert piped.stdout.startswith(b"an\x1b[2J answer\n")
+    assert piped.stderr == b"\r1/2\x1b[K note\\x07\n"
+    ours, theirs = os.openpty()
+    subprocess.run([sys.executable, "-c", SAY], stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 4096).replace(b"\r\n", b"\n")
+    os.close(ours)
+    assert b"an\\x1b[2J answer\n\r1/2\x1b[K note\\x07\nutf-8 1 True <_io." in shown

@@ -190,7 +190,8 @@ def test_verify_reports_every_part_and_refuses_a_wrong_one(apple, tmp_path, monk
     convert(apple, tmp_path / "out", bits=8, group_size=32, verify=True, report=lines.append)
     said = "\n".join(lines)
     assert all(f"{part}: max abs" in said for part in PARTS)
-    assert "vision tower: max abs 0.00e+00" in said
+    assert "vision tower: max abs 0.00e+00, relative 0.00e+00 (at most 1e-05)" in said
+    assert lines[-2] == "verified: every part is within its limit"
     real = pipeline.save_weights
 
     def faulty(folder, weights, **options):

@@ -206,7 +206,7 @@ def test_pages_of_a_pdf(tmp_path):
 
 def test_a_pdf_names_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pypdfium2", None)
-    assert "mlx-vlm-edge[pdf]" in message(b"%PDF-1.7 ...")
+    assert "pip install pypdfium2" in message(b"%PDF-1.7 ...")
 
 
 # Servers

@@ -34,7 +34,7 @@ def authoring() -> Any:
         return import_module("coreai.authoring")
     except ImportError:
         raise UsageError(
-            "Core AI export needs coreai-core: pip install 'mlx-vlm-edge[coreai]' "
+            "Core AI export needs coreai-core: pip install coremltools coreai-core==1.0.0b3 "
             "(macOS, or Linux with glibc 2.34 or newer)"
         ) from None
 

@@ -81,7 +81,7 @@ def test_an_operation_without_translation_is_named(runtime):
 def test_without_the_extra_one_line_says_so(tools, native_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "coreai.authoring", None)
     assert export(native_folder, tmp_path / "bundle", "--no-verify") == 2
-    assert "pip install 'mlx-vlm-edge[coreai]'" in capsys.readouterr().err
+    assert "pip install coremltools coreai-core==1.0.0b3" in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
 
 

@@ -237,7 +237,7 @@ def test_a_user_s_mistakes_are_one_line(arguments, said, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--part", "vision"], "is not empty"),
-        (["--format", "coreai"], "pip install 'mlx-vlm-edge[coreai]'"),
+        (["--format", "coreai"], "pip install coremltools coreai-core==1.0.0b3"),
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
     ],
 )
@@ -289,7 +289,7 @@ def test_without_the_extra_one_line_names_it(tmp_path):
     result = run(WITHOUT, tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "mlx-vlm-edge: error: Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
+        "mlx-vlm-edge: error: Core ML export needs coremltools: pip install coremltools"
     ]
 
 

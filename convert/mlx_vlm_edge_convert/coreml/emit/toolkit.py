@@ -59,7 +59,5 @@ def tools() -> Tools:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "coremltools":
             raise
-        raise UsageError(
-            "Core ML export needs coremltools: pip install 'mlx-vlm-edge[coreml]'"
-        ) from None
+        raise UsageError("Core ML export needs coremltools: pip install coremltools") from None
     return Tools(ct, mil.Builder, types)

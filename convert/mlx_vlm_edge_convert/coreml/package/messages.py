@@ -33,9 +33,7 @@ def model_class() -> Any:
         return import_module(f"{_FOLDER}.Model_pb2").Model
     spec = importlib.util.find_spec(_OWNER)
     if spec is None or spec.origin is None:
-        raise UsageError(
-            "Core ML packages are read with coremltools: pip install 'mlx-vlm-edge[coreml]'"
-        )
+        raise UsageError("Core ML packages are read with coremltools: pip install coremltools")
     root = Path(spec.origin).parent
     before = set(sys.modules)
     for name, folder in ((_OWNER, root), (_FOLDER, root / "proto")):
