@@ -45,20 +45,14 @@ def normalize(
     Raises UsageError for what is not a chat, and where pictures and places differ in number.
     """
     if isinstance(prompt, str):
-        check_question(prompt)
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | tuple) or not prompt:
         raise UsageError("the prompt must be a text or a list of messages, not empty")
     messages = [_message(message) for message in prompt]
     if messages[-1]["role"] != "user":
         raise UsageError("the last message must be the user's: there is nothing to answer")
-    if not any(_places(message["content"]) for message in messages):
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        parts = [{"type": kind_of(image)} for image in images] + messages[first]["content"]
-        messages[first] = {**messages[first], "content": parts}
-    asked = messages[-1]["content"]
-    if not any(part["type"] != "text" or part["text"].strip() for part in asked):
-        raise UsageError("the question is empty: ask something")
+    messages = _with_places(messages, images)
+    _check_asked(messages[-1]["content"])
     places = [part for message in messages for part in _places(message["content"])]
     sources = _filled(places, images, "given", "the prompt has")
     return [_without_sources(message) for message in messages], sources
@@ -72,6 +66,21 @@ def kind_of(image: Any) -> str:
 def count(number: int, noun: str) -> str:
     """ "1 image", "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _with_places(messages: list[Message], images: Sequence[Any]) -> list[Message]:
+    """The messages with places for `images` before the first user's words, if they have none."""
+    if any(_places(message["content"]) for message in messages):
+        return messages
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    parts = [{"type": kind_of(image)} for image in images] + messages[first]["content"]
+    return [*messages[:first], {**messages[first], "content": parts}, *messages[first + 1 :]]
+
+
+def _check_asked(parts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError for a last message of neither a picture nor a word."""
+    if not _places(parts):
+        check_question("".join(part["text"] for part in parts))
 
 
 def _places(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -103,24 +112,33 @@ def _message(message: Any) -> Message:
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise UsageError("a message must be an object with 'role' and 'content'")
     _refuse_unknown(message, _MESSAGE_KEYS, "a message")
-    role, content = message["role"], message["content"]
+    role = message["role"]
     if role not in ROLES:
         raise UsageError(f"role {quoted(role)} is not one of {', '.join(ROLES)}")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list | tuple):
-        raise UsageError("a message's content must be a text or a list of parts")
-    parts = [_part(part) for part in content]
-    beside = [image for key in ("image", "images") for image in _listed(message.get(key))]
-    if beside and any(_SOURCE not in part for part in _places(parts)):
-        sources = iter(_filled(_places(parts), beside, "beside its text", "a message has"))
-        parts = [part if part["type"] == "text" else {**part, _SOURCE: next(sources)}
-                 for part in parts]  # fmt: skip
-    else:
-        parts = [*({"type": kind_of(image), _SOURCE: image} for image in beside), *parts]
+    beside = [*_listed(message.get("image")), *_listed(message.get("images"))]
+    parts = _with_pictures(_parts(message["content"]), beside)
     if role != "user" and (places := _places(parts)):
         raise UsageError(f"{places[0]['type']}s belong to the user's messages, not the {role}'s")
     return {"role": role, "content": parts}
+
+
+def _parts(content: Any) -> list[Mapping[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise UsageError("a message's content must be a text or a list of parts")
+    return [_part(part) for part in content]
+
+
+def _with_pictures(
+    parts: list[Mapping[str, Any]], beside: Sequence[Any]
+) -> list[Mapping[str, Any]]:
+    """The parts with the pictures beside them: in the parts that wait for one, else in front."""
+    places = _places(parts)
+    if not beside or all(_SOURCE in place for place in places):
+        return [*({"type": kind_of(image), _SOURCE: image} for image in beside), *parts]
+    sources = iter(_filled(places, beside, "beside its text", "a message has"))
+    return [part if part["type"] == "text" else {**part, _SOURCE: next(sources)} for part in parts]
 
 
 def _listed(images: Any) -> list[Any]:

@@ -137,9 +137,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _check_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        _check_call(__obj, args, kwargs)
-        return __self.weighed(super().call(__context, __obj, *args, **kwargs))
+    def call(self, context: Any, one: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_call(one, args, kwargs)
+        return self.weighed(super().call(context, one, *args, **kwargs))
 
     def _checked(self, one: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose arguments and results are held against the limits."""
@@ -189,17 +189,26 @@ def _check_call(one: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         raise TooMuch(f"a number in it is too large for {name or 'a call'}")
     if name == "translate" or (name == "do_indent" and len(texts) > 1):
         raise TooMuch(f"it uses {name} as no chat does")
-    if name in ("replace", "do_replace") and len(texts) > 2:
+    match name.removeprefix("do_"):  # as Jinja names its filters
+        case "replace":
+            _check_replace(texts)
+        case "join":
+            _check_join(max(map(len, texts), default=0), values)
+        case "format" | "format_map" if texts:
+            _check_format(texts[0], values)
+
+
+def _check_replace(texts: list[str]) -> None:
+    if len(texts) > 2:
         text, old, new = texts[:3]
         _spent.get().make(text.count(old) * len(new))
-    if name in ("join", "do_join"):
-        between = max(map(len, texts), default=0)
-        for items in values:
-            if isinstance(items, list | tuple | dict):
-                _spent.get().make(between * len(items))
-                _spent.get().weigh(items)
-    if name in ("format", "do_format", "format_map") and texts:
-        _check_format(texts[0], values)
+
+
+def _check_join(between: int, values: list[Any]) -> None:
+    for items in values:
+        if isinstance(items, list | tuple | dict):
+            _spent.get().make(between * len(items))
+            _spent.get().weigh(items)
 
 
 class Generation(Extension):

@@ -38,6 +38,14 @@ class Vocabulary:
     byte_fallback: bool
     dummy_prefix: bool
 
+    def check(self) -> None:
+        """Raises ValueError for what no model has."""
+        pieces = self.pieces
+        if len(set(pieces)) != len(pieces) or max(map(len, pieces)) > LONGEST_PIECE:
+            raise ValueError("a piece that is there twice or is no word")
+        if UNKNOWN not in self.types or not all(map(math.isfinite, self.scores)):
+            raise ValueError("no token for the unknown, or a score that is no number")
+
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a BPE model that does not normalise text.
@@ -50,38 +58,46 @@ def read_vocabulary(path: Path) -> Vocabulary:
             f"{path}: a tiktoken file, as Llama 3's original folder has, and no SentencePiece "
             "model: take the folder for transformers, which has a tokenizer.json"
         )
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    pieces: list[dict[int, Any]] = []
-    for field, value in _fields(data):
-        if field == 1:
-            pieces.append(dict(_fields(value)))
-        elif field == 2:
-            trainer = dict(_fields(value))
-        elif field == 3:
-            normalizer = dict(_fields(value))
-    if not pieces:
-        raise ValueError("no pieces in it")
-    if trainer.get(3, 1) != BPE:
-        raise UsageError(f"{path}: not a BPE model; {_REMEDY}")
-    if normalizer.get(2) or normalizer.get(4, 1) or trainer.get(24, 0):
-        raise UsageError(f"{path}: a model that changes its text first; {_REMEDY}")
-    types = tuple(piece.get(3, NORMAL) for piece in pieces)
-    if USER_DEFINED in types:
-        raise UsageError(f"{path}: a model with symbols of its users; {_REMEDY}")
-    texts = tuple(piece[1].decode() for piece in pieces)
-    scores = tuple(struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces)
-    if len(set(texts)) != len(texts) or max(map(len, texts)) > LONGEST_PIECE:
-        raise ValueError("a piece that is there twice or is no word")
-    if UNKNOWN not in types or not all(map(math.isfinite, scores)):
-        raise ValueError("no token for the unknown, or a score that is no number")
-    return Vocabulary(
-        pieces=texts,
-        scores=scores,
-        types=types,
-        byte_fallback=bool(trainer.get(35, 0)),
-        dummy_prefix=bool(normalizer.get(3, 1)),
+    model = _Model(data)
+    if reason := model.other_kind():
+        raise UsageError(f"{path}: {reason}; {_REMEDY}")
+    vocabulary = Vocabulary(
+        pieces=tuple(piece[1].decode() for piece in model.pieces),
+        scores=tuple(struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in model.pieces),
+        types=tuple(piece.get(3, NORMAL) for piece in model.pieces),
+        byte_fallback=bool(model.trainer.get(35, 0)),
+        dummy_prefix=bool(model.normalizer.get(3, 1)),
     )
+    vocabulary.check()
+    return vocabulary
+
+
+class _Model:
+    """The parts of a ModelProto, each a message by its field numbers. Raises for a damaged one."""
+
+    def __init__(self, data: bytes) -> None:
+        self.trainer: dict[int, Any] = {}
+        self.normalizer: dict[int, Any] = {}
+        self.pieces: list[dict[int, Any]] = []
+        for field, value in _fields(data):
+            if field == 1:
+                self.pieces.append(dict(_fields(value)))
+            elif field == 2:
+                self.trainer = dict(_fields(value))
+            elif field == 3:
+                self.normalizer = dict(_fields(value))
+        if not self.pieces:
+            raise ValueError("no pieces in it")
+
+    def other_kind(self) -> str | None:
+        """What it is where it is not a BPE model that takes its text as it stands."""
+        if self.trainer.get(3, 1) != BPE:
+            return "not a BPE model"
+        if self.normalizer.get(2) or self.normalizer.get(4, 1) or self.trainer.get(24, 0):
+            return "a model that changes its text first"
+        if any(piece.get(3, NORMAL) == USER_DEFINED for piece in self.pieces):
+            return "a model with symbols of its users"
+        return None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
