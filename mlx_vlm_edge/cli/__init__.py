@@ -5,7 +5,6 @@ user's is one line and exit code 2.
 """
 
 import argparse
-import shutil
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -36,7 +35,9 @@ class HelpFormatter(argparse.HelpFormatter):
     """As wide as the terminal, up to 100, with the default where there is one."""
 
     def __init__(self, prog: str) -> None:
-        width = min(100, shutil.get_terminal_size().columns)
+        from shutil import get_terminal_size  # which brings decompressors along
+
+        width = min(100, get_terminal_size().columns)
         super().__init__(prog, max_help_position=36 if width > WIDE else 28, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str:

@@ -3,12 +3,14 @@ chosen before (penalties, a grammar), and what they were likely to be."""
 
 from collections import deque
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from .grammar import Matcher
 from .sampling import Sampling, make_sampler, penalize, penalize_counted
+
+if TYPE_CHECKING:
+    from .grammar import Matcher
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TokenSampler:
         sampling: Sampling,
         prompt: mx.array,
         logprobs: int | None = None,
-        matcher: Matcher | None = None,
+        matcher: "Matcher | None" = None,
     ) -> None:
         self._draw, self._sampling, self._matcher = make_sampler(sampling), sampling, matcher
         self._recent = [prompt[-sampling.repetition_context_size :]]

@@ -20,11 +20,11 @@ from ..timings import Clock, Steps, Timer
 from .answer import Answer
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
-from .grammar import Grammar, Matcher
 from .keywords import AnswerKeywords, OptionKeywords
 from .sampling import Sampling, StopStrings, check_number
 
 if TYPE_CHECKING:
+    from .grammar import Grammar
     from .prefix import PrefixCache, Run
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
@@ -77,11 +77,15 @@ class Options(Sampling):
         _ = self.grammar  # or a clear line, before anything is loaded
 
     @cached_property
-    def grammar(self) -> Grammar | None:
+    def grammar(self) -> "Grammar | None":
         """What the answer must look like, None for anything."""
+        if self.choices is None and self.schema is None:
+            return None
+        from .grammar import Grammar
+
         if self.choices is not None:
             return Grammar.choices(self.choices)
-        return None if self.schema is None else Grammar.json_schema(self.schema)
+        return Grammar.json_schema(self.schema or {})
 
 
 @overload
@@ -292,6 +296,8 @@ def token_sampler(
     sampling = Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
     matcher = None
     if options.grammar is not None:
+        from .grammar import Matcher
+
         vocabulary = model.language_model.config.vocab_size
         matcher = Matcher(
             options.grammar, processor.tokenizer, sorted(processor.eos_ids), vocabulary

@@ -4,7 +4,6 @@ Everything random has an explicit key, so that a seed repeats a run whatever els
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +80,8 @@ def make_sampler(sampling: Sampling) -> Sampler:
         steps.append(lambda logits: keep_min_p(logits, sampling.min_p))
     if sampling.top_k > 0:
         steps.append(lambda logits: keep_top_k(logits, sampling.top_k))
+    import random  # and with it hashlib, which greedy answers do without
+
     seeds = random.Random(sampling.seed)  # of the system's randomness for None
 
     def sample(logits: mx.array) -> mx.array:

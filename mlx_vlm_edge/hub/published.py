@@ -3,7 +3,6 @@
 The record is written before the first byte is fetched, so that a download that died is known.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -78,6 +77,8 @@ def differing(snapshot: Path, files: Files) -> list[str]:
 
 def digest(path: Path, like: str) -> str:
     """The hash of a file, of the kind that another one is: sha256, or git's of a blob."""
+    import hashlib
+
     with path.open("rb") as file:
         if _SHA256.fullmatch(like):
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 
 from .. import blas, forked
 from ..checkpoint.config import read_config
-from ..checkpoint.identity import identity
 from ..checkpoint.weights import DTYPES, check_finite
 from ..errors import UsageError, check_keywords
 from ..hub.models import obtain
@@ -155,8 +154,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         *_, (kind, model) = _reading(folder, options)
         tokenizer = parsing.wait()
     tokenizer.check_rows(model.config.text.vocab_size)
-    settings = options.dtype, options.bits, options.vision_backend
-    model.identity = f"{identity(folder)} {settings}"
+    model.identify = partial(_identity, folder, options)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
     processor.offline = options.offline
@@ -193,6 +191,12 @@ def _reading(
     yield kind, model
 
 
+def _identity(folder: Path, options: LoadOptions) -> str:
+    from ..checkpoint.identity import identity
+
+    return f"{identity(folder)} {(options.dtype, options.bits, options.vision_backend)}"
+
+
 def use_backend(
     model: VisionLanguageModel, processor: Processor, weights: Path | str, setting: str
 ) -> None:
@@ -206,6 +210,8 @@ def use_backend(
 
     name = called = str(weights)
     if isinstance(weights, Path):
+        from ..checkpoint.identity import identity
+
         name, called = identity(weights), label(weights)
     pixels = processor.preprocess(open_image(np.zeros((BLANK, BLANK, 3), np.uint8)))
     size = pixels.data.shape[-3], pixels.data.shape[-2]

@@ -60,8 +60,14 @@ class VisionLanguageModel(nn.Module):
     tower_name = "vision_tower"
     connector_name: str | None = "mm_projector"
     encoder: Callable[[np.ndarray], mx.array] | None = None
-    identity: str | None = None  # of its weights and settings, for what outlives the process
+    identify: Callable[[], str] | None = None  # see `identity`
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
+
+    @property
+    def identity(self) -> str | None:
+        """What stands for the weights and settings of a model that was read from files, for what
+        outlives the process; None for one that was not."""
+        return None if self.identify is None else self.identify()
 
     @property
     def tower(self) -> Any:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import files
 from ..errors import Refusing, UsageError
 from ..wording import quoted
-from . import sentencepiece
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -74,11 +73,17 @@ def _backend(folder: Path, config: Mapping[str, Any]) -> "Backend":
         case files.VOCAB_AND_MERGES:
             return _qwen2(folder, config)
         case files.TOKENIZER_MODEL:
-            return sentencepiece.backend(pieces)
+            return _pieces_backend(pieces)
     raise UsageError(
         f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
         "copy the tokenizer's files from the original model"
     )
+
+
+def _pieces_backend(pieces: Path) -> "Backend":
+    from . import sentencepiece  # which most tokenizers do without
+
+    return sentencepiece.backend(pieces)
 
 
 def _from_pieces(pieces: Path, saved: "Backend") -> "Backend":
@@ -93,7 +98,7 @@ def _from_pieces(pieces: Path, saved: "Backend") -> "Backend":
         for id, token in saved.get_added_tokens_decoder().items()
     }
     try:
-        backend = sentencepiece.backend(pieces)
+        backend = _pieces_backend(pieces)
         add_tokens(backend, added, pieces)
     except UsageError:
         return saved

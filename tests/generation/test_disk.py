@@ -66,7 +66,7 @@ def test_other_weights_settings_and_models_see_nothing(demo, folder):
 
 
 def test_a_model_without_files_keeps_nothing_there(demo, folder, monkeypatch):
-    monkeypatch.setattr(demo[0], "identity", None)
+    monkeypatch.setattr(demo[0], "identify", None)
     ask(demo, folder, DESCRIBE.question)
     assert entries(folder) == []
 
