@@ -40,13 +40,18 @@ class FamilyConfig(Protocol):
 C = TypeVar("C", bound=FamilyConfig)
 
 
+def _none(config: FamilyConfig) -> dict[str, int]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family(Generic[C]):
     """Config -> (processor, model), and native weights -> the model's parameters.
 
     Model: built from a config alone, its parameters unevaluated. rename: a native weight's name ->
     its parameter's. fold: renamed native weights -> the parameters. is_native: whether weights are
-    in the native layout, by their names and shapes.
+    in the native layout, by their names and shapes. own_tokens: those whose ids the model itself
+    has, so that every tokenizer of it has them there.
     """
 
     Config: type[C]
@@ -55,3 +60,4 @@ class Family(Generic[C]):
     rename: Callable[[str], str]
     fold: Callable[[Weights, C], dict[str, mx.array]]
     is_native: Callable[[Mapping[str, mx.array]], bool]
+    own_tokens: Callable[[C], dict[str, int]] = _none

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checkpoint.config import PREPROCESSOR
+from ..checkpoint.config import PREPROCESSOR, first
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..language.persimmon import LanguageModel, TextConfig
@@ -267,4 +267,12 @@ class Processor(prompt.Processor):
         return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual
 
 
-FAMILY = Family(Config, Processor, Model, rename, fold, is_native)
+def own_tokens(config: Config) -> dict[str, int]:
+    """The picture's token and the line end's."""
+    return {
+        IMAGE_TOKEN: first(config.image_token_id, IMAGE_ID),
+        NEWLINE_TOKEN: first(config.image_newline_id, NEWLINE_ID),
+    }
+
+
+FAMILY = Family(Config, Processor, Model, rename, fold, is_native, own_tokens)

@@ -8,8 +8,7 @@ spelled in bytes; what is left of the vocabulary is named by its number.
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_vlm_edge.checkpoint.config import first
-from mlx_vlm_edge.models import fuyu
+from mlx_vlm_edge.models.contract import Family
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -33,15 +32,15 @@ SPACE = "Ġ"  # a space in byte-level BPE's alphabet
 BYTES = 256
 
 
-def random_tokenizer(vocab_size: int, config: Any) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` tokens for the family's `config`.
+def random_tokenizer(vocab_size: int, family: Family[Any], config: Any) -> Tokenizer:
+    """A tokenizer of exactly `vocab_size` tokens for a family's `config`.
 
     A prompt has as many tokens with any size that has room for the words.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    fixed, spells = _fixed(config), config.text.vocab_size > LLAMA_3_VOCABULARY
+    fixed, spells = family.own_tokens(config), config.text.vocab_size > LLAMA_3_VOCABULARY
     special = SPECIAL if spells else SPECIAL + MARKERS
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens, merges = _merges(SPELLED if spells else ())
@@ -61,16 +60,6 @@ def random_tokenizer(vocab_size: int, config: Any) -> Tokenizer:
         [AddedToken(token, special=True, normalized=False) for token in (*fixed, *special)]
     )
     return Tokenizer(backend)
-
-
-def _fixed(config: Any) -> dict[str, int]:
-    """The tokens whose ids the model itself has: Fuyu's picture and line end."""
-    if not isinstance(config, fuyu.Config):
-        return {}
-    return {
-        fuyu.IMAGE_TOKEN: first(config.image_token_id, fuyu.IMAGE_ID),
-        fuyu.NEWLINE_TOKEN: first(config.image_newline_id, fuyu.NEWLINE_ID),
-    }
 
 
 def _merges(more: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

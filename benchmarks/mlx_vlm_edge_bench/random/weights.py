@@ -59,7 +59,7 @@ def processor_of(plan: Blueprint, words_only: bool = False) -> Processor:
     size = (
         min(WORDS_ONLY, plan.config.text.vocab_size) if words_only else plan.config.text.vocab_size
     )
-    tokenizer = random_tokenizer(size, plan.config)
+    tokenizer = random_tokenizer(size, plan.family, plan.config)
     return plan.family.Processor(plan.config, tokenizer, plan.asked)
 
 
