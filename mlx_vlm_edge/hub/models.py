@@ -35,6 +35,8 @@ ALIASES: dict[str, str] = {
     "mobilevlm-3b": "mtgv/MobileVLM-3B",
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "sharegpt4v-7b": "Lin-Chen/ShareGPT4V-7B",
+    "sharegpt4v-13b": "Lin-Chen/ShareGPT4V-13B",
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"

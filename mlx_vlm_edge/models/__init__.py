@@ -20,6 +20,7 @@ FAMILIES = {
     "eve-qwen2": "eve2",
     "llava": "llava",
     "llava_llama": "llava",
+    "share4v": "llava",
     "mobilevlm": "mobilevlm",
     "llava_onevision": "llava_onevision",
     "llava_qwen": "llava_onevision",

@@ -45,6 +45,8 @@ LLAMAS = {
     "mobilevlm-3b": (2560, 6912, 32, published.ldp, 32000),
     "llava-1.5-7b": (4096, 11008, 32, published.mlp, 32064),
     "llava-1.5-13b": (5120, 13824, 40, published.mlp, 32064),
+    "sharegpt4v-7b": (4096, 11008, 32, published.mlp, 32000),
+    "sharegpt4v-13b": (5120, 13824, 40, published.mlp, 32000),
 }
 # What is left, in millions of parameters: the published sizes of its parts.
 COUNTED = {"llava-onevision-0.5b": 894, "eve-7b-hd-v2": 14_140}

@@ -186,7 +186,7 @@ def test_show_of_an_alias_needs_nobody(cached, capsys, monkeypatch):
 IDEFICS3, SMOLVLM, SMOLVLM_2B = (2197, 2197, 2873), (832, 832, 1088), (1053, 1053, 1377)
 TOKENS = {
     "fastvlm-0.5b": 256, "fastvlm-1.5b": 256, "fastvlm-7b": 256,
-    "llava-1.5-7b": 576, "llava-1.5-13b": 576,
+    "llava-1.5-7b": 576, "llava-1.5-13b": 576, "sharegpt4v-7b": 576, "sharegpt4v-13b": 576,
     "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
     "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
     "llava-onevision-0.5b": (2929, 7269, 7371),

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert
+from mlx_vlm_edge_convert.pipeline import native_config
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from mlx_vlm_edge import kernels, load, stream_generate
+from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.connectors import mlp
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import quantized
@@ -479,3 +481,43 @@ def test_a_quantised_connector_is_read(folders, tmp_path):
     model, processor = load(str(out))
     assert isinstance(model.mm_projector.layers[2], QUANTISED)
     assert model(processor("Hi", images=[picture()])).shape[-1] == theirs.VOCAB
+
+
+# ShareGPT4V: LLaVA-1.5's architecture with a CLIP tower of its own.
+
+
+@pytest.mark.parametrize("size", ["7B", "13B"])
+def test_sharegpt4vs_own_config_is_the_shipped_one(size):
+    tower = f"Lin-Chen/ShareGPT4V-{size}_Pretrained_vit-large336-l12"
+    shipped = configs.read(f"sharegpt4v-{size.lower()}")
+    flat = {
+        **shipped["text_config"],
+        **{key: value for key, value in theirs.ORIGINAL.items() if key.startswith("mm_use")},
+        "model_type": "share4v",
+        "architectures": ["Share4VLlamaForCausalLM"],
+        "image_aspect_ratio": "pad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": tower,
+    }
+    assert llava.Config.from_dict(native_config(flat)) == llava.Config.from_dict(shipped)
+
+
+def test_an_embedded_tower_goes_before_the_one_that_the_config_names(folders, loaded, tmp_path):
+    """ShareGPT4V's is trained along: OpenAI's in its place would be another model."""
+    folder = shutil.copytree(folders["original"], tmp_path / "copy")
+    name = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"  # not on this machine
+    config = theirs.config("original", model_type="share4v", mm_vision_tower=name)
+    (folder / "config.json").write_text(json.dumps(config))
+    got, want = parameters(load(str(folder))[0]), parameters(loaded["original"][0])
+    assert all(mx.array_equal(got[key], want[key]) for key in want)
+
+
+def test_sharegpt4v_without_its_tower_names_its_own(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = shutil.copytree(folders["towerless"], tmp_path / "copy")
+    name = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"
+    config = theirs.config("towerless", model_type="share4v", mm_vision_tower=name)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"models pull {name}"):
+        load(str(folder))

@@ -18,7 +18,11 @@ from ..rules import Arrays, Rule, apply
 from .vit import TOWER, tower_rules
 
 HEAD_WIDTH = 64  # of every CLIP vision transformer; shapes do not tell the number of heads
-_USUAL = "openai/clip-vit-large-patch14-336"
+_VIT_L_336 = (  # OpenAI's, and the two that ShareGPT4V trained on from it
+    "openai/clip-vit-large-patch14-336",
+    "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12",
+    "Lin-Chen/ShareGPT4V-13B_Pretrained_vit-large336-l12",
+)
 _CONSTANTS = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _NOT_VISION = Rule(
     r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
@@ -30,13 +34,13 @@ _NOT_VISION = Rule(
 def published_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A config's `vision_config` or, without weights that tell, that of the tower it names.
 
-    Raises UsageError for a tower other than the one of nearly every LLaVA.
+    Raises UsageError for a tower other than the CLIP ViT-L/14-336 of nearly every LLaVA.
     """
     own: Mapping[str, Any] | None = config.get("vision_config")
     if own:
         return own
     name = config.get("mm_vision_tower")
-    if name != _USUAL:
+    if name not in _VIT_L_336:
         raise UsageError(f"config.json has no vision_config, and {name!r} is not known")
     published: Mapping[str, Any] = configs.read("llava-1.5-7b")["vision_config"]
     return published
