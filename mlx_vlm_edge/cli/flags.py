@@ -61,6 +61,11 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
+    group.add_argument(
+        "--max-memory", metavar="SIZE",
+        help="take no more than this, as 6GB: what will not fit is refused before it is read "
+        "(default: what the machine has)",
+    )  # fmt: skip
     group.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
 
 
@@ -187,10 +192,25 @@ def load_options(args: argparse.Namespace) -> "LoadOptions":
     return options
 
 
+def fit_into_memory(args: argparse.Namespace, name: str, options: "LoadOptions") -> None:
+    """Raises UsageError for a model and an answer that do not fit; limits what MLX takes."""
+    from ..loading.fitting import check_fits, limit_buffers
+
+    limit = None
+    if args.max_memory is not None:
+        from ..loading.memory import parse_size
+
+        limit = parse_size(args.max_memory)
+    check_fits(name, options, limit, args.max_tokens)
+    limit_buffers(limit)
+
+
 def load_model(args: argparse.Namespace, name: str) -> "tuple[VisionLanguageModel, Processor]":
-    """The whole model that the same flags ask for."""
+    """The whole model that the same flags ask for, where it fits into memory."""
     from ..loading.load import start_loading
 
-    model, processor = start_loading(name, load_options(args))
+    options = load_options(args)
+    fit_into_memory(args, name, options)
+    model, processor = start_loading(name, options)
     model.finish_loading()
     return model, processor

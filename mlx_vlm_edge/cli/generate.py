@@ -13,6 +13,7 @@ from .flags import (
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
+    fit_into_memory,
     load_options,
     prefix_cache,
     sampling_options,
@@ -100,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     from ..generation.loop import stream_generate
     from ..loading.load import start_loading
 
-    model, processor = start_loading(args.model or default_model(), loading)
+    name = args.model or default_model()
+    fit_into_memory(args, name, loading)
+    model, processor = start_loading(name, loading)
     if args.verbose or args.json:
         model.finish_loading()  # so that no time of loading is taken for one of answering
     results = stream_generate(

@@ -78,7 +78,7 @@ def refuse_too_large(name: str, parts: Mapping[str, int], limit: int | None) -> 
         return
     shown = " + ".join(f"{gigabytes(size)} {part}" for part, size in parts.items() if size)
     raise UsageError(
-        f"{name} would take {gigabytes(total)} ({shown}) and {gigabytes(limit)} are free: "
+        f"{name} would take {gigabytes(total)} ({shown}) and {gigabytes(limit)} are there: "
         "take a smaller model, fewer bits or bfloat16, or close other programs"
     )
 

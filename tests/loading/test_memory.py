@@ -51,7 +51,7 @@ def test_what_will_not_fit_is_refused_with_the_figures():
         memory.fit("fastvlm-7b", cost, 8_000_000_000)
     assert "fastvlm-7b would take 16.3" in str(refused.value)
     assert "(15.52 GB weights + 18 MB KV cache + " in str(refused.value)
-    assert "8.00 GB are free" in str(refused.value)
+    assert "8.00 GB are there" in str(refused.value)
     memory.refuse_too_large("fastvlm-7b", parts, 18_000_000_000)
     memory.refuse_too_large("fastvlm-7b", parts, None)
 

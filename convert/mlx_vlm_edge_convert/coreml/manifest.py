@@ -16,6 +16,7 @@ from .package.malformed import reading
 from .parity import Check
 from .part import MINIMUM, Options, Part
 from .parts.encoders import AppPixels
+from .phones import budget
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -66,7 +67,9 @@ def preprocessing_entry(pixels: AppPixels) -> dict[str, Any]:
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write manifest.json with the hashes of the files that are in the folder."""
     files = {path.relative_to(folder).as_posix(): digest(path) for path in _files(folder)}
-    save_json(folder / NAME, {"format": FORMAT, **content, "files": files})
+    nbytes = sum((folder / name).stat().st_size for name in files)
+    whole = {"format": FORMAT, **content, "memory": budget(nbytes), "files": files}
+    save_json(folder / NAME, whole)
 
 
 def listed(folder: Path) -> Collection[str]:

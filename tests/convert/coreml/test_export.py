@@ -38,6 +38,17 @@ def bundle(tools, tmp_path_factory):
     return folder, said
 
 
+def test_the_manifest_says_what_a_bundle_takes_of_a_phone(bundle):
+    folder, _ = bundle
+    content = manifest.read(folder)
+    memory = content["memory"]
+    assert memory["files"] == sum((folder / name).stat().st_size for name in content["files"])
+    assert [phone["memory_gb"] for phone in memory["phones"]] == [4, 6, 8, 12]
+    smallest = memory["phones"][0]
+    assert smallest["share"] == round(memory["files"] / 2e9, 3)
+    assert smallest["entitled_share"] == pytest.approx(smallest["share"] * 2 / 3, abs=1e-3)
+
+
 def test_the_bundle_is_what_its_manifest_says(bundle):
     folder, said = bundle
     content = manifest.read(folder)

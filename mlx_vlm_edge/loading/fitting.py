@@ -1,0 +1,122 @@
+"""A model's name, its settings and a limit of memory -> nothing, or a refusal with what would fit.
+
+Asked before anything is read, and before anything is fetched where the config is shipped.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.files import weight_files
+from ..errors import UsageError
+from ..hub.cache import local_snapshot
+from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
+from ..wording import gigabytes
+from .load import LoadOptions
+
+BUFFERS = 1 << 30  # bytes of freed buffers that MLX may keep for reuse
+PLAINLY = 4  # times the bytes of its weights, in which any model fits: float32 of 16 bits, and more
+
+
+def limit_buffers(limit: int | None = None) -> None:
+    """Have MLX keep no more than 1 GiB of freed buffers, and take no more than `limit` in all.
+
+    Without a limit Metal keeps as much as the machine has. A smaller one, as of a CPU, stays.
+    """
+    before = mx.set_cache_limit(BUFFERS)
+    if before < BUFFERS:
+        mx.set_cache_limit(before)
+    if limit is not None:
+        mx.set_memory_limit(limit)
+
+
+def check_fits(name: str, options: LoadOptions, limit: int | None, answer: int) -> None:
+    """Raises UsageError, with the setting that would fit, for what does not: a question about a
+    picture, and an answer of that many tokens.
+
+    limit: bytes; None for what the machine has, which is not asked further where it is plainly
+    enough.
+    """
+    total = limit or _total()
+    if total is None or (limit is None and _weights(name, options) * PLAINLY < total):
+        return
+    from . import memory
+
+    config = _config(name, options)
+    cost = _needed(config, options)
+    wanted = cost.prompt_tokens + answer
+    try:
+        room = memory.fit(name, cost, total, wanted)
+    except UsageError as error:
+        least = cost.prompt_tokens + 1
+        fitting = (
+            f"{said} takes {gigabytes(size)}"
+            for said, size in _smaller(config, options, least)
+            if size <= total
+        )
+        raise UsageError("; ".join([str(error), *list(fitting)[:1]])) from None
+    if room < wanted:
+        raise UsageError(
+            f"{name} in {gigabytes(total)} has room for {room:,} positions, {wanted:,} are wanted: "
+            f"--max-tokens {room - cost.prompt_tokens} fits"
+        )
+
+
+def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterator[tuple[str, int]]:
+    """Settings that take less, from the one that changes least; bytes of each."""
+    from . import memory
+
+    changes: dict[str, dict[str, Any]] = {"--dtype bfloat16": {"dtype": "bfloat16"}}
+    if not config.get("quantization"):
+        changes |= {f"--bits {bits}": {"bits": bits} for bits in (8, 4)}
+        changes["--bits 4 --dtype bfloat16"] = {"bits": 4, "dtype": "bfloat16"}
+    for said, change in changes.items():
+        if all(getattr(options, key) == value for key, value in change.items()):
+            continue
+        parts = memory.by_use(_needed(config, replace(options, **change)), least)
+        yield said, sum(parts.values())
+
+
+def _needed(config: dict[str, Any], options: LoadOptions) -> Any:
+    from . import memory
+
+    return memory.needed(
+        config, dtype=options.dtype, quantize=options.bits, asked=options.preprocessing
+    )
+
+
+def _config(name: str, options: LoadOptions) -> dict[str, Any]:
+    """The native config: as shipped of a model that is not here, else of the model, fetched."""
+    from ..checkpoint import configs
+    from ..checkpoint.config import read_config
+    from .cost import native
+
+    if name.lower() in ALIASES and local_snapshot(repo_id(name), options.revision) is None:
+        return configs.read(name)
+    folder = obtain(name, revision=options.revision, offline=options.offline)
+    return native(read_config(folder))
+
+
+def _weights(name: str, options: LoadOptions) -> float:
+    """Bytes of a model's weights on the disk; infinite of one that is not here."""
+    if name == DEMO:
+        return 0
+    path = expanded(name)
+    folder = path if path.is_dir() else local_snapshot(repo_id(name), options.revision)
+    if folder is None:
+        return float("inf")
+    try:
+        return sum(file.stat().st_size for file in weight_files(folder))
+    except (UsageError, OSError):  # which `load` tells
+        return 0
+
+
+def _total() -> int | None:
+    """Bytes of memory that the machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return None
