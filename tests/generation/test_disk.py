@@ -13,6 +13,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.disk import DiskStore
 
 from ..demo import IMAGES, known
+from .test_prefix import FAMILIES, family, models, picture  # noqa: F401  (fixtures)
 
 DESCRIBE = known("shapes.png", "Describe the image.")
 COUNT = known("shapes.png", "How many circles are there?")
@@ -146,3 +147,22 @@ def test_by_the_command_line(folder):
     assert '"reused_tokens": 0' in first
     assert '"reused_tokens": 0' not in second
     assert DESCRIBE.answer in second
+
+
+def test_every_family_goes_on_from_the_disk(family, folder, monkeypatch):  # noqa: F811
+    """A question asked again with a cache that the disk alone tells anything."""
+    _, model, processor = family
+    pictures, text = [picture(1)], "What is this?"
+
+    def ids(cache):
+        stream = stream_generate(model, processor, text, pictures, max_tokens=6, prefix_cache=cache)
+        return [piece.token for piece in stream]
+
+    cold = ids(None)
+    assert ids(PrefixCache(disk=folder)) == cold
+    encoded, encode = [], type(model).encode_image
+    monkeypatch.setattr(
+        type(model), "encode_image", lambda this, *a: (encoded.append(1), encode(this, *a))[1]
+    )
+    assert ids(PrefixCache(disk=folder)) == cold
+    assert encoded == []
