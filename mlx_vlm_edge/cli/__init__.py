@@ -6,13 +6,14 @@ user's is one line and exit code 2.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__, blas
 from ..errors import UsageError
 from ..wording import printable
-from . import streams
+from . import habits, streams
 
 PROGRAM = "mlx-vlm-edge"
 BROKEN_PIPE = 141  # exit code
@@ -53,6 +54,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The same, a flag that is not known told before what is missing."""
+        arguments: Sequence[str] = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:  # whose own parsers see what follows their name
+            try:
+                habits.check_flags(arguments, self._option_string_actions)
+            except UsageError as error:
+                self.error(str(error))
+        return super().parse_known_args(arguments, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
@@ -80,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if verb not in VERBS:
-        raise UsageError(f"no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+        raise habits.no_verb(PROGRAM, verb, VERBS)
     blas.check()
     module = import_module(f".{verb}", __name__)
     parser = Parser(prog=f"{PROGRAM} {verb}", description=module.HELP)

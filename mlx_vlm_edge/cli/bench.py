@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [--model NAME ...] [--random-weights] [options]"
     what = parser.add_argument_group("what to measure (every model x resolution x bits is a case)")
     what.add_argument(
-        "--model", nargs="+", action="extend", default=[], metavar="NAME",
+        "-m", "--model", nargs="+", action="extend", default=[], metavar="NAME",
         help=f"aliases, Hub ids or folders (default: as in generate; {DEFAULT_MODEL} for random "
         "weights)",
     )  # fmt: skip

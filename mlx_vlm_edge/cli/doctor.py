@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute with every form of every kernel and with the demo model, and compare",
     )  # fmt: skip
     what.add_argument(
-        "--model", metavar="NAME",
+        "-m", "--model", metavar="NAME",
         help="pull a published model (alias or Hub id; asks first), check it, ask it three "
         "questions, and write a report to paste",
     )  # fmt: skip

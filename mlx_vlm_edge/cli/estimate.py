@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [--model NAME ...] [--chip NAME ...] [options]"
     what = parser.add_argument_group("what")
     what.add_argument(
-        "--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME",
+        "-m", "--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME",
         help=f"aliases, downloaded Hub ids or folders (default: {DEFAULT_MODEL})",
     )  # fmt: skip
     what.add_argument(

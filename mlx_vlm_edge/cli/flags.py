@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .habits import ResizeShape
 
 if TYPE_CHECKING:
     from ..generation.prefix import PrefixCache
@@ -48,7 +49,7 @@ SAMPLING = {
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", metavar="NAME",
+        "-m", "--model", metavar="NAME",
         help=f"alias, Hub id or folder (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
         "if it is here, else the bundled demo)",
     )  # fmt: skip
@@ -120,6 +121,10 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
         "less is faster (default: the checkpoint's)",
     )  # fmt: skip
     group.add_argument(
+        "--resize-shape", dest="resolution", type=int, nargs="+", action=ResizeShape,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
+    group.add_argument(
         "--max-tiles", type=int, metavar="N",
         help="cut a picture into at most N tiles; fewer are faster (Idefics3, SmolVLM, ...)",
     )  # fmt: skip
@@ -136,6 +141,10 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text"
     )
+    group.add_argument(
+        "--eos-tokens", dest="stop", nargs="+", action="extend", default=[], metavar="TOKEN",
+        help="tokens that end the answer as well, as mlx-vlm has it",
+    )  # fmt: skip
     group.add_argument(
         "--skip-special-tokens", action=argparse.BooleanOptionalAction, default=True,
         help="leave special tokens out of the answer's text",

@@ -26,7 +26,7 @@ HELP = "Answer a question about images; the answer streams to standard output."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{parser.prog} --prompt TEXT [--image FILE ...] [--model NAME] [options]"
+    parser.usage = f"{parser.prog} PROMPT [--image FILE ...] [--model NAME] [options]"
     _add_prompt(parser.add_argument_group("prompt"))
     add_picture_arguments(parser.add_argument_group("pictures"))
     model = parser.add_argument_group("model")
@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "-p", "--prompt", required=True, metavar="TEXT", help="the question; - reads standard input"
+        "question", nargs="?", metavar="PROMPT", help="the question; - reads standard input"
+    )
+    group.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="the same, for behind --image FILE ..."
     )
     group.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="FILE",
@@ -61,7 +64,7 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
         help="frames to take per second of video (default: the checkpoint's); of a folder, "
         "how many a second has",
     )  # fmt: skip
-    group.add_argument("--system", metavar="TEXT", help="another system prompt")
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="another system prompt")
     group.add_argument(
         "--raw", action="store_true", help="the prompt is used as it stands, <image> for images"
     )
@@ -69,6 +72,7 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
 
 def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
     """The question and the images, what is - from standard input."""
+    _one_prompt(args)
     if args.prompt == "-" and "-" in args.image:
         raise UsageError("--prompt - and --image - cannot both read standard input")
     if args.image.count("-") > 1:
@@ -82,6 +86,17 @@ def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
     return text, _pages(images, args.page) if args.page else images
+
+
+def _one_prompt(args: argparse.Namespace) -> None:
+    """The question as `prompt`, whichever way it was typed."""
+    if args.question is not None and args.prompt is not None:
+        raise UsageError("the question is there twice: as an argument and as --prompt")
+    if args.question is None and args.prompt is None:
+        last = args.image[-1] if args.image else ""
+        taken = f"; {last!r} was taken for a picture" if " " in last or "?" in last else ""
+        raise UsageError(f"no question: put it before the flags, or behind --prompt{taken}")
+    args.prompt = args.question if args.prompt is None else args.prompt
 
 
 def _pages(images: list[Any], numbers: list[int]) -> list[Any]:

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(
         dest="action", required=True, metavar="list | pull | show | verify | rm"
     )
-    listing = verbs.add_parser("list", help="what is on this machine, with its size")
+    listing = verbs.add_parser(
+        "list", aliases=["ls"], help="what is on this machine, with its size"
+    )
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.add_argument(
         "--coreml", action="store_true", help="the packages that --vision-backend coreml exported"
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for verb in (pulling, showing, verifying):
         verb.add_argument("name", help="alias or Hub id (show, verify: or a folder)")
         verb.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    removing = verbs.add_parser("rm", help="remove a downloaded model")
+    removing = verbs.add_parser("rm", aliases=["remove"], help="remove a downloaded model")
     removing.add_argument("name", nargs="?", help="alias or Hub id; with --coreml a package")
     removing.add_argument(
         "--coreml", action="store_true",
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     actions = {
-        "list": _list, "pull": _pull, "show": _show, "verify": _verify, "rm": _remove,
+        "list": _list, "ls": _list, "pull": _pull, "show": _show, "verify": _verify,
+        "rm": _remove, "remove": _remove,
     }  # fmt: skip
     return actions[args.action](args)
 
