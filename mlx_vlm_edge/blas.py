@@ -53,9 +53,9 @@ def _home(library: ctypes.CDLL) -> str:
         lookup = ctypes.CDLL(None).dladdr
     except AttributeError:
         return ""
-    found = _Symbol()
-    lookup(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
-    return os.path.realpath(os.fsdecode(found.file or b""))
+    symbol = _Symbol()
+    lookup(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(symbol))
+    return os.path.realpath(os.fsdecode(symbol.file or b""))
 
 
 def _load(name: str) -> str:

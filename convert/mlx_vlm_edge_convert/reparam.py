@@ -52,8 +52,8 @@ def _blocks(weights: Mapping[str, mx.array], *parts: str) -> list[str]:
     """The prefixes (ending in a dot) in front of any of these parts of a name."""
     inner = "|".join(re.escape(part) for part in parts)
     pattern = re.compile(rf"(.*\.|)(?:{inner})\..*")
-    found = (pattern.fullmatch(name) for name in weights)
-    return sorted({match[1] for match in found if match})
+    matches = (pattern.fullmatch(name) for name in weights)
+    return sorted({match[1] for match in matches if match})
 
 
 class _Branches:

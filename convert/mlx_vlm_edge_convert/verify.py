@@ -132,9 +132,9 @@ def compare(
     model: VisionLanguageModel, reference: VisionLanguageModel, probe: Pixels
 ) -> Iterator[Error]:
     """The error of every part. Uses both models up: a part's memory is freed after its turn."""
-    found, expected = (_stages(owner, probe) for owner in (model, reference))
+    outputs, expected = (_stages(owner, probe) for owner in (model, reference))
     for part, output in expected.items():
-        yield _error(part, found[part], output)
+        yield _error(part, outputs[part], output)
     yield from _language_model(model.language_model, reference.language_model)
 
 
@@ -167,8 +167,8 @@ def _language_model(model: LanguageModel, reference: LanguageModel) -> Iterator[
     for index in range(len(reference.model.layers)):
         for block, original in zip(model.blocks(index), reference.blocks(index), strict=True):
             layer, after = _float32(block), _float32(original)(wanted, "causal", None)
-            found = layer(wanted, "causal", None) - wanted
-            error = _error("decoder layers", found, after - wanted)
+            added = layer(wanted, "causal", None) - wanted
+            error = _error("decoder layers", added, after - wanted)
             worst = max(worst, error, key=lambda error: error.relative)
             x, wanted = layer(x, "causal", None), after
             mx.eval(x, wanted)
@@ -185,8 +185,8 @@ def _float32(module: nn.Module) -> nn.Module:
     return module
 
 
-def _error(part: str, found: mx.array, expected: mx.array) -> Error:
-    difference = np.abs(np.array(found - expected, dtype=np.float64))
+def _error(part: str, output: mx.array, expected: mx.array) -> Error:
+    difference = np.abs(np.array(output - expected, dtype=np.float64))
     largest = float(difference.max())
     off = float(np.linalg.norm(difference) / np.linalg.norm(np.array(expected)))
     return Error(part, largest, off)

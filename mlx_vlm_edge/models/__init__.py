@@ -45,5 +45,5 @@ def family_name(config: Mapping[str, Any]) -> str:
 
 def family(config: Mapping[str, Any]) -> "Family[Any]":
     """The family of a config.json. Raises UsageError for one this version does not know."""
-    found: Family[Any] = import_module(f".{family_name(config)}", __name__).FAMILY
-    return found
+    family: Family[Any] = import_module(f".{family_name(config)}", __name__).FAMILY
+    return family

@@ -140,10 +140,10 @@ def _vision(given: Mapping[str, Any]) -> ViTConfig:
 
 
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = config.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise UsageError(f"{key} cannot be {found!r}: it should be a JSON object")
-    return found
+    part = config.get(key) or {}
+    if not isinstance(part, Mapping):
+        raise UsageError(f"{key} cannot be {part!r}: it should be a JSON object")
+    return part
 
 
 def _edge(config: Mapping[str, Any], key: str, default: int) -> int:
@@ -155,10 +155,10 @@ def _edge(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _channels(processor: Mapping[str, Any], key: str) -> tuple[float, float, float]:
-    found = processor.get(key) or [0.5, 0.5, 0.5]
-    if not isinstance(found, list) or len(found) != 3:
-        raise UsageError(f"preprocessor_config.json: {key} cannot be {found!r}")
-    return found[0], found[1], found[2]
+    values = processor.get(key) or [0.5, 0.5, 0.5]
+    if not isinstance(values, list) or len(values) != 3:
+        raise UsageError(f"preprocessor_config.json: {key} cannot be {values!r}")
+    return values[0], values[1], values[2]
 
 
 def _sampling(processor: Mapping[str, Any], tile: int) -> Sampling:

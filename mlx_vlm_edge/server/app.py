@@ -142,20 +142,20 @@ async def _body(request: Request) -> Any:
 
 async def _chat(served: Served, request: Request) -> Response:
     sent = parse(ChatRequest, await _body(request))
-    asked = openai.chat_asked(sent, served.limits)
-    tokenizer = served.ready(sent.model).engine.processor.tokenizer
-    return await _reply(
-        served, request, asked, openai.Reply(sent, served.name, tokenizer), sent.stream
-    )
+    return await _complete(served, request, sent, openai.chat_asked(sent, served.limits))
 
 
 async def _completion(served: Served, request: Request) -> Response:
     sent = parse(CompletionRequest, await _body(request))
-    asked = openai.completion_asked(sent, served.limits)
+    return await _complete(served, request, sent, openai.completion_asked(sent, served.limits))
+
+
+async def _complete(
+    served: Served, request: Request, sent: ChatRequest | CompletionRequest, asked: Asked
+) -> Response:
     tokenizer = served.ready(sent.model).engine.processor.tokenizer
-    return await _reply(
-        served, request, asked, openai.Reply(sent, served.name, tokenizer), sent.stream
-    )
+    reply = openai.Reply(sent, served.name, tokenizer)
+    return await _reply(served, request, asked, reply, sent.stream)
 
 
 async def _responses(served: Served, request: Request) -> Response:

@@ -87,8 +87,8 @@ class _Connection(http.client.HTTPSConnection):
 
 def public_address(host: str, port: int) -> tuple[str, int]:
     """The address to connect to. Raises ValueError when any of the host's is not a public one."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(entry[4][0]) for entry in entries]
     if not addresses or not all(_public(address) for address in addresses):
         raise ValueError("not a public address")
     return str(addresses[0]), port

@@ -56,13 +56,13 @@ def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
         raise UsageError("the checkpoint has no vision tower and its config names none")
     folder = expanded(name)
     if not folder.is_dir():
-        found = local_snapshot(repo_id(name))
-        if found is None:
+        snapshot = local_snapshot(repo_id(name))
+        if snapshot is None:
             raise UsageError(
                 f"the checkpoint has no vision tower; it was trained with {name}, which is not on "
                 f"this machine: `mlx-vlm-edge models pull {name}` gets it"
             )
-        folder = found
+        folder = snapshot
     rules = (*tower_rules("vision_model."), _NOT_VISION)
     weights = apply(rules, read_checkpoint(folder), f"{name}, a CLIP model")
     whole = read_config(folder)

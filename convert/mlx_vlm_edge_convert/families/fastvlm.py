@@ -125,11 +125,11 @@ def _timm_tower(prefix: str, names: Iterable[str]) -> tuple[Rule, ...]:
     """
     x = re.escape(prefix)
     pattern = re.compile(rf"{x}stages\.(\d+)\.(pos_emb|blocks)\.")
-    found = {(int(match[1]), match[2]) for name in names if (match := pattern.match(name))}
+    blocks = {(int(match[1]), match[2]) for name in names if (match := pattern.match(name))}
     rules: list[Rule] = [_BATCH_COUNTS]
     index = -1
-    for stage in range(1 + max((stage for stage, _ in found), default=-1)):
-        position = (stage, "pos_emb") in found
+    for stage in range(1 + max((stage for stage, _ in blocks), default=-1)):
+        position = (stage, "pos_emb") in blocks
         index += 1 + (stage > 0) + position
         rules += _timm_stage(x, stage, index, position)
     return (

@@ -94,12 +94,12 @@ def config_alone(config: Mapping[str, Any]) -> Config:
 
 def place_tower(config: Mapping[str, Any], native: Arrays) -> Config:
     """The native `vision_config`, and the tower put among the weights where they lack it."""
-    given = config.get("vision_config") or {}
+    stated = config.get("vision_config") or {}
     if not any(name.startswith(TOWER) for name in native):
-        found, tower = fetch_tower(config)
+        published, tower = fetch_tower(config)
         native |= tower
-        given = {**found, **given}
-    return complete(given, native, str(config.get("mm_vision_tower", "")))
+        stated = {**published, **stated}
+    return complete(stated, native, str(config.get("mm_vision_tower", "")))
 
 
 def from_original(config: Mapping[str, Any]) -> Config:

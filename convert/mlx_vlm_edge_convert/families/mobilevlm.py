@@ -85,13 +85,13 @@ def config_alone(config: Mapping[str, Any]) -> Config:
 
 def projector_type(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> str:
     """ "ldpnet" (V1) or "ldpnetv2", by the weights' names; a config that differs is refused."""
-    found = next((kind for kind, name in _TELLING.items() if name in weights), None)
-    if found is None:
+    kind = next((each for each, name in _TELLING.items() if name in weights), None)
+    if kind is None:
         raise UsageError(f"no MobileVLM connector has names such as {some(weights)}")
-    said = config.get("mm_projector_type", found)
-    if named_projector(str(said)) != found:
-        raise UsageError(f"config.json says mm_projector_type {said!r}, the weights are {found!r}")
-    return found
+    said = config.get("mm_projector_type", kind)
+    if named_projector(str(said)) != kind:
+        raise UsageError(f"config.json says mm_projector_type {said!r}, the weights are {kind!r}")
+    return kind
 
 
 def named_projector(said: str) -> str | None:
