@@ -2,6 +2,7 @@
 #   make demo   ask the bundled model about a picture
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
 #   make test-coreml test-swift test-server test-page
+#   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
@@ -18,7 +19,7 @@ IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: demo test test-coreml test-swift test-server test-page fuzz check format clean
+.PHONY: demo test test-coreml test-swift test-server test-page test-long fuzz check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
@@ -37,6 +38,9 @@ test-server: $(VENV)/.dev
 
 test-page: $(VENV)/.page
 	$(BIN)/python -m pytest $(PAGE) $(ARGS)
+
+test-long: $(VENV)/.dev
+	MLX_VLM_EDGE_LONG=1 $(BIN)/python -m pytest -s tests/generation/test_long_run.py tests/server/test_soak.py $(ARGS)
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz $(ARGS)
