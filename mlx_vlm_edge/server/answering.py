@@ -63,10 +63,7 @@ class Answering:
     async def start(self, asked: Asked) -> "Answers":
         """Decode, tokenise and put in the line. Raises ApiError."""
         started = time.perf_counter()
-        if self.engine.waiting + len(asked.options) > self.limits.waiting:
-            raise busy()
-        async with self._preparing:
-            inputs, timer = await run_in_threadpool(self._prepare, asked)
+        inputs, timer = await self._prepared(asked)
         answers = Answers(len(asked.options))
         try:
             for index, options in enumerate(asked.options):
@@ -81,6 +78,17 @@ class Answering:
         except UsageError as error:
             raise bad_request(str(error), "messages", "context_length_exceeded") from None
         return answers
+
+    async def count(self, asked: Asked) -> int:
+        """Tokens of the prompt, the visual ones included. Raises ApiError."""
+        inputs, _ = await self._prepared(asked)
+        return int(inputs.input_ids.shape[1])
+
+    async def _prepared(self, asked: Asked) -> tuple[Inputs, Timer]:
+        if self.engine.waiting + len(asked.options) > self.limits.waiting:
+            raise busy()
+        async with self._preparing:
+            return await run_in_threadpool(self._prepare, asked)
 
     def _prepare(self, asked: Asked) -> tuple[Inputs, Timer]:
         timer = Timer(measured=True)

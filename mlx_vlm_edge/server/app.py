@@ -19,7 +19,7 @@ from .answering import Answering, Answers, Asked, Choice
 from .errors import ApiError, bad_request
 from .guards import Access, Guards
 from .limits import Limits
-from .messages_api import MessagesRequest
+from .messages_api import CountRequest, MessagesRequest
 from .metrics import Metrics
 from .requests import ChatRequest, CompletionRequest, parse
 from .responses_api import ResponsesRequest
@@ -70,6 +70,7 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
         Route("/v1/completions", _endpoint(served, _completion), methods=["POST"]),
         Route("/v1/responses", _endpoint(served, _responses), methods=["POST"]),
         Route("/v1/messages", _endpoint(served, _messages), methods=["POST"]),
+        Route("/v1/messages/count_tokens", _endpoint(served, _count_tokens), methods=["POST"]),
         Route("/openapi.json", _endpoint(served, _openapi), methods=["GET"]),
         Route("/v1/models", _endpoint(served, _models), methods=["GET"]),
         Route("/v1/models/{id:path}", _endpoint(served, _model), methods=["GET"]),
@@ -92,9 +93,10 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={404: _not_found, 405: _not_found, Exception: _failed},
+        exception_handlers={404: _not_found, 405: _not_allowed, Exception: _failed},
     )
-    return Guards(app, served.access, served.limits)
+    # A load balancer has no key, and the page is where a key is typed in.
+    return Guards(app, served.access, served.limits, open_paths={"/health", *FILES})
 
 
 async def _load(served: Served, load: Callable[[], Engine]) -> None:
@@ -120,9 +122,15 @@ def _refused(request: Request, error: ApiError) -> Response:
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    told = ApiError(status, "there is nothing at this address; see /openapi.json", code="not_found")
+    told = ApiError(404, "there is nothing at this address; see /openapi.json", code="not_found")
     return _refused(request, told)
+
+
+async def _not_allowed(request: Request, error: Exception) -> Response:
+    told = ApiError(405, "this address takes another method; see /openapi.json", code="method")
+    response = _refused(request, told)
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow
+    return response
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -171,6 +179,12 @@ async def _messages(served: Served, request: Request) -> Response:
     asked = messages_api.asked(sent, served.limits)
     served.ready(sent.model)
     return await _reply(served, request, asked, messages_api.Reply(served.name), sent.stream)
+
+
+async def _count_tokens(served: Served, request: Request) -> Response:
+    sent = parse(CountRequest, await _body(request))
+    asked = messages_api.asked(sent, served.limits)
+    return JSONResponse({"input_tokens": await served.ready(sent.model).count(asked)})
 
 
 class Reply(Protocol):
@@ -234,7 +248,7 @@ def _entry(served: Served) -> dict[str, Any]:
 async def _openapi(served: Served, request: Request) -> Response:
     from .openapi import document
 
-    return JSONResponse(document())
+    return JSONResponse(document(served.name))
 
 
 async def _health(served: Served, request: Request) -> Response:

@@ -18,7 +18,6 @@ from .errors import ApiError
 from .limits import Limits
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = ("/health",)  # without a key: a load balancer has none
 PREFLIGHT = "GET, POST, OPTIONS"
 
 
@@ -33,15 +32,15 @@ class Access:
     origins: Collection[str] = ()
     key: str | None = None
 
-    def check(self, method: str, path: str, headers: Headers) -> None:
-        """Raises ApiError for a request that is not to be answered."""
+    def check(self, headers: Headers, open_to_all: bool) -> None:
+        """Raises ApiError for a request that is not to be answered. open_to_all: needs no key."""
         host = headers.get("host", "")
         if _name(host) not in self.hosts:
             raise ApiError(421, "this server does not answer under that host name", code="host")
         origin = headers.get("origin")
         if origin is not None and not self.same_origin(origin, host) and origin not in self.origins:
             raise ApiError(403, "pages of other origins may not use this server", code="origin")
-        if method != "OPTIONS" and path not in OPEN_PATHS and not self._has_key(headers):
+        if not open_to_all and not self._has_key(headers):
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="api_key")
 
     @staticmethod
@@ -77,10 +76,15 @@ def _name(host: str) -> str:
 
 
 class Guards:
-    """ASGI middleware: `Access`, then limits on the body's size and on how long it takes."""
+    """ASGI middleware: `Access`, then limits on the body's size and on how long it takes.
 
-    def __init__(self, app: ASGIApp, access: Access, limits: Limits) -> None:
-        self.app, self.access, self.limits = app, access, limits
+    open_paths: answered without a key, since those who ask for them cannot have one yet.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Access, limits: Limits, open_paths: Collection[str] = ()
+    ) -> None:
+        self.app, self.access, self.limits, self.open_paths = app, access, limits, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,9 +100,10 @@ class Guards:
                 await send(message)
 
         try:
-            self.access.check(scope["method"], scope["path"], headers)
-            if scope["method"] == "OPTIONS":
-                await _respond(answer, 204, b"", {"Allow": PREFLIGHT})
+            preflight = scope["method"] == "OPTIONS" and "origin" in headers
+            self.access.check(headers, preflight or scope["path"] in self.open_paths)
+            if preflight:
+                await _respond(answer, 204, b"", {})
                 return
             body = await self._body(headers, receive)
             await self.app(scope, _Replayed(body, receive), answer)

@@ -11,9 +11,13 @@ from .answering import Answers, Asked, Choice
 from .errors import ApiError
 from .limits import Limits
 from .openai import make_options, named_event, timings
-from .requests import MAX_STOPS, Number, Strict, TextPart, Texts, texts_of
+from .requests import Number, StopTexts, Strict, TextPart, Texts, Whole, texts_of
 
 Role = Literal["user", "assistant"]
+# Parts of `usage` that Anthropic's schema requires and that nothing here uses.
+NOT_USED = dict.fromkeys(
+    ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+)
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
@@ -53,25 +57,28 @@ class Metadata(Strict):
     user_id: str | None = None
 
 
-class MessagesRequest(Strict):
-    """POST /v1/messages."""
+class CountRequest(Strict):
+    """POST /v1/messages/count_tokens: how long a prompt is."""
 
     model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)]
     system: Texts | None = None
-    stop_sequences: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)
-    ] = Field(default_factory=list)
+
+
+class MessagesRequest(CountRequest):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[Whole, Field(ge=1)]
+    stop_sequences: StopTexts = Field(default_factory=list)
     stream: bool = False
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] | None = None
     metadata: Metadata | None = None
 
 
-def asked(request: MessagesRequest, limits: Limits) -> Asked:
-    """The request in our own terms. Raises ApiError for a picture that the assistant sent."""
+def asked(request: CountRequest, limits: Limits) -> Asked:
+    """The request in our own terms, without options where only tokens are counted."""
     addresses: list[tuple[str, str]] = []
     messages: list[dict[str, Any]] = []
     if request.system:
@@ -87,6 +94,8 @@ def asked(request: MessagesRequest, limits: Limits) -> Asked:
                 addresses.append((f"messages.{index}.content.{place}.source", block.address))
                 parts.append({"type": "image"})
         messages.append({"role": turn.role, "content": parts})
+    if not isinstance(request, MessagesRequest):
+        return Asked(messages, addresses, ())
     options = make_options(
         limits, request.max_tokens, stop=tuple(request.stop_sequences),
         temperature=request.temperature, top_p=request.top_p, top_k=request.top_k,
@@ -105,7 +114,7 @@ class Reply:
         (choice,) = self.choices
         async for _, piece in answers:
             choice.add(piece)
-        return self._message([{"type": "text", "text": choice.text}]) | {
+        return self._message([{"type": "text", "text": choice.text, "citations": None}]) | {
             **_stop(choice.last),
             "usage": _usage(choice.last),
             "timings": timings(choice.last),
@@ -117,7 +126,7 @@ class Reply:
             async for _, piece in answers:
                 if not choice.pieces:
                     yield self._start(piece)
-                    block = {"type": "text", "text": ""}
+                    block = {"type": "text", "text": "", "citations": None}
                     yield named_event(
                         {"type": "content_block_start", "index": 0, "content_block": block}
                     )
@@ -143,10 +152,10 @@ class Reply:
         }
         return named_event({"type": "message_start", "message": message})
 
-    def _message(self, content: list[dict[str, str]]) -> dict[str, Any]:
+    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id, "type": "message", "role": "assistant", "model": self.model,
-            "content": content,
+            "content": content, "stop_details": None, "container": None,
         }  # fmt: skip
 
 
@@ -156,10 +165,11 @@ def _stop(last: GenerationResult) -> dict[str, Any]:
     return {"stop_reason": STOP_REASONS[last.finish_reason or "stop"], "stop_sequence": None}
 
 
-def _usage(last: GenerationResult) -> dict[str, int]:
+def _usage(last: GenerationResult) -> dict[str, Any]:
     return {
         "input_tokens": last.prompt_tokens - last.reused_tokens,
         "cache_read_input_tokens": last.reused_tokens,
         "cache_creation_input_tokens": 0,
         "output_tokens": last.generation_tokens,
+        **NOT_USED,
     }

@@ -214,7 +214,8 @@ class Reply:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text: dict[str, Any] = {"text": choice.text}
         if self.chat:
-            text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            text = {"message": {**message, "annotations": []}}
         return {
             "index": index, **text, "logprobs": self._logprobs(choice.pieces),
             "finish_reason": choice.last.finish_reason,

@@ -74,11 +74,9 @@ Texts = Annotated[
     list[TextPart], BeforeValidator(texts_of, json_schema_input_type=str | list[TextPart])
 ]
 Parts = Annotated[list[Part], BeforeValidator(texts_of, json_schema_input_type=str | list[Part])]
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    Field(max_length=MAX_STOPS),
-    BeforeValidator(_stops, json_schema_input_type=str | list[str]),
-]
+NonEmpty = Annotated[str, Field(min_length=1)]
+StopTexts = Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)]
+Stops = Annotated[StopTexts, BeforeValidator(_stops, json_schema_input_type=NonEmpty | StopTexts)]
 
 
 class UserMessage(Strict):
@@ -137,7 +135,13 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+def _whole(number: Any) -> Any:
+    """2.0 as 2: JSON has one kind of number."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Sampling(Strict):
@@ -146,17 +150,17 @@ class Sampling(Strict):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = Field(default_factory=list)
-    n: Annotated[int, Field(ge=1, le=8)] = 1
+    n: Annotated[Whole, Field(ge=1, le=8)] = 1
     user: str | None = None
 
 
@@ -164,9 +168,9 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
@@ -188,8 +192,8 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions: a text as it stands, without pictures."""
 
-    prompt: Annotated[str, Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    prompt: NonEmpty
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -203,7 +207,7 @@ def parse(kind: type[Request], body: Any) -> Request:
     body = {key: value for key, value in body.items() if value is not None}
     for field in UNSUPPORTED:
         if field in body and field not in kind.model_fields:
-            if field in NEUTRAL and body[field] == NEUTRAL[field]:
+            if field in NEUTRAL and _same(body[field], NEUTRAL[field]):
                 del body[field]
                 continue
             raise bad_request(
@@ -213,6 +217,11 @@ def parse(kind: type[Request], body: Any) -> Request:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _told(error.errors(include_input=False, include_url=False)) from None
+
+
+def _same(sent: Any, neutral: Any) -> bool:
+    """Equal in JSON, where 0 is not false."""
+    return bool(sent == neutral) and isinstance(sent, bool) == isinstance(neutral, bool)
 
 
 def _told(errors: Sequence[Mapping[str, Any]]) -> ApiError:

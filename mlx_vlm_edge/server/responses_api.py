@@ -11,7 +11,7 @@ from .answering import Answers, Asked, Choice
 from .errors import ApiError
 from .limits import Limits
 from .openai import make_options, named_event, timings
-from .requests import JsonObjectFormat, Number, Strict, TextFormat
+from .requests import JsonObjectFormat, Number, Strict, TextFormat, Whole
 
 
 class InputText(Strict):
@@ -77,9 +77,13 @@ class AssistantItem(Strict):
     ]
     id: str | None = None
     status: str | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
 
 
 Item = Annotated[UserItem | SystemItem | AssistantItem, Field(discriminator="role")]
+
+
+Items = Annotated[list[Item], Field(min_length=1)]
 
 
 class SchemaFormat(Strict):
@@ -100,12 +104,9 @@ class ResponsesRequest(Strict):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: Annotated[
-        list[Item], Field(min_length=1),
-        BeforeValidator(_items, json_schema_input_type=str | list[Item]),
-    ]  # fmt: skip
+    input: Annotated[Items, BeforeValidator(_items, json_schema_input_type=str | Items)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     stream: bool = False
@@ -196,6 +197,7 @@ class Reply:
         response = self._response(status, [self._item(status, [_text(choice.text)])])
         total = last.prompt_tokens + last.generation_tokens
         return response | {
+            "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
                 "input_tokens": last.prompt_tokens,
@@ -217,14 +219,17 @@ class Reply:
         request = self.request
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status,
-            "error": None, "incomplete_details": None, "instructions": request.instructions,
+            "completed_at": None, "error": None, "incomplete_details": None,
+            "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens, "model": self.model, "output": output,
             "parallel_tool_calls": False, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "store": False,
             "temperature": request.temperature or 0.0,
             "text": request.text.model_dump(by_alias=True), "tool_choice": "none", "tools": [],
             "top_p": request.top_p or 1.0, "truncation": "disabled", "usage": None,
-            "user": request.user, "metadata": {},
+            "user": request.user, "metadata": {}, "background": False, "frequency_penalty": 0.0,
+            "presence_penalty": 0.0, "top_logprobs": 0, "max_tool_calls": None,
+            "prompt_cache_key": None, "safety_identifier": None, "service_tier": "default",
         }  # fmt: skip
 
 

@@ -193,6 +193,13 @@ def test_nulls_and_fields_that_ask_for_nothing_are_taken(ask):
     assert answer.status_code == 200
 
 
+def test_numbers_are_json_s(ask):
+    """2.0 is 2, and 0 is not false."""
+    assert ask(max_tokens=2.0, top_k=1.0).json()["usage"]["completion_tokens"] == 2
+    assert ask(max_tokens=2.5).status_code == 400
+    assert ask(store=0).json()["error"]["param"] == "store"
+
+
 def test_an_image_in_a_system_message_is_refused(client):
     picture = {"type": "image_url", "image_url": {"url": data_url()}}
     messages = [{"role": "system", "content": [picture]}, {"role": "user", "content": "x"}]

@@ -28,7 +28,7 @@ def named_events(response):
 
 def test_messages(client):
     answer = client.post("/v1/messages", json=CLAUDE).json()
-    assert answer["content"] == [{"type": "text", "text": DESCRIBE.answer}]
+    assert answer["content"] == [{"type": "text", "text": DESCRIBE.answer, "citations": None}]
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "demo")
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
     usage = answer["usage"]
@@ -45,6 +45,19 @@ def test_messages_as_events(client):
     assert "".join(deltas) == DESCRIBE.answer
     assert events[-2]["delta"]["stop_reason"] == "end_turn"
     assert events[0]["message"]["content"] == []
+
+
+def test_tokens_of_a_message_are_counted_without_an_answer(client):
+    asked = {"model": "demo", "messages": CLAUDE["messages"]}
+    answer = client.post("/v1/messages/count_tokens", json=asked)
+    assert answer.json() == {"input_tokens": 30}
+    longer = client.post(
+        "/v1/messages/count_tokens", json=asked | {"system": "Be kind and very brief."}
+    )
+    assert longer.json()["input_tokens"] > 30
+    refused = client.post("/v1/messages/count_tokens", json=asked | {"max_tokens": 3})
+    assert refused.status_code == 400
+    assert refused.json()["type"] == "error"
 
 
 @pytest.mark.parametrize(("more", "reason", "sequence"), [
@@ -135,6 +148,23 @@ def test_the_openapi_file_names_every_route_and_resolves(client, served):
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in document["components"]["schemas"], name
+
+
+def test_the_openapi_file_tells_what_is_done_before_a_request_is_checked(client):
+    """Nulls are left out whatever they are called, and what asks for nothing is taken."""
+    document = client.get("/openapi.json").json()
+    chat = document["components"]["schemas"]["ChatRequest"]
+    assert chat["additionalProperties"] == {"type": "null"}
+    assert chat["properties"]["tools"]["anyOf"] == [{"const": []}, {"type": "null"}]
+    assert {"const": "demo"} in chat["properties"]["model"]["anyOf"]
+    refusals = document["paths"]["/v1/messages"]["post"]["responses"]["400"]["content"]
+    assert refusals["application/json"]["schema"]["$ref"].endswith("/AnthropicError")
+
+
+def test_earlier_answers_may_say_which_phase_they_were(client):
+    said = {"type": "message", "role": "assistant", "phase": "commentary", "content": "I look."}
+    answer = client.post("/v1/responses", json={"input": [said, *ITEMS], "model": "demo"})
+    assert answer.json()["status"] == "completed"
 
 
 def test_openai_s_own_client(address):

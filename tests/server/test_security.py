@@ -74,6 +74,17 @@ def test_a_key_is_needed_where_one_is_set(served):
             assert httpx.post(url + CHAT, json=HELLO, headers=headers).status_code == 200
         assert httpx.get(url + "/health").status_code == 200
         assert httpx.get(url + "/metrics").status_code == 401
+        assert httpx.options(url + CHAT).status_code == 401
+        # The page is where a browser's user types the key in.
+        for path in ("/", "/page.js", "/page.css", "/icon.svg"):
+            assert httpx.get(url + path).status_code == 200
+
+
+def test_another_method_is_told_which_one_an_address_takes(client):
+    for method in ("OPTIONS", "GET", "DELETE"):
+        response = client.request(method, CHAT)
+        refusal(response, 405)
+        assert response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("named", [
