@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "--coreml", action="store_true", help="the packages that --vision-backend coreml exported"
     )
+    listing.add_argument(
+        "--available", action="store_true",
+        help="every model with a short name: size, memory here, licence",
+    )  # fmt: skip
     pulling = verbs.add_parser("pull", help="download a model")
     showing = verbs.add_parser("show", help="what a model is: parts, sizes, licence")
     verifying = verbs.add_parser("verify", help="whether a model's files are whole and unchanged")
@@ -58,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     if args.coreml:
         return _list_packages(args)
+    if args.available:
+        return _list_available(args)
     names = {repo: alias for alias, repo in ALIASES.items()}
     rows: list[dict[str, Any]] = [
         {
@@ -80,6 +86,27 @@ def _list(args: argparse.Namespace) -> int:
         print(f"{row['name']:32} {gigabytes(row['bytes']):>9}{note}")
     if more := [alias for alias in ALIASES if alias not in here]:
         print(f"in {cache_folder()}; to pull: {', '.join(more)}", file=sys.stderr)
+    return 0
+
+
+def _list_available(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from ..loading.memory import usable
+    from .available import HEADING, line, models
+
+    if args.json:
+        print(json.dumps([asdict(model) for model in models()]))
+        return 0
+    print(HEADING)
+    limit = usable()
+    for model in models():
+        print(line(model, limit), flush=True)
+    print(
+        "weights as published; memory for a short question about a picture on this machine; "
+        "the licence is the publisher's word for it: read it before use",
+        file=sys.stderr,
+    )
     return 0
 
 

@@ -134,7 +134,7 @@ def blueprint(
         config.adapted(asked)  # or a clear line
         model = kind.Model(config)
     model.eval()
-    model.apply(lambda p: p.astype(DTYPES[dtype or _own_dtype(source)]))
+    model.apply(lambda p: p.astype(DTYPES[dtype or own_dtype(source)]))
     if quantization:
         _quantise(model, kind.rename, quantization)
     if dtype is None:
@@ -144,7 +144,7 @@ def blueprint(
     return Blueprint(kind, config, model, model.language_model.model.norm.weight.dtype, asked)
 
 
-def _own_dtype(source: Mapping[str, Any]) -> str:
+def own_dtype(source: Mapping[str, Any]) -> str:
     """The checkpoint's, as transformers has written it: in the one key or the other."""
     parts = (source, source.get("text_config") or {})
     said = [part[key] for key in ("torch_dtype", "dtype") for part in parts if key in part]

@@ -3,10 +3,15 @@
 The lists are mlx-vlm 0.6.15's `generate --help` and ollama's verbs.
 """
 
+import json
+
 import pytest
 from PIL import Image
 
-from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.cli import available, main
+from mlx_vlm_edge.hub import models
+from mlx_vlm_edge.loading import memory
 
 
 @pytest.fixture
@@ -119,6 +124,33 @@ def test_a_model_has_a_short_flag_in_every_verb():
         importlib.import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
         flags = parser._option_string_actions
         assert ("--model" in flags) == ("-m" in flags), verb
+
+
+def test_what_is_available(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    wanted = {name: models.ALIASES[name] for name in ("fastvlm-0.5b", "eve-7b-hd-v2")}
+    monkeypatch.setattr(available, "ALIASES", wanted)
+    code, out, _ = cli("models", "list", "--available", "--json")
+    assert code == 0
+    small, large = json.loads(out)
+    assert small["licence"] == "apple-amlr"
+    assert large["licence"] is None
+    assert small["bytes"] == 1_240_488_768
+    assert small["here"] is False
+    monkeypatch.setattr(memory, "usable", lambda: (small["memory"] + large["memory"]) // 2)
+    code, out, err = cli("models", "list", "--available")
+    rows = out.splitlines()
+    assert (code, len(rows)) == (0, 3)
+    assert "1.24 GB" in rows[1]
+    assert "not fit" not in rows[1]
+    assert rows[2].endswith("not known     does not fit here")
+    assert "publisher's word" in err
+
+
+def test_every_alias_has_its_licence_looked_up():
+    for alias in models.ALIASES:
+        licence = configs.licence(alias)
+        assert licence is None or licence == licence.lower()
 
 
 def test_ls_lists(cli, monkeypatch, tmp_path):

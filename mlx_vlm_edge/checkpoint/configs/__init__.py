@@ -2,6 +2,7 @@
 
 A JSON file per alias, what its `preprocessor_config.json` says under that key. `_source` tells
 where the values are from, `_unconfirmed` which of them nobody has seen; neither changes a shape.
+`_licence` is the weights', by the name their publisher gives it, with where that was read.
 """
 
 import difflib
@@ -38,6 +39,11 @@ def origin(alias: str) -> Origin:
     """Where the config of an alias is from. Raises UsageError for a name without one."""
     content = _read(alias)
     return Origin(content["_source"], content["_unconfirmed"])
+
+
+def licence(alias: str) -> str | None:
+    """The licence of an alias's weights, None where nobody here has read it."""
+    return str(_read(alias)["_licence"]) or None
 
 
 def _read(alias: str) -> dict[str, Any]:

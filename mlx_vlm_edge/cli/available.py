@@ -1,0 +1,67 @@
+"""Every model with a short name: what it takes, whose terms it comes under, whether it is here.
+
+Sizes are counted on the shipped configs: nothing is fetched, and no weights are read.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import configs
+from ..hub.cache import local_snapshot
+from ..hub.models import ALIASES
+from ..loading import memory
+from ..loading.cost import blueprint, own_dtype
+from ..wording import gigabytes
+
+
+@dataclass(frozen=True)
+class Available:
+    """bytes: of its weights as published. memory: bytes that a short question about a picture
+    takes on this machine. licence: by SPDX or the Hub's name, None where nobody here has read it.
+    """
+
+    name: str
+    repo: str
+    family: str
+    bytes: int
+    licence: str | None
+    memory: int
+    here: bool
+
+
+def models() -> Iterator[Available]:
+    """A fraction of a second each."""
+    for alias, repo in ALIASES.items():
+        config = configs.read(alias)
+        published = blueprint(
+            config, dtype=own_dtype(config), quantization=config.get("quantization")
+        )
+        yield Available(
+            name=alias,
+            repo=repo,
+            family=config["model_type"],
+            bytes=published.nbytes,
+            licence=configs.licence(alias),
+            memory=_memory(config),
+            here=local_snapshot(repo) is not None,
+        )
+
+
+def _memory(config: Mapping[str, Any]) -> int:
+    cost = memory.needed(config)
+    return sum(memory.by_use(cost, cost.prompt_tokens + memory.ANSWER).values())
+
+
+def line(model: Available, limit: int | None) -> str:
+    """A model on a line. limit: bytes that a model may take here, where that is known."""
+    state = "here" if model.here else ""
+    if limit is not None and model.memory > limit:
+        state = ", ".join(filter(None, (state, "does not fit here")))
+    return (
+        f"{model.name:21} {gigabytes(model.bytes):>9} {gigabytes(model.memory):>9}  "
+        f"{model.licence or 'not known':12}  {state}"
+    ).rstrip()
+
+
+HEADING = f"{'name':21} {'weights':>9} {'memory':>9}  {'licence':12}"
