@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 
-from .reparam import BN_EPS
+from mlx_vlm_edge.vision.fastvit_fold import BN_EPS
 
 SIDE = 8
 _MERGED = ("reparam_conv.weight", "lkb_reparam.weight")

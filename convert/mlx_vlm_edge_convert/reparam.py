@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.vision.fastvit_fold import BN_EPS
 
 from .rules import Arrays
-
-BN_EPS = 1e-5
 
 # Apple's words, then timm's.
 _BRANCH = re.compile(

@@ -10,6 +10,7 @@ from ..errors import UsageError
 Block = Mapping[str, Any]
 PARTS = ("weight", "scales", "biases")
 LANGUAGE_MODEL = "language_model."
+GROUP_SIZE = 64  # of what is quantised at load
 
 
 class Form(NamedTuple):

@@ -14,6 +14,7 @@ import mlx.core as mx
 from .. import forked
 from ..errors import UsageError, check_keywords
 from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
+from ..language.decoder import PREFILL_STEP
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Steps, Timer
@@ -50,7 +51,7 @@ class Options(Sampling):
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
+    prefill_step_size: int = PREFILL_STEP
     schema: Mapping[str, Any] | str | None = None
     choices: Sequence[str] | None = None
     logprobs: int | None = None

@@ -14,6 +14,8 @@ import mlx.nn as nn
 from ..kernels import tall_matmul
 from .cache import Cache, KVCache, Mask, settle
 
+PREFILL_STEP = 2048  # positions of a prompt that are computed together, as in mlx-lm
+
 
 def chunks(length: int, step_size: int) -> Iterator[slice]:
     """The parts that a prompt goes through a model in: chunks(5, 2) -> 0:2, 2:4, 4:5."""

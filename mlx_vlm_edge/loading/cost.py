@@ -21,6 +21,7 @@ from ..checkpoint.weights import DTYPES
 from ..errors import UsageError
 from ..hub.cache import local_snapshot
 from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
+from ..language.decoder import PREFILL_STEP
 from ..models import family
 from ..models.base import VisionLanguageModel
 from ..models.build import cast, place_quantized_layers
@@ -34,7 +35,6 @@ from .counting import Work, counting
 Size = tuple[int, int]  # width, height
 SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
 TEXT_TOKENS = 64  # of a question, about
-STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
 LANGUAGE = "language_model."
 # What the CPU back end was seen to hold in float32 (mlx 0.32): FastViTHD at 256 and 512 pixels 7.7
 # times its widest pass, a SmolVLM tile 9.2; a prefill of 512 positions 1.4 and 1.5 times a layer.
@@ -200,10 +200,9 @@ class Cost:
         """Bytes of weights, of a KV cache of `context` positions, of activations and pictures.
 
         Activations are a simple model: 8 times the widest pass of the vision tower or 1.5 times
-        what a layer of the decoder passes on in a prefill of up to 2048 positions, whichever is
-        more.
+        what a layer of the decoder passes on in one step of a prefill, whichever is more.
         """
-        together = min(1.0, STEP / self.prompt_tokens)
+        together = min(1.0, PREFILL_STEP / self.prompt_tokens)
         prefill = DECODER_HELD * together * self.prefill.activations / self.layers
         parts = {
             "weights": self.parameters,
@@ -232,7 +231,7 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
             done[name] = done.get(name, Work()) + counter.take()
 
         tokens = watched(model.encode(inputs.pixels), take)
-        model.prefill(replace(inputs, tokens=tokens), cache, STEP)
+        model.prefill(replace(inputs, tokens=tokens), cache, PREFILL_STEP)
         take("prefill")
         cached = sum(_position_bytes(layer.state) for layer in cache)
         model.step(mx.zeros((1,), mx.int32), cache)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from .. import blas, forked
 from ..checkpoint.config import read_config
+from ..checkpoint.quantization import GROUP_SIZE
 from ..checkpoint.weights import DTYPES, check_finite
 from ..errors import UsageError, check_keywords
 from ..hub.models import obtain
@@ -36,7 +37,6 @@ from .steps import Background, Steps, stop_if_exiting
 
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 MAX_RESOLUTION = 8192  # pixels of a side that any model might be asked for
-GROUP_SIZE = 64  # of quantisation at load
 BLANK = 64  # side of a picture whose size as the model takes it is asked for
 
 

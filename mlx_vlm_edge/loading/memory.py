@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoint.quantization import GROUP_SIZE
 from ..errors import UsageError
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..wording import gigabytes
@@ -20,7 +21,6 @@ from .cost import cost as count
 
 Ask = Callable[[Sequence[str]], str]  # a command -> what it prints, "" when that cannot be had
 PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reuse
-GROUP_SIZE = 64  # of quantisation at load
 ANSWER = 256  # positions that an answer takes
 PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -19,7 +19,7 @@ from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.connectors.mlp import MLP
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import Cache, KVCache
-from mlx_vlm_edge.language.decoder import prefill
+from mlx_vlm_edge.language.decoder import PREFILL_STEP, prefill
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.timings import Clock
 from mlx_vlm_edge.vision.fastvit import STRIDE
@@ -28,7 +28,6 @@ from mlx_vlm_edge.vision.vit import ViTConfig
 from ..random.weights import blueprint, fill
 from .read import Part
 
-STEP = 2048  # positions of a prefill that are computed together, as `generate` does it
 TILES_AT_ONCE = 4
 CHUNK = 512  # positions of a prefill that is measured in parts
 CONNECTORS = {"mlp2x": MLP, "ldp": LDP, "ldpv2": LDPv2}
@@ -214,7 +213,7 @@ class Prompt:
     def prefill_all(self) -> mx.array:
         """Logits of the last position, by the runtime's own prefill."""
         cache = self.language_model.make_cache()
-        return prefill(self.language_model, self._embeddings, cache, STEP)
+        return prefill(self.language_model, self._embeddings, cache, PREFILL_STEP)
 
     def fill_cache(self) -> list[Any]:
         """The keys and values of a first chunk: what a prefill waits for before the next."""

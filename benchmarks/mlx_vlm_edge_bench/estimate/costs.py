@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mlx_vlm_edge.checkpoint.quantization import GROUP_SIZE
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.cost import Blueprint, Cost, Size
@@ -17,7 +18,6 @@ from ..random.weights import processor_of
 
 Config = Mapping[str, Any]
 BITS = (2, 3, 4, 5, 6, 8, 16)
-GROUP_SIZE = 64  # of quantisation at load
 SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.loading.cost import STEP
+from mlx_vlm_edge.language.decoder import PREFILL_STEP
 from mlx_vlm_edge.loading.counting import Work, counted
 
 
@@ -17,6 +17,6 @@ def prompt_work(language_model: Any, positions: int) -> tuple[Work, Work]:
         embeddings = mx.zeros((1, length, width), dtype)
         return counted(lambda: language_model(embeddings, cache, last_only=True))
 
-    lengths = [min(STEP, positions - start) for start in range(0, positions, STEP)]
+    lengths = [min(PREFILL_STEP, positions - start) for start in range(0, positions, PREFILL_STEP)]
     prefill = sum(map(work, lengths), Work())
     return prefill, work(1)

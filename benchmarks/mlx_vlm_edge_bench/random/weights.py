@@ -13,10 +13,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_vlm_edge.checkpoint.quantization import GROUP_SIZE
 from mlx_vlm_edge.kernels import on_cpu
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.cost import Blueprint, config_of
-from mlx_vlm_edge.loading.load import GROUP_SIZE, arrange, quantize_language_model
+from mlx_vlm_edge.loading.load import arrange, quantize_language_model
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.text.prompt import Processor
 

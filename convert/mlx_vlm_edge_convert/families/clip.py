@@ -12,6 +12,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.cache import local_snapshot
 from mlx_vlm_edge.hub.models import expanded, repo_id
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.vision.vit import KINDS
 
 from ..checkpoint import read_checkpoint
 from ..rules import Arrays, Rule, apply
@@ -23,7 +24,12 @@ _VIT_L_336 = (  # OpenAI's, and the two that ShareGPT4V trained on from it
     "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12",
     "Lin-Chen/ShareGPT4V-13B_Pretrained_vit-large336-l12",
 )
-_CONSTANTS = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_KIND = "clip_vision_model"
+_CONSTANTS = {
+    "model_type": _KIND,
+    "hidden_act": KINDS[_KIND].hidden_act,
+    "layer_norm_eps": KINDS[_KIND].layer_norm_eps,
+}
 _NOT_VISION = Rule(
     r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
     None,

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.vision.fastvit import STRIDE
 
 Config = dict[str, Any]
 
@@ -18,7 +19,6 @@ _NETWORK = "vision_tower.vision_model.network."
 _EXPANSION = "vision_tower.vision_model.conv_exp.reparam_conv.weight"
 _CLIP_HEAD = "vision_tower.vision_model.head.proj"
 _PUBLISHED_SIZE = 1024
-_STRIDE = 64
 
 # Fields of mlx-community's vision_config that no weight shows; FastVLM's own values.
 _PUBLISHED = {
@@ -27,7 +27,7 @@ _PUBLISHED = {
     "intermediate_size": 3072,
     "layer_scale_init_value": 1e-5,
     "num_classes": 1000,
-    "patch_size": _STRIDE,
+    "patch_size": STRIDE,
 }
 _ROOT = {
     "mm_projector_type": "mlp2x_gelu",
@@ -195,7 +195,7 @@ def _image_size(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> i
             return int(size.get("height") or size.get("shortest_edge"))
     tokens = int(config.get("image_seq_length") or 0)
     if tokens and math.isqrt(tokens) ** 2 == tokens:
-        return math.isqrt(tokens) * _STRIDE
+        return math.isqrt(tokens) * STRIDE
     return _PUBLISHED_SIZE
 
 

@@ -14,8 +14,6 @@ from mlx_vlm_edge.vision.eve import HEADS, ConvPatchEmbedding, CrossAttention, P
 from .network import Network, Value, affine_folded, image_folded, numpy
 from .toolkit import tools
 
-LN_EPS = 1e-5  # of nn.LayerNorm
-
 
 def emit(
     net: Network,
@@ -56,7 +54,7 @@ def _keys_values(net: Network, layer: CrossAttention, x: Value, name: str) -> li
     weight, bias = affine_folded(
         numpy(linear.weight), None, numpy(norm.weight), numpy(norm.bias)
     )  # fmt: skip
-    kv = net.linear(net.norm(x, LN_EPS, f"{name}_kv_norm"), weight, bias, f"{name}_kv")
+    kv = net.linear(net.norm(x, norm.eps, f"{name}_kv_norm"), weight, bias, f"{name}_kv")
     return net.split(kv, 2, 1, f"{name}_kv_split")
 
 
@@ -69,7 +67,7 @@ def _local(net: Network, layer: CrossAttention, patches: Value, n: int) -> Value
         numpy(linear.weight), None, numpy(norm.weight), numpy(norm.bias)
     )  # fmt: skip
     scale = C**-0.5
-    bare = net.norm(query, LN_EPS, "local_q_norm")
+    bare = net.norm(query, norm.eps, "local_q_norm")
     q = net.linear(bare, weight * scale, bias * scale, "local_q")
     key, value = _keys_values(net, layer, patches, "local")
     sums = np.ones((HEADS, C // HEADS, 1, 1), np.float32)  # adds a head's channels up
