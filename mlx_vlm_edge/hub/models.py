@@ -37,6 +37,9 @@ ALIASES: dict[str, str] = {
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
     "sharegpt4v-7b": "Lin-Chen/ShareGPT4V-7B",
     "sharegpt4v-13b": "Lin-Chen/ShareGPT4V-13B",
+    "convllava-7b-768": "ConvLLaVA/ConvLLaVA-sft-768",
+    "convllava-7b-1024": "ConvLLaVA/ConvLLaVA-sft-1024",
+    "convllava-7b-1536": "ConvLLaVA/ConvLLaVA-sft-1536",
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"

@@ -21,12 +21,15 @@ FAMILIES = {
     "llava": "llava",
     "llava_llama": "llava",
     "share4v": "llava",
+    "convllava": "convllava",
     "mobilevlm": "mobilevlm",
     "llava_onevision": "llava_onevision",
     "llava_qwen": "llava_onevision",
 }
 # Published layouts that share their model_type with another family (lmms-lab's OneVision: "llava").
 ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
+# And those that share the architecture as well: what the name of LLaVA's tower has in it tells.
+TOWERS = {"convnext": "convllava"}
 
 
 def family_name(config: Mapping[str, Any]) -> str:
@@ -37,6 +40,9 @@ def family_name(config: Mapping[str, Any]) -> str:
     kind, architectures = config.get("model_type"), config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     name = ARCHITECTURES.get(str(named)) or FAMILIES.get(str(kind))
+    if name == "llava":
+        tower = str(config.get("mm_vision_tower")).lower()
+        name = next((own for part, own in TOWERS.items() if part in tower), name)
     if name is None:
         known = ", ".join(sorted(FAMILIES))
         raise UsageError(f"config.json: model_type {kind!r} is not supported (known: {known})")

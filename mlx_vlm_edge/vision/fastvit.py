@@ -63,6 +63,11 @@ class VisionConfig:
                 raise UsageError(f"vision_config: width {width} is no multiple of the one before")
 
     @property
+    def stride(self) -> int:
+        """Pixels per visual token along each side."""
+        return STRIDE
+
+    @property
     def out_dim(self) -> int:
         """Channels of the image features."""
         return int(self.embed_dims[-1] * self.cls_ratio)

@@ -187,6 +187,7 @@ IDEFICS3, SMOLVLM, SMOLVLM_2B = (2197, 2197, 2873), (832, 832, 1088), (1053, 105
 TOKENS = {
     "fastvlm-0.5b": 256, "fastvlm-1.5b": 256, "fastvlm-7b": 256,
     "llava-1.5-7b": 576, "llava-1.5-13b": 576, "sharegpt4v-7b": 576, "sharegpt4v-13b": 576,
+    "convllava-7b-768": 144, "convllava-7b-1024": 256, "convllava-7b-1536": 576,
     "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
     "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
     "llava-onevision-0.5b": (2929, 7269, 7371),

@@ -1,6 +1,8 @@
 """What is taken over from earlier prompts: never another answer, never more work than is new."""
 
 import gc
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -49,6 +51,14 @@ def llava(folder):
     return theirs.save(theirs.build(), "hub", folder / "llava")
 
 
+def convllava(folder):
+    source = shutil.copytree(GOLDEN.parent / "convllava", folder / "convllava")
+    config = json.loads((source / "config.json").read_text())
+    config["mm_vision_tower"] = str((source / "vision_tower").rename(folder / "convnext"))
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
 def llava_onevision(folder):
     from ..reference import llava_onevision as theirs
 
@@ -64,6 +74,7 @@ FAMILIES = {
     "idefics3": idefics3,
     "llava": llava,
     "llava_onevision": llava_onevision,
+    "convllava": convllava,
 }
 
 

@@ -22,7 +22,6 @@ from mlx_vlm_edge.language.cache import Cache, KVCache
 from mlx_vlm_edge.language.decoder import PREFILL_STEP, prefill
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.timings import Clock
-from mlx_vlm_edge.vision.fastvit import STRIDE
 from mlx_vlm_edge.vision.vit import ViTConfig
 
 from ..random.weights import blueprint, fill
@@ -64,7 +63,7 @@ def model_parts(alias: str) -> ModelParts:
 
 def side_of(model: ModelParts, resolution: int | None) -> int:
     """The side of a tile in pixels. Raises UsageError for one that the tower does not take."""
-    if not isinstance(model.config.vision, ViTConfig):  # FastViTHD takes many sizes
+    if not isinstance(model.config.vision, ViTConfig):  # FastViTHD and ConvNeXt take many sizes
         return int(model.config.adapted(Preprocessing(resolution=resolution)).image_size)
     side: int = model.config.vision.image_size
     if resolution not in (None, side):
@@ -77,7 +76,7 @@ def features_shape(model: ModelParts, resolution: int | None) -> tuple[int, int,
     vision, side = model.config.vision, side_of(model, resolution)
     if isinstance(vision, ViTConfig):
         return 1, vision.grid**2, vision.hidden_size
-    return 1, (side // STRIDE) ** 2, vision.out_dim
+    return 1, (side // vision.stride) ** 2, vision.out_dim
 
 
 @dataclass

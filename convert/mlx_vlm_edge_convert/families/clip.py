@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,16 @@ def published_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """`vision_config` and native weights of the tower that a config's mm_vision_tower names.
+    """`vision_config` and native weights of the tower that a config's mm_vision_tower names."""
+    name, folder = tower_folder(config)
+    rules = (*tower_rules("vision_model."), _NOT_VISION)
+    weights = apply(rules, read_checkpoint(folder), f"{name}, a CLIP model")
+    whole = read_config(folder)
+    return complete(whole.get("vision_config") or whole, weights, name), weights
+
+
+def tower_folder(config: Mapping[str, Any]) -> tuple[str, Path]:
+    """Name and folder of the tower that a config's mm_vision_tower names.
 
     It must be on this machine. Raises UsageError that says how to get it otherwise.
     """
@@ -69,10 +79,7 @@ def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
                 f"this machine: `mlx-vlm-edge models pull {name}` gets it"
             )
         folder = snapshot
-    rules = (*tower_rules("vision_model."), _NOT_VISION)
-    weights = apply(rules, read_checkpoint(folder), f"{name}, a CLIP model")
-    whole = read_config(folder)
-    return complete(whole.get("vision_config") or whole, weights, name), weights
+    return name, folder
 
 
 def complete(given: Mapping[str, Any], weights: Arrays, name: str) -> dict[str, Any]:
