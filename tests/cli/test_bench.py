@@ -106,7 +106,7 @@ def test_random_weights_that_will_not_fit_are_refused(capsys, clean, monkeypatch
     assert main(["bench", "--model", "fastvlm-0.5b", "--random-weights"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "fastvlm-0.5b would take" in line
-    assert "1.00 GB are free" in line
+    assert "1.00 GB are there" in line
 
 
 def test_energy_that_cannot_be_measured_is_one_line(capsys, clean, monkeypatch):
