@@ -102,6 +102,7 @@ def test_a_prompt_that_is_written_otherwise_is_left_out(demo, monkeypatch):
     def apart(self, segments, pixels):
         """A text between the visual tokens, as families that write rows have it."""
         ids, visual = expand(self, segments, pixels)
+        ids.insert(visual[0] + 1, 5)
         return ids, np.concatenate([visual[:1], visual[1:] + 1])
 
     monkeypatch.setattr(type(processor), "expand", apart)
