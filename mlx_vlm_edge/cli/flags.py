@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ SAMPLING = {
     "quantized_kv_start": (int, 5000, "quantise the KV cache from this many positions on"),
     "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
 }
+CACHE = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")  # of KV caches
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -155,7 +157,12 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--choices", metavar="A,B,C", help="the answer is one of these, commas between them"
     )
-    for name, (kind, default, text) in SAMPLING.items():
+    add_options(group, SAMPLING)
+
+
+def add_options(group: argparse._ArgumentGroup, named: Mapping[str, tuple[Any, Any, str]]) -> None:
+    """A flag for each option of a number: its type, default and help."""
+    for name, (kind, default, text) in named.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, default=default, metavar="N", help=text)
 

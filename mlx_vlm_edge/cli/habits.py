@@ -1,7 +1,6 @@
 """What hands type that know other tools: a wrong verb or flag -> the right one, in one line."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,6 +42,8 @@ def no_verb(program: str, verb: str, known: Iterable[str]) -> UsageError:
     """What to say of a verb that there is none of."""
     if verb in VERBS:
         return UsageError(f"no verb {verb!r}: it is `{program} {VERBS[verb]}`")
+    import difflib
+
     names = list(known)
     near = difflib.get_close_matches(verb, [*names, *VERBS], n=1, cutoff=0.7)
     if near:
@@ -71,6 +72,8 @@ def _meant(flag: str, known: Sequence[str]) -> str:
         return f"; {NEEDLESS[flag]}"
     if FLAGS.get(flag) in known:
         return f"; it is {FLAGS[flag]}"
+    import difflib
+
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 

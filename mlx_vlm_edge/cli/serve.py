@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
     network.add_argument("--ssl-keyfile", metavar="FILE", help="and this key")
     _add_limits(parser.add_argument_group("limits"))
+    _add_cache(parser.add_argument_group("KV cache of each request"))
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    from .flags import CACHE, SAMPLING, add_options
+
+    add_options(group, {name: SAMPLING[name] for name in CACHE})
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
@@ -116,6 +123,7 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
         rows=args.max_rows, waiting=args.max_waiting, tokens=args.max_tokens,
         images=args.max_images, image_pixels=args.max_image_pixels,
         body_bytes=args.max_body_bytes, connections=args.max_connections,
+        cache=_cache(args),
     )  # fmt: skip
     shown = f"[{args.host}]" if ":" in args.host else args.host
     hosts = {*LOCAL_NAMES, shown.lower(), *(host.lower() for host in args.allow_host)}
@@ -134,6 +142,16 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of KV caches. Raises UsageError for a value out of range."""
+    from ..generation.loop import Options
+    from .flags import CACHE
+
+    chosen = {name: getattr(args, name) for name in CACHE}
+    Options(**chosen)
+    return chosen
 
 
 def _engine(args: argparse.Namespace, name: str, limits: Any) -> "Engine":

@@ -189,9 +189,17 @@ def _stages() -> dict[str, Kernel]:
     """What the demo model passes on, in float32: its vision tower's tokens, and its logits."""
     model, processor = load("demo", dtype="float32")
     inputs = processor(known()[0]["question"], images=[PICTURES / known()[0]["picture"]])
+    follow = mx.array([int(inputs.input_ids[0, -1])])
+
+    def step() -> mx.array:
+        cache = model.make_cache()
+        model.prefill(inputs, cache, 8)  # in chunks
+        return model.step(follow, cache)
+
     return {
         "image features of the demo": lambda: model.encode_image(inputs.pixels[0]),
         "logits of the demo": lambda: model(inputs),
+        "the demo's next token, over its cache": step,
     }
 
 

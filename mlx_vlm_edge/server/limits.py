@@ -1,6 +1,8 @@
 """What a server takes at most; every limit is a setting of `mlx-vlm-edge serve`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,6 +12,7 @@ class Limits:
     tokens: that one answer may have. waiting: requests in the queue beside those being answered.
     rows: requests answered together. connections: open at once. body_seconds: for a request to
     arrive in. send_seconds: for a client to take a piece. image_seconds: for a remote picture.
+    cache: options of every request's KV cache, as `generate` takes them.
     """
 
     body_bytes: int = 32 * 2**20
@@ -22,3 +25,4 @@ class Limits:
     body_seconds: float = 30.0
     send_seconds: float = 30.0
     image_seconds: float = 15.0
+    cache: Mapping[str, Any] = field(default_factory=dict)

@@ -45,7 +45,8 @@ def make_options(
     chosen = {name: value for name, value in settings.items() if value is not None}
     try:
         return Options(
-            **{"temperature": 0.0, **chosen}, max_tokens=min(tokens or limits.tokens, limits.tokens)
+            **{"temperature": 0.0, **chosen, **limits.cache},
+            max_tokens=min(tokens or limits.tokens, limits.tokens),
         )
     except UsageError as error:  # all else is checked
         raise bad_request(str(error), field, "invalid_schema") from None

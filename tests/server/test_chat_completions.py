@@ -6,9 +6,13 @@ import httpx
 import pytest
 
 from mlx_vlm_edge import Options, generate
+from mlx_vlm_edge.generation.engine import Engine
+from mlx_vlm_edge.server.app import Served
+from mlx_vlm_edge.server.limits import Limits
+from mlx_vlm_edge.server.openai import make_options
 
 from ..demo import IMAGES, KNOWN
-from .conftest import data_url, question
+from .conftest import data_url, question, running
 
 SHORT = {"max_tokens": 4}
 
@@ -314,3 +318,20 @@ def test_log_probabilities(ask, client):
     assert [entry for part in told for entry in part["content"]] == entries
     plain = client.post("/v1/completions", json={"prompt": "x", "logprobs": 1, "max_tokens": 2})
     assert len(plain.json()["choices"][0]["logprobs"]["token_logprobs"]) == 2
+
+
+def test_the_server_decides_on_kv_caches(demo):
+    """Quantised as `generate` has it with the same options."""
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    row = KNOWN[1]
+    want = generate(*demo, row.question, images=[IMAGES / row.picture], **options)
+    engine = Engine(*demo)
+    try:
+        with running(Served("demo", Limits(cache=options), engine=engine)) as address:
+            body = {"messages": [question(row.question, data_url(row.picture))]}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+        assert text_of(answer) == want
+    finally:
+        engine.close()
+    other = {"cache": {"max_kv_size": 3}}
+    assert make_options(Limits(**other), None).max_kv_size == 3

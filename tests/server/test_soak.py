@@ -111,16 +111,13 @@ def test_sixteen_clients(engine):
         return sorted(thread.name for thread in threading.enumerate()), open_files()
 
     floors = []
-    before = around()
+    others, before = {*threading.enumerate()}, around()
     with running(Served("demo", engine=engine)) as address:
         parts = 10 if REQUESTS > 100 else 3
         for part in range(parts):
             round_of(REQUESTS * part // parts, REQUESTS * (part + 1) // parts)
-    for thread in threading.enumerate():
-        if (
-            thread.name == "AnyIO worker thread"
-        ):  # told to end when its loop did, and not waited for
-            thread.join(timeout=30)
+    for thread in {*threading.enumerate()} - others:  # told to end when their loop did
+        thread.join(timeout=30)
     threads, files = around()
     assert threads == before[0]
     assert files <= before[1]  # fewer where a file of the model's was still open
