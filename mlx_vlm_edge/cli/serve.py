@@ -4,6 +4,7 @@ import argparse
 import os
 import socket
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -140,7 +141,11 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
         limit_concurrency=limits.connections, timeout_keep_alive=15,
         ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile, timeout_graceful_shutdown=5,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    served.on_failure = partial(setattr, server, "should_exit", True)
+    server.run(sockets=[listening])
+    if served.failure is not None:
+        raise served.failure
     return 0
 
 

@@ -65,12 +65,12 @@ def read_data_uri(uri: str) -> bytes:
         raise UsageError("the data: URI is not valid base64") from None
 
 
-class _Limits:
+class Allowance:
     """What one download may still take: seconds, and bytes of all its answers, headers included."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.end, self.left = time.monotonic() + DOWNLOAD_TIMEOUT, MAX_DOWNLOAD
+    def __init__(self, name: str, seconds: float, size: int) -> None:
+        self.name, self.seconds, self.size = name, seconds, size
+        self.end, self.left = time.monotonic() + seconds, size
 
     def wait(self) -> float:
         """Seconds that the next step may take."""
@@ -79,18 +79,18 @@ class _Limits:
         return min(left, SOCKET_TIMEOUT)
 
     def late(self) -> UsageError:
-        return UsageError(f"{self.name}: took longer than {DOWNLOAD_TIMEOUT} s to fetch")
+        return UsageError(f"{self.name}: took longer than {self.seconds} s to fetch")
 
     def count(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
-            raise UsageError(f"{self.name}: is larger than {MAX_DOWNLOAD // 2**20} MB")
+            raise UsageError(f"{self.name}: is larger than {self.size // 2**20} MB")
 
 
 class _Bytes(io.RawIOBase):
     """What a server sends, within limits: every read of status, headers, chunks and body."""
 
-    def __init__(self, sock: socket.socket, limits: _Limits) -> None:
+    def __init__(self, sock: socket.socket, limits: Allowance) -> None:
         self._sock, self._limits = sock, limits
         self._file = sock.makefile("rb", buffering=0)
 
@@ -114,23 +114,25 @@ class _Bytes(io.RawIOBase):
         super().close()
 
 
-class _Answer(http.client.HTTPResponse):
-    def __init__(self, limits: _Limits, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+class Answer(http.client.HTTPResponse):
+    """An answer of which status, headers and body are read within an allowance."""
+
+    def __init__(self, limits: Allowance, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp.close()
         self.fp = io.BufferedReader(_Bytes(sock, limits))
 
 
-def _connection(kind: Callable[..., Any], limits: _Limits, *args: Any, **kwargs: Any) -> Any:
+def _connection(kind: Callable[..., Any], limits: Allowance, *args: Any, **kwargs: Any) -> Any:
     """An http(s) connection whose addresses are tried, and whose answers are read, in `limits`."""
     connection = kind(*args, **kwargs)
-    connection.response_class = partial(_Answer, limits)
+    connection.response_class = partial(Answer, limits)
     connection._create_connection = partial(_connect, limits)
     return connection
 
 
 def _connect(
-    limits: _Limits, address: tuple[str, int], timeout: float, source: Any = None
+    limits: Allowance, address: tuple[str, int], timeout: float, source: Any = None
 ) -> socket.socket:
     failure: OSError = OSError("the name has no address")
     for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
@@ -147,7 +149,7 @@ def _connect(
 
 
 class _Http(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    def __init__(self, limits: _Limits) -> None:
+    def __init__(self, limits: Allowance) -> None:
         urllib.request.HTTPSHandler.__init__(self)
         self._limits = limits
 
@@ -183,13 +185,13 @@ def download(url: str, name: str) -> bytes:
     """The body behind an http(s) URL. Raises UsageError as `fetch` does."""
     if len(url) > MAX_ADDRESS:
         raise UsageError(f"{name}: an address of {len(url):,} characters; give a shorter one")
-    limits = _Limits(name)
+    limits = Allowance(name, DOWNLOAD_TIMEOUT, MAX_DOWNLOAD)
     try:
         _check_scheme(url, name)
         request = urllib.request.Request(ascii_url(url), headers={"User-Agent": "mlx-vlm-edge"})
         opener = urllib.request.build_opener(_Redirects, _Http(limits))
         with opener.open(request, timeout=limits.wait()) as reply:
-            return _body(reply, limits)
+            return read_body(reply, limits)
     except urllib.error.HTTPError as error:
         reason = error.reason.splitlines()[0] if error.reason else ""
         raise UsageError(f"{name}: the server answered {error.code} {_plain(reason)}") from None
@@ -217,7 +219,8 @@ def ascii_url(url: str) -> str:
     return f"{parts.scheme}://{host}{urllib.parse.quote(rest[start:], safe=_PLAIN)}"
 
 
-def _body(reply: Any, limits: _Limits) -> bytes:
+def read_body(reply: Any, limits: Allowance) -> bytes:
+    """A whole body, refused by its announced length where that is too much."""
     limits.count(max(reply.length or 0, 0))  # announced: refused before it is read
     limits.left += max(reply.length or 0, 0)
     parts = iter(partial(reply.read, 2**16), b"")

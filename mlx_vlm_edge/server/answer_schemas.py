@@ -83,7 +83,7 @@ ANSWERS: Schema = {
     "TokenCount": _object(input_tokens=COUNT),
     "Model": MODEL,
     "ModelList": _object(object=_const("list"), data=_list(MODEL)),
-    "Health": _object(status=_one_of("ok", "loading")),
+    "Health": _object(status=_one_of("ok", "loading", "failed")),
 }  # fmt: skip
 ERRORS: Schema = {
     "Error": _object(

@@ -37,19 +37,27 @@ FILES = {
 
 @dataclass
 class Served:
-    """What is served: name is the model's, as clients call it; engine is None while it loads."""
+    """What is served: name is the model's, as clients call it; engine is None while it loads.
+
+    failure: why there will be none. on_failure: called when that is known, to end the server.
+    """
 
     name: str
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     remote_images: bool = False
     engine: Engine | None = None
+    failure: Exception | None = None
+    on_failure: Callable[[], None] | None = None
     answering: Answering | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
     def ready(self, name: str | None) -> Answering:
-        """Raises ApiError 404 for another model's name, and 503 until the model is there."""
+        """Raises ApiError 404 for another model's name, 503 until the model is there, and 500 where
+        it cannot be loaded."""
         self.check_model(name)
+        if self.failure is not None:
+            raise ApiError(500, "the model could not be loaded", code="failed")
         if self.engine is None:
             raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
         if self.answering is None:
@@ -100,7 +108,12 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
 
 
 async def _load(served: Served, load: Callable[[], Engine]) -> None:
-    served.engine = await asyncio.to_thread(load)
+    try:
+        served.engine = await asyncio.to_thread(load)
+    except Exception as error:  # noqa: BLE001  (whoever started the server tells of it)
+        served.failure = error
+        if served.on_failure is not None:
+            served.on_failure()
 
 
 Handler = Callable[[Served, Request], Awaitable[Response]]
@@ -253,7 +266,7 @@ async def _openapi(served: Served, request: Request) -> Response:
 
 async def _health(served: Served, request: Request) -> Response:
     if served.engine is None:
-        return JSONResponse({"status": "loading"}, 503)
+        return JSONResponse({"status": "failed" if served.failure else "loading"}, 503)
     return JSONResponse({"status": "ok"})
 
 

@@ -1,4 +1,4 @@
-"""Connections that send no request in time are closed, which uvicorn by itself never does."""
+"""Connections whose client sends or takes nothing in time end; uvicorn lets them stay."""
 
 import asyncio
 from typing import Any
@@ -6,24 +6,48 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10.0
+STUCK_SECONDS = 45.0  # longer than Limits.send_seconds, which tells the answer first
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 whose request line and headers must be there HEADER_SECONDS after connecting."""
+    """HTTP/1.1 with limits on waiting that no byte of a client's extends.
+
+    A request's line and headers are there HEADER_SECONDS after connecting, or after the time that
+    a connection may be idle; what is sent is taken within STUCK_SECONDS.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEADER_SECONDS, transport.close)
+        self._late = self.loop.call_later(HEADER_SECONDS, transport.abort)
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle is not None and self._late is not None:
-            self._late.cancel()
-            self._late = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            _cancel(self._late)
+
+    def on_response_complete(self) -> None:
+        _cancel(self._late)
+        seconds = self.timeout_keep_alive + HEADER_SECONDS
+        self._late = self.loop.call_later(seconds, self.transport.abort)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        _cancel(self._stuck)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._late is not None:
-            self._late.cancel()
+        _cancel(self._late)
+        _cancel(self._stuck)
         super().connection_lost(exc)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

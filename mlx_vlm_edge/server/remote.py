@@ -8,36 +8,39 @@ import http.client
 import ipaddress
 import socket
 import ssl
-import time
+from functools import partial
 from urllib.parse import urljoin, urlsplit
 
+from ..errors import UsageError
+from ..picture.fetch import Allowance, Answer, read_body
 from .errors import bad_request
 from .limits import Limits
 
 MAX_REDIRECTS = 3
-CHUNK = 64 * 2**10
 REDIRECTS = (301, 302, 303, 307, 308)
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is assigned to the public
 
 
 def download(url: str, field: str, limits: Limits) -> bytes:
     """The bytes behind an https URL. Raises ApiError 400 in the same words for whatever fails."""
-    deadline = time.monotonic() + limits.image_seconds
+    allowance = Allowance(field, limits.image_seconds, limits.body_bytes)
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            content, url = _get(url, deadline, limits.body_bytes)
+            content, url = _get(url, allowance)
             if content is not None:
                 return content
-    except (OSError, ValueError, http.client.HTTPException, UnicodeError):
+    except (OSError, ValueError, http.client.HTTPException, UsageError):
         pass
     raise bad_request(f"{field}: the image cannot be fetched", field, "invalid_image")
 
 
-def _get(url: str, deadline: float, limit: int) -> tuple[bytes | None, str]:
-    """Content, or None and where a redirect leads. Raises OSError or ValueError."""
+def _get(url: str, allowance: Allowance) -> tuple[bytes | None, str]:
+    """Content, or None and where a redirect leads. Raises OSError, ValueError or UsageError."""
     parts = urlsplit(url)
     if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
         raise ValueError("not a plain https address")
-    connection = _Connection(parts.hostname, parts.port or 443, deadline)
+    connection = _Connection(parts.hostname, parts.port or 443, allowance)
     try:
         connection.request("GET", parts._replace(scheme="", netloc="").geturl() or "/", headers={
             "Accept": "image/*", "User-Agent": "mlx-vlm-edge",
@@ -47,42 +50,24 @@ def _get(url: str, deadline: float, limit: int) -> tuple[bytes | None, str]:
             return None, urljoin(url, answer.headers.get("Location", ""))
         if answer.status != 200:
             raise ValueError("not found")
-        return _body(answer, connection, limit), url
+        return read_body(answer, allowance), url
     finally:
         connection.close()
 
 
-def _body(answer: http.client.HTTPResponse, connection: "_Connection", limit: int) -> bytes:
-    content = bytearray()
-    while piece := answer.read1(CHUNK):
-        content += piece
-        if len(content) > limit:
-            raise ValueError("too large")
-        connection.check_time()
-    return bytes(content)
-
-
 class _Connection(http.client.HTTPSConnection):
-    """To one checked address, under the host's own name; every wait ends at the deadline."""
+    """To one checked address, under the host's own name; every read is within the allowance."""
 
-    def __init__(self, host: str, port: int, deadline: float) -> None:
+    def __init__(self, host: str, port: int, allowance: Allowance) -> None:
         super().__init__(host, port, context=ssl.create_default_context())
-        self.deadline = deadline
-
-    def check_time(self) -> None:
-        """Give the next wait what is left. Raises TimeoutError when nothing is."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if self.sock is not None:
-            self.sock.settimeout(left)
+        self.allowance = allowance
+        self.response_class = partial(Answer, allowance)  # type: ignore[assignment]
 
     def connect(self) -> None:
         address = public_address(self.host, self.port)
-        left = max(self.deadline - time.monotonic(), 0.001)
-        plain = socket.create_connection(address, timeout=left)
+        plain = socket.create_connection(address, timeout=self.allowance.wait())
         self.sock = self._context.wrap_socket(plain, server_hostname=self.host)  # type: ignore[attr-defined]
-        self.check_time()
+        self.sock.settimeout(self.allowance.wait())
 
 
 def public_address(host: str, port: int) -> tuple[str, int]:
@@ -95,5 +80,12 @@ def public_address(host: str, port: int) -> tuple[str, int]:
 
 
 def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return (address if inner is None else inner).is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in NAT64:  # a network translates it to the IPv4 address in it
+            return _public(ipaddress.IPv4Address(address.packed[-4:]))
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is not None:
+            return _public(inner)
+        if address not in UNICAST:
+            return False
+    return address.is_global and not address.is_multicast

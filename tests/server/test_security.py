@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import socket
+import threading
 import time
 import zlib
 from queue import SimpleQueue
@@ -15,7 +16,10 @@ import httpx
 import pytest
 
 from mlx_vlm_edge import Options
+from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.engine import Engine
+from mlx_vlm_edge.picture import fetch
 from mlx_vlm_edge.server import connections, remote
 from mlx_vlm_edge.server.app import Served
 from mlx_vlm_edge.server.errors import ApiError
@@ -205,6 +209,36 @@ def test_before_the_model_is_there_nothing_says_ready(demo):
         assert "retry-after" in response.headers
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_server(capsys):
+    def load():
+        raise UsageError("no such weights")
+
+    ended = threading.Event()
+    served = Served("demo", on_failure=ended.set)
+    with running(served, load) as url:
+        assert ended.wait(20)
+        response = httpx.post(url + CHAT, json=HELLO)
+        assert refusal(response, 500)["code"] == "failed"
+        assert httpx.get(url + "/health").json() == {"status": "failed"}
+    assert str(served.failure) == "no such weights"
+
+
+def test_serve_says_why_it_cannot_load_and_ends(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_qwen2"}')
+    assert main(["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "at http://127.0.0.1:" in said[0]
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max-rows", "--max-waiting", "--max-tokens", "--max-image-pixels"]
+)
+def test_limits_that_let_nothing_through_are_refused(flag, capsys):
+    assert main(["serve", "--model", "demo", "--port", "0", flag, "0"]) == 2
+    assert "must be above 0, not 0" in capsys.readouterr().err
+
+
 def leave_early(url, body):
     """Send a request, and go away while it is answered."""
     content = json.dumps(body).encode()
@@ -251,6 +285,43 @@ def test_slow_clients_are_cut_off(served, monkeypatch):
             connection.close()
 
 
+def test_a_later_request_and_one_that_was_refused_have_no_longer(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    guarded = Served("demo", access=Access(key="sesame"), engine=served.engine)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
+    with running(guarded, timeout_keep_alive=1) as url:
+        second = connect(url)
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nG")  # and no more
+        refused = connect(url)
+        refused.sendall(head)
+        assert b"401" in refused.recv(10_000)
+        refused.sendall(b"x")  # and no more of its 9,999
+        for connection in (second, refused):
+            while connection.recv(10_000):
+                pass
+            connection.close()
+
+
+def test_a_client_that_takes_nothing_is_cut_off(served, monkeypatch):
+    monkeypatch.setattr(connections, "STUCK_SECONDS", 0.2)
+    lost = threading.Event()
+    own = connections.Protocol.connection_lost
+    monkeypatch.setattr(
+        connections.Protocol, "connection_lost", lambda *args: (own(*args), lost.set())
+    )
+    served = Served("demo", Limits(send_seconds=0.1), engine=served.engine)
+    with running(served) as url, connect(url) as greedy:
+        greedy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ask_for_ever(greedy)
+        assert lost.wait(20)
+
+
+def ask_for_ever(connection):
+    while True:
+        connection.send(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+
+
 def test_no_prompt_reaches_the_logs(client, caplog, capfd):
     with caplog.at_level(logging.DEBUG):
         client.post(CHAT, json={"messages": [{"role": "user", "content": "sesame"}], **HELLO})
@@ -262,7 +333,8 @@ def test_no_prompt_reaches_the_logs(client, caplog, capfd):
 
 @pytest.mark.parametrize("addresses", [
     ["127.0.0.1"], ["10.0.0.1"], ["169.254.169.254"], ["192.168.0.1"], ["::1"], ["fe80::1"],
-    ["::ffff:127.0.0.1"], ["0.0.0.0"], ["224.0.0.1"], ["100.64.0.1"], ["8.8.8.8", "127.0.0.1"], [],
+    ["::ffff:127.0.0.1"], ["0.0.0.0"], ["224.0.0.1"], ["100.64.0.1"],
+    ["64:ff9b::a00:1"], ["::7f00:1"], ["fec0::1"], ["8.8.8.8", "127.0.0.1"], [],
 ])  # fmt: skip
 def test_only_public_addresses_are_connected_to(addresses, monkeypatch):
     entries = [(None, None, None, "", (address, 443)) for address in addresses]
@@ -305,10 +377,7 @@ class Answer:
 
     def __init__(self, status=200, content=b"", location=""):
         self.status, self.headers = status, {"Location": location}
-        self._content = io.BytesIO(content)
-
-    def read1(self, size):
-        return self._content.read(size)
+        self.read, self.length = io.BytesIO(content).read, len(content)
 
 
 @pytest.fixture
@@ -317,7 +386,7 @@ def web(monkeypatch):
     answers, asked = {}, []
 
     class Connection:
-        def __init__(self, host, port, deadline):
+        def __init__(self, host, port, allowance):
             self.host = host
             remote.public_address(host, port)
 
@@ -326,9 +395,6 @@ def web(monkeypatch):
 
         def getresponse(self):
             return answers[asked[-1]]
-
-        def check_time(self):
-            pass
 
         def close(self):
             pass
@@ -358,6 +424,27 @@ def test_a_remote_picture_has_a_size_limit(web):
     web[0]["https://a/x"] = Answer(200, b"x" * 1001)
     with pytest.raises(ApiError, match="cannot be fetched"):
         remote.download("https://a/x", "field", Limits(body_bytes=1000))
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_server_that_drips_does_not_outlast_the_time_of_a_picture(sent, monkeypatch):
+    near, far = socket.socketpair()
+    monkeypatch.setattr(remote._Connection, "connect", lambda self: setattr(self, "sock", near))
+    now = iter(range(10_000))  # each look at the clock is a second later than the one before
+    monkeypatch.setattr(fetch.time, "monotonic", lambda: float(next(now)))
+    with far:
+        far.sendall(sent + b"x" * 60_000)
+        connection = remote._Connection("host", 443, fetch.Allowance("x", 15.0, 2**20))
+        monkeypatch.setattr(fetch._Bytes, "readinto", one_byte(fetch._Bytes.readinto))
+        monkeypatch.setattr(remote, "_Connection", lambda *_: connection)
+        with pytest.raises(ApiError, match="cannot be fetched"):
+            remote.download("https://host/x", "field", Limits())
+        assert next(now) < 40
+
+
+def one_byte(readinto):
+    """A read that gives a byte at a time, as a server that drips."""
+    return lambda self, buffer: readinto(self, memoryview(buffer)[:1])
 
 
 def test_remote_pictures_work_where_they_are_allowed(served, web):
