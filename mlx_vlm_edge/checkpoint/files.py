@@ -36,7 +36,7 @@ _LONGEST_NAME = 200  # characters; more than file systems bear are asked for by 
 _DOCUMENTS = ("LICENSE", "NOTICE", "README")  # and what begins so
 # model_types that are a vision tower alone, and those whose pictures the config does not describe.
 _TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "convnext")
-_PREPROCESSED = ("fast_vlm", "idefics3", "smolvlm")
+_PREPROCESSED = ("fast_vlm", "idefics2", "idefics3", "smolvlm")
 
 
 @dataclass(frozen=True)

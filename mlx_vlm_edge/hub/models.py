@@ -23,6 +23,7 @@ ALIASES: dict[str, str] = {
     "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "idefics2-8b": "HuggingFaceM4/idefics2-8b",
     "idefics3-8b": "HuggingFaceM4/Idefics3-8B-Llama3",
     "fuyu-8b": "adept/fuyu-8b",
     "eve-7b": "BAAI/EVE-7B-v1.0",

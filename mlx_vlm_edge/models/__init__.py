@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "llava_qwen2": "fastvlm",
     "fast_vlm": "fastvlm",
+    "idefics2": "idefics2",
     "idefics3": "idefics3",
     "smolvlm": "idefics3",
     "fuyu": "fuyu",

@@ -136,7 +136,7 @@ class Processor(prompt.Processor):
     stop_tokens = (END,)
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
+        self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
     ) -> None:
         super().__init__(config, tokenizer, asked)
         image, around = tokenizer.token_id(IMAGE), tokenizer.token_id(AROUND)
@@ -201,9 +201,7 @@ class Processor(prompt.Processor):
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """One text with a marker per tile, tokenised once; then each marker as often as needed."""
-        blocks = [_text_of(item) for item in pixels]
-        text = segments[0] + "".join(chain(*zip(blocks, segments[1:], strict=True)))
-        row = self.tokenizer.encode(text, special=True)
+        row = self.tokenizer.encode(self.write_out(segments, pixels), special=True)
         if row[:1] != self.prefix:
             row = self.prefix + row
         counts = iter([self.tile_tokens(item) for item in pixels for _ in item.data])
@@ -215,6 +213,11 @@ class Processor(prompt.Processor):
                 visual += range(len(ids), len(ids) + count)
             ids += [token] * count
         return ids, np.array(visual, np.int32)
+
+    def write_out(self, segments: list[str], pixels: list[Pixels]) -> str:
+        """The prompt as one text, with what stands for each image and one <image> per tile."""
+        blocks = [_text_of(item) for item in pixels]
+        return segments[0] + "".join(chain(*zip(blocks, segments[1:], strict=True)))
 
 
 def _turn(message: prompt.Message) -> str:

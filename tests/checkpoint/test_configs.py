@@ -25,6 +25,7 @@ LISTED = {
     "fastvlm-0.5b": "fastvlm_0.5b_mlxvlm",
     "fastvlm-1.5b": "fastvlm_1.5b_mlxvlm",
     "fastvlm-7b": "fastvlm_7b_mlxvlm",
+    "idefics2-8b": "idefics2_8b",
     "idefics3-8b": "idefics3_8b",
     "smolvlm-256m": "smolvlm_256m",
     "smolvlm-500m": "smolvlm_500m",
@@ -104,7 +105,7 @@ def test_a_config_says_where_it_is_from_and_its_family_takes_it(alias):
     for key in filter(None, origin.unconfirmed.split(", ")):
         said = json.dumps(config)
         assert key.split(" ")[0] in said or "left out" in key, key
-    assert (PREPROCESSOR in config) == (family_name(config) == "idefics3")
+    assert (PREPROCESSOR in config) == (family_name(config) in ("idefics2", "idefics3"))
 
 
 @pytest.mark.parametrize("alias", LISTED)

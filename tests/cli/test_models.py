@@ -191,7 +191,7 @@ TOKENS = {
     "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
     "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
     "llava-onevision-0.5b": (2929, 7269, 7371),
-    "idefics3-8b": IDEFICS3,
+    "idefics2-8b": 320, "idefics3-8b": IDEFICS3,
     "smolvlm-256m": SMOLVLM, "smolvlm-500m": SMOLVLM, "smolvlm-2.2b": SMOLVLM_2B,
     "smolvlm2-256m": SMOLVLM, "smolvlm2-500m": SMOLVLM, "smolvlm2-2.2b": SMOLVLM_2B,
     "eve-7b": (451, 351, 601), "eve-7b-hd": (1765, 1373, 2353), "eve-7b-hd-v2": (2597, 2585, 2551),

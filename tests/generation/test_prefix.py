@@ -75,6 +75,7 @@ FAMILIES = {
     "llava": llava,
     "llava_onevision": llava_onevision,
     "convllava": convllava,
+    "idefics2": lambda _: GOLDEN.parent / "idefics2_tiny",
 }
 
 

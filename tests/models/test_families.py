@@ -91,6 +91,7 @@ SIGLIP = (0.5,) * 3, (0.5,) * 3
 NORMALISED = {
     "fastvlm": ((0.0,) * 3, (1.0,) * 3),
     "llava_onevision": SIGLIP,
+    "idefics2": SIGLIP,
     "idefics3": SIGLIP,
     "fuyu": SIGLIP,
 }  # the others as CLIP does

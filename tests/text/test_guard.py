@@ -15,6 +15,7 @@ from mlx_vlm_edge.models import (
     eve2,
     fastvlm,
     fuyu,
+    idefics2,
     idefics3,
     llava,
     llava_onevision,
@@ -26,7 +27,18 @@ from mlx_vlm_edge.text.tokenizer import Tokenizer
 WORDS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<image>", "<fake_token_around_image>",
          "<end_of_utterance>", "<global-img>", "|ENDOFTEXT|", "|SPEAKER|", "|NEWLINE|", "<0x04>",
          "☃")  # fmt: skip
-FAMILIES = (convllava, eve, eve2, fastvlm, fuyu, idefics3, llava, llava_onevision, mobilevlm)
+FAMILIES = (
+    convllava,
+    eve,
+    eve2,
+    fastvlm,
+    fuyu,
+    idefics2,
+    idefics3,
+    llava,
+    llava_onevision,
+    mobilevlm,
+)
 # Pieces of words, whole ones, one-character ones, the mark itself.
 TYPED = st.lists(
     st.one_of(
