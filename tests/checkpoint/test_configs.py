@@ -170,7 +170,7 @@ def test_a_wrong_size_is_found():
     ("name", "message"),
     [
         ("fastvlm-05b", "did you mean fastvlm-0.5b"),
-        ("", "known are eve-7b"),
+        ("", "known are convllava-7b"),
         ("../config", "no config is shipped"),
     ],
 )
