@@ -5,8 +5,8 @@ whoever runs it may time the steps, or look at them, or neither.
 """
 
 import time
-from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol, TypeVar
 
 Clock = Callable[[], float]  # seconds from any origin
 T = TypeVar("T")
@@ -29,21 +29,35 @@ def result(steps: Steps[T]) -> T:
     return watched(steps, lambda name, outcome: None)
 
 
+class Watch(Protocol):
+    """Is told how long a prompt is, and of every step as it ends; see generation/progress.py."""
+
+    def expect(self, pictures: Sequence[Any], start: int, length: int, step_size: int) -> None: ...
+
+    def __call__(self, name: str, outcome: Any) -> None: ...
+
+
 class Timer:
     """Runs steps; with `measured`, `seconds` has each one's time, summed by name.
 
     A step's arrays are then evaluated at its end, which costs a synchronisation each.
     """
 
-    def __init__(self, measured: bool = False, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        measured: bool = False,
+        clock: Clock = time.perf_counter,
+        progress: Watch | None = None,
+    ) -> None:
         self.measured = measured
         self.clock = clock
+        self.progress = progress
         self.seconds: dict[str, float] = {}
         self._last = clock()
 
     def copy(self) -> "Timer":
         """The same times so far, to go on by themselves."""
-        other = Timer(self.measured, self.clock)
+        other = Timer(self.measured, self.clock, self.progress)
         other.seconds, other._last = dict(self.seconds), self._last
         return other
 
@@ -53,6 +67,8 @@ class Timer:
 
     def mark(self, name: str, outcome: Any = None) -> None:
         """End a step that came out with an array, or with what is no concern of the device's."""
+        if self.progress is not None:
+            self.progress(name, outcome)
         if not self.measured:
             return
         import mlx.core as mx

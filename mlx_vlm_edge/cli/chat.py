@@ -14,8 +14,10 @@ from .flags import (
     add_sampling_arguments,
     sampling_options,
 )
+from .progress import Shown, shown
 
 if TYPE_CHECKING:
+    from ..generation.answer import GenerationResult
     from ..generation.conversation import Conversation
 
 HELP = "Talk with a model about pictures."
@@ -150,15 +152,10 @@ class Session:
 
     def ask(self, text: str, decorated: bool = True) -> None:
         """Stream the answer to standard output as it is; figures go to standard error."""
-        images, last = self.images, None
-        pieces = self.chat.stream(text, images)
-        self.images = []
+        images = self.images
         try:
-            for last in pieces:
-                print(last.text, end="", flush=True)
-        except KeyboardInterrupt:
-            pieces.close()  # type: ignore[attr-defined]
-            print(" [stopped]" if decorated else "", end="", flush=True)
+            with shown() as line:
+                last = self._printed(text, images, line, decorated)
         except UsageError:
             self.images = images
             raise
@@ -172,6 +169,23 @@ class Session:
             f"{last.prompt_tokens} prompt tokens known, {last.visual_tokens} visual; "
             f"{last.generation_tps:.1f} tokens/s]"
         )
+
+    def _printed(
+        self, text: str, images: list[str], line: Shown, decorated: bool
+    ) -> "GenerationResult | None":
+        """Print an answer's pieces, and give the last."""
+        last = None
+        pieces = self.chat.stream(text, images, progress=line.progress)
+        self.images = []
+        try:
+            for last in pieces:
+                line.end()
+                print(last.text, end="", flush=True)
+        except KeyboardInterrupt:
+            line.end()
+            pieces.close()  # type: ignore[attr-defined]
+            print(" [stopped]" if decorated else "", end="", flush=True)
+        return last
 
     def command(self, line: str) -> None:
         """Run a line that begins with /. Raises UsageError for one that is not known."""

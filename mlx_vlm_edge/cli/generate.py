@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .flags import (
     prefix_cache,
     sampling_options,
 )
+from .progress import Shown, shown
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResult
@@ -113,19 +115,23 @@ def run(args: argparse.Namespace) -> int:
     text, images = _from_arguments(args)
     prompt, options, loading = _prompt(text, args), sampling_options(args), load_options(args)
     images = _checked(images, args)
-    from ..generation.loop import stream_generate
+    from ..generation.loop import Options, stream_inputs
     from ..loading.load import start_loading
+    from ..timings import Timer
 
     name = args.model or default_model()
     fit_into_memory(args, name, loading)
     model, processor = start_loading(name, loading)
     if args.verbose or args.json:
         model.finish_loading()  # so that no time of loading is taken for one of answering
-    results = stream_generate(
-        model, processor, prompt, images, raw=args.raw, verbose=args.verbose,
-        prefix_cache=prefix_cache(args) if args.cache_dir else None, **options,
-    )  # fmt: skip
-    return _print(results, args)
+    remembered = prefix_cache(args) if args.cache_dir else None
+    with shown() as line:
+        timer, started = Timer(args.verbose, progress=line.progress), time.perf_counter()
+        inputs = timer.run(processor.steps(prompt, images, raw=args.raw))
+        results = stream_inputs(
+            model, processor, inputs, Options(**options), timer, started, remembered
+        )
+        return _print(results, args, line)
 
 
 def _checked(images: list[Any], args: argparse.Namespace) -> list[Any]:
@@ -150,17 +156,19 @@ def _prompt(text: str, args: argparse.Namespace) -> Any:
     return [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
 
 
-def _print(results: Iterator["GenerationResult"], args: argparse.Namespace) -> int:
+def _print(results: Iterator["GenerationResult"], args: argparse.Namespace, line: Shown) -> int:
     """Show pieces as they come. Ctrl-C ends with what there is and exit code 130."""
     pieces: list[GenerationResult] = []
     code = 0
     try:
         for result in results:
+            line.end()
             pieces.append(result)
             if not args.json:
                 print(result.text, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
+    line.end()
     if not args.json:
         print(flush=True)
     if pieces and (args.json or args.verbose):

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
 from ..text.prompt import Inputs, Message, Preprocess, Processor
-from ..timings import Timer
+from ..timings import Timer, Watch
 from .answer import GenerationResult
 from .loop import Options, as_list, budget, stream_inputs
 from .prefix import PrefixCache
@@ -79,16 +79,23 @@ class Conversation:
         return "".join(piece.text for piece in self.stream(text, images, **options))
 
     def stream(
-        self, text: str, images: Any = None, *, verbose: bool = False, **options: Any
+        self,
+        text: str,
+        images: Any = None,
+        *,
+        verbose: bool = False,
+        progress: Watch | None = None,
+        **options: Any,
     ) -> Iterator[GenerationResult]:
         """The answer to one more question, piece by piece. An answer that is broken off stays
         as far as it came; a question that nothing was said to is forgotten.
 
         images: of this question, a path, URL, bytes, Pillow image or array, or a list of them.
+        progress: is told of every step (generation/progress.py).
         Raises UsageError for a bad picture or option, and for a question that is too long.
         """
         chosen = replace(self.options, **options)
-        timer, started = Timer(verbose), time.perf_counter()
+        timer, started = Timer(verbose, progress=progress), time.perf_counter()
         question = Turn("user", text, tuple(as_list(images)))
         inputs, asked, dropped = self._fitting([*self.turns, question], chosen, timer)
         pieces = stream_inputs(

@@ -178,6 +178,9 @@ def stream_inputs(
     sample = token_sampler(model, processor, inputs, options)
     mx.reset_peak_memory()
     run = None if prefix_cache is None else prefix_cache.begin(model, processor, inputs, cache)
+    if timer.progress is not None:
+        start, length = 0 if run is None else run.start, inputs.input_ids.shape[1]
+        timer.progress.expect(inputs.pixels, start, length, options.prefill_step_size)
     logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
     reused = 0 if run is None else run.start
     answer = Answer(processor, inputs, options.stop, timer, started, reused, skip)
@@ -210,9 +213,7 @@ def prompt_logits(
     if model.unread is not None:
         mx.async_eval(inputs.tokens)
         model.finish_loading()
-    logits = model.prefill(inputs, cache, step_size)
-    yield "prefill", logits
-    return logits
+    return (yield from model.prefilling(inputs, cache, step_size))
 
 
 def _results(

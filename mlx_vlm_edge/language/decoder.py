@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import tall_matmul
+from ..timings import Steps
 from .cache import Cache, KVCache, Mask, settle
 
 PREFILL_STEP = 2048  # positions of a prompt that are computed together, as in mlx-lm
@@ -24,13 +25,14 @@ def chunks(length: int, step_size: int) -> Iterator[slice]:
 
 def prefill(
     language_model: "LanguageModel", embeddings: mx.array, cache: Sequence[Cache], step_size: int
-) -> mx.array:
+) -> Steps[mx.array]:
     """Input embeddings [1, L, D] into `cache`, at most `step_size` positions at a time; logits
     [1, V] of the last one."""
     for part in chunks(embeddings.shape[1], step_size):
         if part.start:
             settle(cache)
         logits = language_model(embeddings[:, part], cache, last_only=True)
+        yield "prefill", logits
     return logits[:, -1]
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..timings import Steps
 from . import decoder, llama
 from .cache import Cache, Mask, settle
 from .llama import TextConfig
@@ -109,11 +110,12 @@ def prefill(
     cache: Sequence[Cache],
     step_size: int,
     visual: np.ndarray,
-) -> mx.array:
+) -> Steps[mx.array]:
     """`decoder.prefill` of a prompt whose positions `visual`, int[N], are visual tokens."""
     for part in decoder.chunks(embeddings.shape[1], step_size):
         if part.start:
             settle(cache)
         inside = visual[(part.start <= visual) & (visual < part.stop)] - part.start
         logits = language_model(embeddings[:, part], cache, last_only=True, visual=inside)
+        yield "prefill", logits
     return logits[:, -1]

@@ -128,6 +128,10 @@ class VisionLanguageModel(nn.Module):
 
         One pass, or chunks of `step_size` positions when the prompt is longer than that.
         """
+        return result(self.prefilling(inputs, cache, step_size))
+
+    def prefilling(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> Steps[mx.array]:
+        """`prefill` in its steps, each "prefill" the logits of a chunk's last position."""
         return prefill(self.language_model, self.embed(inputs), cache, step_size)
 
     def step(self, token: mx.array, cache: Sequence[Cache]) -> mx.array:

@@ -122,7 +122,7 @@ class Model(VisionLanguageModel):
         dtype = self.vision_tower.class_embedding.dtype
         return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
 
-    def prefill(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> mx.array:
+    def prefilling(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> Steps[mx.array]:
         embeddings = self.embed(inputs)
         return prefill(self.language_model, embeddings, cache, step_size, inputs.visual)
 

@@ -176,7 +176,7 @@ class Chat:
     def __init__(self, *pieces):
         self.pieces, self.asked = pieces, []
 
-    def stream(self, text, images):
+    def stream(self, text, images, progress=None):
         self.asked.append((text, images))
         for piece in self.pieces:
             if isinstance(piece, Exception):

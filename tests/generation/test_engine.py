@@ -112,14 +112,14 @@ def test_sampling_penalties_and_kind_of_cache_are_each_row_s_own(fastvlm, start)
 def test_one_that_fails_harms_no_other(fastvlm, start, monkeypatch):  # noqa: F811
     model, processor = fastvlm
     want = alone(model, processor, QUESTIONS[0], [])
-    prefill, bad = type(model).prefill, processor(QUESTIONS[1])
+    prefilling, bad = type(model).prefilling, processor(QUESTIONS[1])
 
     def failing(this, inputs, *arguments):
         if inputs.input_ids.shape == bad.input_ids.shape:
             raise MemoryError("no room")
-        return prefill(this, inputs, *arguments)
+        return prefilling(this, inputs, *arguments)
 
-    monkeypatch.setattr(type(model), "prefill", failing)
+    monkeypatch.setattr(type(model), "prefilling", failing)
     engine = start(model, processor)
     first, second = ask(engine, processor(QUESTIONS[0])), ask(engine, bad)
     assert isinstance(collected(second[1]), MemoryError)

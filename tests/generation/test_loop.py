@@ -64,8 +64,9 @@ class Scripted:
         yield from ()
         return []
 
-    def prefill(self, inputs, cache, step_size):
+    def prefilling(self, inputs, cache, step_size):
         self.feed(cache, inputs.input_ids.shape[1])
+        yield "prefill", None
         return self.logits()
 
     def step(self, token, cache):

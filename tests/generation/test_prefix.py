@@ -124,13 +124,13 @@ class Asker:
             return stages(this, pixels)
 
         monkeypatch.setattr(kind, "stages", counted)
-        prefill = kind.prefill
+        prefilling = kind.prefilling
 
         def watched(this, *arguments):
-            self.logits = prefill(this, *arguments)
+            self.logits = yield from prefilling(this, *arguments)
             return self.logits
 
-        monkeypatch.setattr(kind, "prefill", watched)
+        monkeypatch.setattr(kind, "prefilling", watched)
 
     def __call__(self, prompt, *images, **more):
         """(reused, encoded, prompt positions, the answer's ids) of one prompt."""
@@ -323,7 +323,7 @@ def test_a_request_that_fails_leaves_nothing_that_others_cannot_use(fastvlm, mon
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as worker:
-        patch.setattr(type(model), "prefill", broken)
+        patch.setattr(type(model), "prefilling", broken)
         first = worker.submit(generate, model, processor, **ask, prefix_cache=store)
         with pytest.raises(MemoryError):
             first.result()

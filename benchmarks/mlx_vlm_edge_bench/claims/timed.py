@@ -21,7 +21,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import Cache, KVCache
 from mlx_vlm_edge.language.decoder import PREFILL_STEP, prefill
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
-from mlx_vlm_edge.timings import Clock
+from mlx_vlm_edge.timings import Clock, result
 from mlx_vlm_edge.vision.vit import ViTConfig
 
 from ..random.weights import blueprint, fill
@@ -212,7 +212,7 @@ class Prompt:
     def prefill_all(self) -> mx.array:
         """Logits of the last position, by the runtime's own prefill."""
         cache = self.language_model.make_cache()
-        return prefill(self.language_model, self._embeddings, cache, PREFILL_STEP)
+        return result(prefill(self.language_model, self._embeddings, cache, PREFILL_STEP))
 
     def fill_cache(self) -> list[Any]:
         """The keys and values of a first chunk: what a prefill waits for before the next."""

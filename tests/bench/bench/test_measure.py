@@ -53,8 +53,9 @@ class Working:
             yield name, None
         return []
 
-    def prefill(self, inputs, cache, step_size):
+    def prefilling(self, inputs, cache, step_size):
         self.clock.now += PREFILL
+        yield "prefill", None
         return self.logits()
 
     def step(self, token, cache):
