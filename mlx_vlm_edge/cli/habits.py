@@ -42,12 +42,9 @@ def no_verb(program: str, verb: str, known: Iterable[str]) -> UsageError:
     """What to say of a verb that there is none of."""
     if verb in VERBS:
         return UsageError(f"no verb {verb!r}: it is `{program} {VERBS[verb]}`")
-    import difflib
-
     names = list(known)
-    near = difflib.get_close_matches(verb, [*names, *VERBS], n=1, cutoff=0.7)
-    if near:
-        meant = VERBS.get(near[0], near[0])
+    if near := _nearest(verb, [*names, *VERBS]):
+        meant = VERBS.get(near, near)
         return UsageError(f"no verb {verb!r}; did you mean `{program} {meant}`?")
     return UsageError(f"no verb {verb!r}; the verbs are {', '.join(names)}")
 
@@ -72,10 +69,14 @@ def _meant(flag: str, known: Sequence[str]) -> str:
         return f"; {NEEDLESS[flag]}"
     if FLAGS.get(flag) in known:
         return f"; it is {FLAGS[flag]}"
+    near = _nearest(flag, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
     import difflib
 
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.7)), None)
 
 
 class ResizeShape(argparse.Action):

@@ -43,7 +43,7 @@ def origin(alias: str) -> Origin:
 
 def licence(alias: str) -> str | None:
     """The licence of an alias's weights, None where nobody here has read it."""
-    return str(_read(alias)["_licence"]) or None
+    return _read(alias).get("_licence") or None
 
 
 def _read(alias: str) -> dict[str, Any]:
