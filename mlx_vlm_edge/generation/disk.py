@@ -5,11 +5,13 @@ whole or not at all; one that is damaged is dropped with a line, and the least r
 when there is too much. Entries of other models and weights are never looked at.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
+from threading import get_ident
 from typing import cast
 
 import mlx.core as mx
@@ -34,7 +36,7 @@ class DiskStore:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.partial"):
+            for left in self.folder.glob(".*.partial*"):
                 if not _alive(left):
                     left.unlink(missing_ok=True)
         except OSError as error:
@@ -92,7 +94,7 @@ class DiskStore:
 
     def _write(self, stem: str, arrays: dict[str, mx.array]) -> None:
         """Add a file. A folder that cannot be written to is told of, and harms no answer."""
-        partial = self.folder / f".{os.getpid()}-{stem}.partial"
+        partial = self.folder / f".{os.getpid()}-{get_ident()}-{stem}.partial"
         try:
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.close(descriptor)
@@ -105,7 +107,7 @@ class DiskStore:
             partial.replace(self.folder / f"{stem}-{digest}{SUFFIX}")
             self._evict()
         except (OSError, RuntimeError) as error:
-            _say(f"{self.folder}: the cache cannot be written ({error})")
+            say(f"{self.folder}: the cache cannot be written ({error})")
             Path(str(partial) + SUFFIX).unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
 
@@ -114,14 +116,14 @@ class DiskStore:
         dropped."""
         try:
             content = path.read_bytes()
-        except OSError:
+            os.utime(path)
+        except OSError:  # another process may have dropped it
             return None
         if _content(content) != path.stem.rpartition("-")[2]:
-            _say(f"{path}: damaged, and dropped from the cache")
+            say(f"{path}: damaged, and dropped from the cache")
             self._drop(path)
             return None
-        os.utime(path)
-        arrays = cast(dict[str, mx.array], mx.load(str(path)))
+        arrays = cast(dict[str, mx.array], mx.load(io.BytesIO(content), format="safetensors"))
         mx.eval(arrays)
         return arrays
 
@@ -132,8 +134,9 @@ class DiskStore:
     def _evict(self) -> None:
         """Remove what was used longest ago until the rest fits."""
         entries = sorted(
-            ((info := path.stat()).st_mtime, info.st_size, path)
-            for path in self.folder.glob(f"*{SUFFIX}")
+            (info.st_mtime, info.st_size, path)
+            for path in self.folder.glob(f"[!.]*{SUFFIX}")
+            if (info := _state(path)) is not None
         )
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
@@ -147,6 +150,14 @@ def _name(model: str, kind: str, name: bytes = b"") -> str:
     """What a file's name begins with: hexadecimal digits of a model, a kind and a picture."""
     told = f"{FORMAT}|{model}|{kind}|".encode()
     return blake2b(told + name, digest_size=16).hexdigest()
+
+
+def _state(path: Path) -> os.stat_result | None:
+    """A file's size and times; None where another process has dropped it."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _content(content: bytes) -> str:
@@ -165,5 +176,6 @@ def _alive(partial: Path) -> bool:
     return True
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell of what a cache could not do, which harms no answer."""
     print(line, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from ..text.prompt import Inputs, Processor
 from ..timings import Timer
 from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
+from .disk import say
 from .loop import Options, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
 
@@ -159,15 +160,13 @@ class Engine:
 
         timer and started: of the prompt's preparation, for its times.
         """
-        with self._changed:
+        timer = timer or Timer()
+        started = timer.clock() if started is None else started
+        ticket = Ticket(inputs, options, deliver, client, timer, started)
+        with self._changed:  # of one piece: nothing joins a line that is no longer emptied
             if self._closing:
                 raise BusyError
             budget(self.model, inputs, options)
-        timer = timer or Timer()
-        ticket = Ticket(
-            inputs, options, deliver, client, timer, timer.clock() if started is None else started
-        )
-        with self._changed:
             self._line.put(ticket)
             self._changed.notify_all()
         return ticket
@@ -277,10 +276,13 @@ class Engine:
 
     def _drop(self, is_over: Callable[[_Row], bool]) -> None:
         over = [row for row in self._rows if is_over(row)]
-        for row in over:
-            row.remember()
         if over:
             self._rows = [row for row in self._rows if row not in over]
+        for row in over:
+            try:
+                row.remember()
+            except Exception as error:  # noqa: BLE001  (its answer is whole; the others go on)
+                say(f"an answer is not remembered ({type(error).__name__})")
 
 
 def pieces(

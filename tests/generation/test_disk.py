@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from threading import Thread
 
 import mlx.core as mx
 import numpy as np
@@ -118,12 +120,55 @@ def test_the_least_recently_used_leave_when_there_is_too_much(folder):
 
 def test_what_a_kill_left_is_removed_and_never_read(folder):
     folder.mkdir()
-    left = folder / ".999999999-abc.partial"
-    left.write_bytes(b"half")
+    for name in (".999999999-abc.partial", ".999999999-1-abc.partial.safetensors"):
+        (folder / name).write_bytes(b"half")
     own = folder / f".{os.getpid()}-abc.partial"
     own.write_bytes(b"being written")
     DiskStore(folder)
     assert entries(folder) == [own]
+
+
+@pytest.mark.parametrize("step", ["utime", "load", "stat"])
+def test_another_process_may_drop_an_entry_at_any_time(step, folder, monkeypatch, capfd):
+    store = DiskStore(folder)
+    store.keep_image("m", b"\0", mx.ones((4, 8)))
+
+    def dropped(module, name):
+        own = getattr(module, name)
+
+        def first(*args, **more):
+            for entry in os.listdir(folder):
+                os.unlink(folder / entry)
+            return own(*args, **more)
+
+        monkeypatch.setattr(module, name, first)
+
+    dropped({"utime": os, "load": mx, "stat": Path}[step], step)
+    if step == "stat":
+        store._evict()
+    else:
+        tokens = store.image("m", b"\0")
+        assert (tokens is None) == (step == "utime")
+    assert capfd.readouterr().err == ""
+
+
+def test_threads_write_the_same_entry_at_once(folder, monkeypatch, capfd):
+    store, other = DiskStore(folder), []
+    replace = os.replace
+
+    def meanwhile(*args):  # as another thread's write, between two steps of this one's
+        if not other:
+            other.append(
+                Thread(target=store.keep_prompt, args=("m", np.eye(3, dtype=np.int64), []))
+            )
+            other[0].start()
+            other[0].join()
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    store.keep_prompt("m", 2 * np.eye(3, dtype=np.int64), [])
+    assert len(list(DiskStore(folder).prompts("m"))) == 2
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):

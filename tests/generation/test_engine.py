@@ -9,6 +9,8 @@ import pytest
 from mlx_vlm_edge import Options, PrefixCache, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.engine import BusyError, Engine, Line, Ticket, pieces
+from mlx_vlm_edge.generation.prefix import Run
+from mlx_vlm_edge.timings import Timer
 
 from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
 
@@ -165,6 +167,37 @@ def test_closing_tells_those_that_wait(fastvlm, start):  # noqa: F811
     assert isinstance(collected(second), BusyError)
     with pytest.raises(BusyError):
         ask(engine, None)
+
+
+def test_nothing_joins_the_line_of_an_engine_that_closes_meanwhile(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine, arrived = start(model, processor), SimpleQueue()
+
+    def closing():
+        engine.close()
+        return 0.0
+
+    with pytest.raises(BusyError):
+        engine.submit(processor("Hi"), Options(), arrived.put, timer=Timer(clock=closing))
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["answered", "cancelled"])
+def test_what_cannot_be_remembered_harms_nobody(fastvlm, start, monkeypatch, capfd, gone):  # noqa: F811
+    model, processor = fastvlm
+    want = alone(model, processor, QUESTIONS[1], [])
+
+    def full(*_):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(Run, "end", full)
+    engine = start(model, processor, prefix_cache=PrefixCache())
+    ticket, first = ask(engine, processor(QUESTIONS[0]), max_tokens=10_000 if gone else 3)
+    _, second = ask(engine, processor(QUESTIONS[1]))
+    assert first.get(timeout=60).token is not None
+    if gone:
+        ticket.cancel()
+    assert ids(collected(second)) == want
+    assert "not remembered (ValueError)" in capfd.readouterr().err
 
 
 def test_pieces_give_an_answer_in_the_caller_s_thread(fastvlm, start):  # noqa: F811
