@@ -29,6 +29,7 @@ VERBS = {
     "convert": "convert a checkpoint to the MLX layout, optionally quantised",
     "export": "export a model to Core ML packages for an app",
     "doctor": "check this machine, its arithmetic, or a published model",
+    "completion": "print what bash, zsh or fish needs to complete",
 }
 
 
