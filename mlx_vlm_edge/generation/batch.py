@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..text.prompt import Inputs, Processor
 from ..timings import Steps, Timer
 from .answer import GenerationResult
-from .engine import BusyError, Engine
+from .engine import Engine
 from .loop import Options
 
 READERS = 2  # threads that read pictures ahead
@@ -192,7 +192,7 @@ class Batch:
                     inputs, self.run.options, lambda piece: arrived.put((asked, piece)),
                     timer=timer,
                 )  # fmt: skip
-            except (UsageError, BusyError) as error:
+            except Exception as error:  # noqa: BLE001  (raised where the batch waits for it)
                 arrived.put((asked, error))
 
         asked.reading.add_done_callback(submit)

@@ -154,7 +154,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         *_, (kind, model) = _reading(folder, options)
         tokenizer = parsing.wait()
     tokenizer.check_rows(model.config.text.vocab_size)
-    model.identify = partial(_identity, folder, options)
+    model.identify = partial(_identity, folder, options, on_cpu())
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
     processor.offline = options.offline
@@ -191,10 +191,11 @@ def _reading(
     yield kind, model
 
 
-def _identity(folder: Path, options: LoadOptions) -> str:
+def _identity(folder: Path, options: LoadOptions, cpu: bool) -> str:
+    """cpu: where it was loaded, which decides on dtypes and kernels."""
     from ..checkpoint.identity import identity
 
-    return f"{identity(folder)} {(options.dtype, options.bits, options.vision_backend)}"
+    return f"{identity(folder)} {(options.dtype, options.bits, options.vision_backend, cpu)}"
 
 
 def use_backend(

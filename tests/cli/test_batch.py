@@ -91,6 +91,15 @@ def test_a_picture_that_cannot_be_read_is_a_line_and_no_end(batch, pictures):
     assert len(lines) == len(NAMES) + 2
 
 
+def test_what_nobody_expected_ends_a_batch_and_is_not_waited_for(batch, pictures, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("mlx_vlm_edge.generation.batch.prepare", failing)
+    with pytest.raises(RuntimeError, match="no room"):
+        batch(pictures)
+
+
 @pytest.mark.parametrize("more", [
     ["--max-tokens", "3"], ["--system", "Be brief."], ["--bits", "8"], ["--temperature", "1"],
     ["--resolution", "128"],
