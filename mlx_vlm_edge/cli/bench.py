@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", metavar="FILE", help="write the whole record: every run, machine and versions"
-    )
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="print the whole record, every run, machine and versions, and the tables on standard "
+        "error; with a FILE write it there",
+    )  # fmt: skip
 
 
 class Progress:
@@ -124,10 +127,11 @@ class Progress:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mlx_vlm_edge_bench.bench.saved import writable
+    from mlx_vlm_edge_bench.bench.saved import STDOUT, writable
 
     _refuse_mixtures(args)
-    with writable(args.json) as save:
+    tables = redirect_stdout(sys.stderr) if args.json == STDOUT else nullcontext()
+    with writable(args.json) as save, tables:
         return _claims(args, save) if args.claims is not None else _cases(args, save)
 
 

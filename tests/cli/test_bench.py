@@ -32,6 +32,16 @@ def refused(capsys, *arguments):
     return lines[0]
 
 
+@pytest.mark.parametrize("flag", [["--json"], ["--json", "-"]])
+def test_json_without_a_file_is_all_of_standard_output(flag, capsys, tmp_path, clean, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICK, "--resolution", "128", "--no-cold", *flag]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["cases"][0]["resolution"] == 128
+    assert "ttft_e2e" in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_case_is_printed_and_saved(capsys, tmp_path, clean):
     path = tmp_path / "out.json"
     assert main([*QUICK, "--resolution", "128", "192", "--no-cold", "--json", str(path)]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 from mlx_vlm_edge.errors import UsageError
 
+STDOUT = "-"
+
 
 class Save(Protocol):
     def __call__(self, content: Mapping[str, Any]) -> None: ...
@@ -17,13 +20,18 @@ class Save(Protocol):
 
 @contextmanager
 def writable(name: str | None) -> Iterator[Save]:
-    """Give a function that writes a JSON object to the file; None: one that does nothing.
+    """Give a function that writes a JSON object to the file; None: one that does nothing; "-": one
+    that prints it on what standard output is now.
 
     The file is made under another name in its folder at once, so that a full or read-only disk
     or a wrong path is a UsageError now. Nothing is left when the function was not called.
     """
     if name is None:
         yield lambda content: None
+        return
+    if name == STDOUT:
+        out = sys.stdout
+        yield lambda content: print(json.dumps(content, ensure_ascii=False), file=out, flush=True)
         return
     path = Path(name)
     if path.is_dir():
