@@ -1,8 +1,6 @@
 """What is taken over from earlier prompts: never another answer, never more work than is new."""
 
 import gc
-import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -52,11 +50,9 @@ def llava(folder):
 
 
 def convllava(folder):
-    source = shutil.copytree(GOLDEN.parent / "convllava", folder / "convllava")
-    config = json.loads((source / "config.json").read_text())
-    config["mm_vision_tower"] = str((source / "vision_tower").rename(folder / "convnext"))
-    (source / "config.json").write_text(json.dumps(config))
-    return source
+    from ..reference import convllava as theirs
+
+    return theirs.inside(folder)
 
 
 def llava_onevision(folder):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_vlm_edge_convert import convert
-from mlx_vlm_edge_convert.checkpoint import read_checkpoint
 from mlx_vlm_edge_convert.families import convllava as rules
 
 from mlx_vlm_edge import kernels, load, stream_generate
@@ -20,6 +19,8 @@ from mlx_vlm_edge.models import convllava, family_name
 from mlx_vlm_edge.vision import convnext
 
 from ..parity import FLOAT32, clip_pixels, distance
+from ..reference import convllava as theirs
+from ..reference.convllava import set_config
 
 PICTURES = ("landscape", "portrait", "large")  # 233 x 131, 97 x 301 and 419 x 383 pixels
 ASKED = "What is in the image?\nAnswer the question using a single word or phrase."
@@ -28,26 +29,10 @@ OURS = {"stem": "stem", **{f"stage{n}": f"stage {n - 1}" for n in range(2, 6)}}
 
 
 @pytest.fixture(scope="module")
-def folders(golden, tmp_path_factory):
-    """As the last training stage saves it, tower inside; and as the original code is tested."""
-    source, root = golden.parent / "convllava", tmp_path_factory.mktemp("convllava")
-    apart = shutil.copytree(source, root / "apart", ignore=shutil.ignore_patterns("*.npz", "*.png"))
-    (apart / "vision_tower").rename(tower_folder := root / "ConvNeXt-256")
-    set_config(apart, mm_vision_tower=str(tower_folder))
-    inside = shutil.copytree(apart, root / "inside-256")
-    set_config(inside, mm_vision_tower="ConvLLaVA/ConvLLaVA-ConvNeXt-256", model_type="llava")
-    weights = dict(mx.load(str(apart / "model.safetensors")))
-    tower = read_checkpoint(tower_folder)
-    weights |= {rules.ORIGINAL_TOWER + name: array for name, array in tower.items()}
-    for name in ("weight", "bias"):  # of the last norm, which is not run, of whatever width
-        weights[f"{rules.ORIGINAL_TOWER}layernorm.{name}"] = mx.zeros((40,))
-    mx.save_safetensors(str(inside / "model.safetensors"), weights)
-    return {"apart": apart, "inside": inside}
-
-
-def set_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("convllava")
+    inside = theirs.inside(root)
+    return {"apart": root / "apart", "inside": inside}
 
 
 @pytest.fixture(scope="module")

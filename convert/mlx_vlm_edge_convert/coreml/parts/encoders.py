@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.models import convllava, eve2, fastvlm, idefics3, llava, llava_onevision
 from mlx_vlm_edge.models import eve as eve_family
-from mlx_vlm_edge.models import eve2, fastvlm, idefics3, llava, llava_onevision
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
@@ -19,7 +19,7 @@ from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD, HALF
 from mlx_vlm_edge.vision.positions import position_ids
 from mlx_vlm_edge.vision.vit import ViTConfig
 
-from ..emit import eve, fastvit, vit
+from ..emit import convnext, eve, fastvit, vit
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, TOKENS
@@ -87,17 +87,23 @@ def _fixed(size: Size | None, side: int) -> Size:
     return side, side
 
 
+def _whole_steps(size: Size | None, side: int, step: int, tower: str) -> Size:
+    """A size or the tower's own. Raises UsageError for no multiples of its stride."""
+    height, width = size or (side, side)
+    if min(height, width) < step or height % step or width % step:
+        shown = _shown((height, width))
+        raise UsageError(f"resolution {shown}: {tower} takes multiples of {step} on each side")
+    return height, width
+
+
 def _shown(size: Size | None) -> str:
     return "x".join(map(str, size or ()))
 
 
 def _fastvlm(model: fastvlm.Model, size: Size | None, strategy: str | None) -> Encoder:
     config = model.config.adapted(Preprocessing(strategy))
-    height, width = size or (config.image_size, config.image_size)
     step = fastvit.STRIDE
-    if min(height, width) < step or height % step or width % step:
-        shown = _shown((height, width))
-        raise UsageError(f"resolution {shown}: FastViTHD takes multiples of {step} on each side")
+    height, width = _whole_steps(size, config.image_size, step, "FastViTHD")
     return Encoder(
         AppPixels((height, width), config.image_strategy, (0, 0, 0), (0.0,) * 3, (1.0,) * 3),
         lambda net, image: fastvit.emit(net, model.tower, image),
@@ -126,6 +132,21 @@ def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encod
         ),
         emit, vision.hidden_size, grid, model.connector,
         lambda pixels: _stages(model, pixels), {},
+    )  # fmt: skip
+
+
+def _convllava(model: convllava.Model, size: Size | None, strategy: str | None) -> Encoder:
+    config = model.config.adapted(Preprocessing(strategy))
+    step = config.vision.stride
+    height, width = _whole_steps(size, config.image_size, step, "this ConvNeXt")
+    return Encoder(
+        AppPixels((height, width), config.image_strategy, llava.FILL, CLIP_MEAN, CLIP_STD),
+        lambda net, image: convnext.emit(net, model.tower, image, CLIP_MEAN, CLIP_STD),
+        config.vision.out_dim,
+        (height // step, width // step),
+        model.connector,
+        lambda pixels: _stages(model, pixels),
+        {},
     )  # fmt: skip
 
 
@@ -209,6 +230,7 @@ def _eve(
 _MAKERS: tuple[tuple[type, Callable[..., Encoder]], ...] = (
     (fastvlm.Model, _fastvlm),
     (llava.Model, _llava),
+    (convllava.Model, _convllava),
     (idefics3.Model, _idefics3),
     (llava_onevision.Model, _onevision),
     (eve_family.Model, _eve),

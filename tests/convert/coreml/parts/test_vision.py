@@ -27,7 +27,7 @@ GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny")
 @pytest.fixture(scope="module")
 def folders(native_folder, golden, tmp_path_factory):
     """A model folder by name: the golden ones, and the originals' at a tiny size."""
-    from ....reference import eve2, idefics3, llava, llava_onevision
+    from ....reference import convllava, eve2, idefics3, llava, llava_onevision
     from ...conftest import golden_folder
 
     def make(name):
@@ -45,6 +45,8 @@ def folders(native_folder, golden, tmp_path_factory):
             return llava.save(llava.build(), "hub", folder)
         if name == "eve2":
             return eve2.save(eve2.build(), folder)
+        if name == "convllava":
+            return convllava.inside(folder)
         weights = llava_onevision.weights(llava_onevision.build())
         return llava_onevision.save(weights, folder, "native")
 
@@ -86,7 +88,7 @@ def fastvlm(native_folder):
     return model_of(native_folder)
 
 
-FAMILIES = (*GOLDEN, "smolvlm", "llava", "eve2", "llava_onevision")
+FAMILIES = (*GOLDEN, "smolvlm", "llava", "eve2", "llava_onevision", "convllava")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -229,3 +231,13 @@ def test_an_app_pads_with_the_processor_s_colour(name, folders):
 def test_the_demo_model(tmp_path):
     model, _ = load("demo", dtype="float32")
     verified(part_of(encoder(model, None, None), Options()), tmp_path / "demo.mlpackage")
+
+
+def test_a_convnext_takes_any_multiple_of_its_stride(folders, tmp_path):
+    model = model_of(folders("convllava"))
+    verified(
+        part_of(encoder(model, (64, 128), None), Options(precision="fp32")),
+        tmp_path / "wide.mlpackage",
+    )
+    with pytest.raises(UsageError, match="64x96: this ConvNeXt takes multiples of 64"):
+        encoder(model, (64, 96), None)
