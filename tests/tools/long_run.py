@@ -11,6 +11,7 @@ not), so a program that starts new ones for ever grows.
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -34,8 +35,15 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory; the most there ever were where Linux isn't."""
+    """Bytes of this process that are in memory; the most there ever were where Linux isn't.
+
+    What was freed and is still held for reuse goes back first: it is what goes up and down.
+    """
     gc.collect()
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
     statm = Path("/proc/self/statm")
     if statm.is_file():
         return int(statm.read_text().split()[1]) * PAGE
@@ -117,8 +125,7 @@ def main() -> int:
         if not warm and turn >= len(ways) - 1 and done >= WARM * total:
             warm, held = len(series), holds()
     told = {"generations": done, "wrong": run.wrong, "warm": held, "after": holds()}
-    # What a process has in memory goes up and down by tens of MB: a leak shows in what it never
-    # falls below.
+    # What a process has in memory goes up and down: a leak shows in what it never falls below.
     floors = [min(part, default=0) for part in (series[warm : -len(ways)], series[-len(ways) :])]
     growth = floors[1] / floors[0] - 1 if floors[0] else None  # of a short run
     print(json.dumps({**told, "growth": growth, "resident": series}))
