@@ -57,35 +57,10 @@ def prompt_cost(plan: Blueprint, image: Size = SQUARE, text_tokens: int | None =
     return cost.cost(plan, inputs)
 
 
-def predicted_flops(
-    config: Config,
-    resolution: int | None = None,
-    text_tokens: int | None = None,
-    *,
-    image: Size = SQUARE,
-) -> dict[str, int]:
-    """FLOPs of each stage: "vision", "connector", "prefill", and "decode" for one token after it.
-
-    Two per MAC of matmuls and convolutions. Raises UsageError as `prompt_cost` does.
-    """
-    counted = prompt_cost(plan_of(config, resolution=resolution), image, text_tokens)
-    return {
-        "vision": counted.vision.flops,
-        "connector": counted.connector.flops,
-        "prefill": counted.prefill.flops,
-        "decode": counted.step.flops,
-    }
-
-
 def visual_tokens(config: Config, resolution: int | None = None, *, image: Size = SQUARE) -> int:
     """How many visual tokens a picture of that size becomes."""
     plan = plan_of(config, resolution=resolution)
     return plan.processor.visual_tokens(plan.pixels(image))
-
-
-def weight_bytes(config: Config, bits: int | None = None, dtype: str = "bfloat16") -> int:
-    """Bytes of a model's weights as `load` holds them; bits as `plan_of` takes them."""
-    return plan_of(config, bits, dtype).nbytes
 
 
 def memory_bytes(

@@ -11,10 +11,8 @@ from mlx_vlm_edge_bench.claims.read import Part
 from mlx_vlm_edge_bench.estimate.costs import (
     memory_bytes,
     plan_of,
-    predicted_flops,
     prompt_cost,
     visual_tokens,
-    weight_bytes,
 )
 from mlx_vlm_edge_bench.random.question import text_of
 from mlx_vlm_edge_bench.random.weights import blueprint, processor_of
@@ -26,7 +24,19 @@ from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.loading.cost import nbytes
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 
+SQUARE = (1024, 1024)
 PICTURES = [(640, 480), (300, 700), (1920, 1080), (384, 384)]
+
+
+def predicted_flops(config, resolution=None, text_tokens=None, image=SQUARE):
+    """Two FLOPs per MAC of each stage, "decode" for one token after the prompt."""
+    counted = prompt_cost(plan_of(config, resolution=resolution), image, text_tokens)
+    return {
+        "vision": counted.vision.flops,
+        "connector": counted.connector.flops,
+        "prefill": counted.prefill.flops,
+        "decode": counted.step.flops,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +62,7 @@ def test_bench_and_estimate_and_the_built_model_agree(alias, photograph):
     assert cost.visual_tokens == len(inputs.visual)
     assert cost.parameters == estimated.nbytes == nbytes(plan.model)
     quantised = blueprint(alias, dtype="bfloat16", bits=4)
-    assert weight_bytes(configs.read(alias), 4) == nbytes(quantised.model)
+    assert plan_of(configs.read(alias), 4).nbytes == nbytes(quantised.model)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -60,7 +70,7 @@ def test_every_number_of_bits(bits):
     config = configs.read("fastvlm-0.5b")
     model = blueprint("fastvlm-0.5b", dtype="float32").model
     nn.quantize(model.language_model, 64, bits)
-    assert weight_bytes(config, bits, "float32") == nbytes(model)
+    assert plan_of(config, bits, "float32").nbytes == nbytes(model)
 
 
 def test_the_configs_own_bits_are_the_default():
@@ -70,9 +80,9 @@ def test_the_configs_own_bits_are_the_default():
     model = blueprint("fastvlm-0.5b", dtype="bfloat16").model
     nn.quantize(model.language_model, 32, 2)
     assert plan_of(own).bits == (2,)
-    assert weight_bytes(own) == nbytes(model)
-    assert weight_bytes(own, 16) == weight_bytes(config)
-    assert weight_bytes(own, 4) == weight_bytes(config, 4)
+    assert plan_of(own).nbytes == nbytes(model)
+    assert plan_of(own, 16).nbytes == plan_of(config).nbytes
+    assert plan_of(own, 4).nbytes == plan_of(config, 4).nbytes
     mixed = own["quantization"] | {"language_model.model.embed_tokens": {"bits": 8}}
     assert plan_of({**config, "quantization": mixed}).bits == (2, 8)
 
@@ -153,8 +163,8 @@ def test_memory_is_the_sum_and_the_cache_is_the_contexts():
     needed = memory_bytes(config, 4, 1000)
     assert needed["cache"] == 1000 * 12_288  # facts: bytes of a position in 16 bits
     assert needed["total"] == sum(needed[part] for part in ("weights", "cache", "activations"))
-    assert needed["weights"] == weight_bytes(config, 4)
+    assert needed["weights"] == plan_of(config, 4).nbytes
     with pytest.raises(UsageError, match="bits 7: 2, 3, 4, 5, 6, 8 or 16 are known"):
         memory_bytes(config, 7)
     with pytest.raises(UsageError, match="dtype 'int8' is not one of"):
-        weight_bytes(config, dtype="int8")
+        plan_of(config, dtype="int8")
