@@ -58,7 +58,7 @@ class Answering:
 
     def __init__(self, engine: Engine, limits: Limits, remote_images: bool) -> None:
         self.engine, self.limits, self.remote_images = engine, limits, remote_images
-        self._preparing = asyncio.Semaphore(PREPARING)
+        self._preparing, self._under_way = asyncio.Semaphore(PREPARING), 0
 
     async def start(self, asked: Asked) -> "Answers":
         """Decode, tokenise and put in the line. Raises ApiError."""
@@ -87,8 +87,14 @@ class Answering:
     async def _prepared(self, asked: Asked) -> tuple[Inputs, Timer]:
         if self.engine.waiting + len(asked.options) > self.limits.waiting:
             raise busy()
-        async with self._preparing:
-            return await run_in_threadpool(self._prepare, asked)
+        if self._under_way >= self.limits.waiting + self.limits.rows:  # each holds a whole body
+            raise busy()
+        self._under_way += 1
+        try:
+            async with self._preparing:
+                return await run_in_threadpool(self._prepare, asked)
+        finally:
+            self._under_way -= 1
 
     def _prepare(self, asked: Asked) -> tuple[Inputs, Timer]:
         timer = Timer(measured=True)

@@ -1,5 +1,6 @@
 """Every limit and guard of the server, tried by a request that would break it."""
 
+import asyncio
 import base64
 import copy
 import io
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
 from mlx_vlm_edge import Options
@@ -21,6 +23,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.engine import Engine
 from mlx_vlm_edge.picture import fetch
 from mlx_vlm_edge.server import connections, remote
+from mlx_vlm_edge.server.answering import Answering, Asked
 from mlx_vlm_edge.server.app import Served
 from mlx_vlm_edge.server.errors import ApiError
 from mlx_vlm_edge.server.guards import LOCAL_NAMES, Access
@@ -198,6 +201,20 @@ def test_a_full_line_answers_429_with_when_to_try_again(endless):
         second.cancel()
     assert refusal(response, 429)["code"] == "busy"
     assert int(response.headers["retry-after"]) > 0
+
+
+def test_requests_whose_pictures_are_being_read_are_counted_as_well(monkeypatch):
+    async def ask_at_once(count):
+        answering = Answering(SimpleNamespace(waiting=0), Limits(rows=1, waiting=2), False)
+        return await asyncio.gather(
+            *(answering.count(Asked([], (), ())) for _ in range(count)), return_exceptions=True
+        )
+
+    inputs = SimpleNamespace(input_ids=np.zeros((1, 5)))
+    monkeypatch.setattr(Answering, "_prepare", lambda *_: (inputs, None))
+    *read, refused = asyncio.run(ask_at_once(4))
+    assert read == [5, 5, 5]
+    assert refused.status == 429
 
 
 def test_before_the_model_is_there_nothing_says_ready(demo):
