@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--host {args.host} is open to others: set --api-key")
     if bool(args.ssl_certfile) != bool(args.ssl_keyfile):
         raise UsageError("--ssl-certfile and --ssl-keyfile go together")
+    _check_origins(args.cors_origin)
     for flag in ("ssl_certfile", "ssl_keyfile"):
         path = getattr(args, flag)
         if path and not os.path.isfile(path):
@@ -90,6 +91,17 @@ def run(args: argparse.Namespace) -> int:
         return _serve(args, key, listening)
     finally:
         listening.close()
+
+
+def _check_origins(origins: list[str]) -> None:
+    """Raises UsageError for an origin that no browser would send, which nothing would match."""
+    for origin in origins:
+        scheme, _, host = origin.partition("://")
+        if scheme not in ("http", "https") or not host or "/" in host:
+            raise UsageError(
+                f"--cors-origin {origin}: write it as browsers send it, without a path, "
+                "such as https://example.org"
+            )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -102,7 +114,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot listen on {host} port {port} ({reason}): choose another --port"
+            f"cannot listen on {host} port {port} ({reason}): choose another --host or --port"
         ) from None
     return listening
 

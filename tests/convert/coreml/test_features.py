@@ -1,6 +1,7 @@
 """Image features by a Core ML package at run time: the same answers as by MLX's tower."""
 
 import weakref
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -86,6 +87,19 @@ def test_unknown_settings_are_one_line(setting, native_folder, capsys):
     error = capsys.readouterr().err
     assert f"vision back end {setting!r} is not known" in error
     assert error.count("\n") == 1
+
+
+def test_without_the_extra_one_line_names_it(native_folder, monkeypatch, capsys):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cache, "version", version)
+    cache.exporter.cache_clear()
+    command = ["generate", "--model", str(native_folder), "--prompt", "Hi"]
+    assert main([*command, "--vision-backend", "coreml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "mlx-vlm-edge: error: Core ML export needs coremltools: pip install coremltools"
+    ]
 
 
 def test_a_family_without_a_tower_is_one_line():

@@ -47,6 +47,9 @@ def _without(names: tuple[str, ...]) -> Iterator[None]:
             del sys.modules[name]
 
 
+MISSING = "Core ML export needs coremltools: pip install coremltools"
+
+
 @cache
 def tools() -> Tools:
     """The parts of coremltools that the exporter uses. Raises UsageError when it is missing."""
@@ -59,5 +62,5 @@ def tools() -> Tools:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "coremltools":
             raise
-        raise UsageError("Core ML export needs coremltools: pip install coremltools") from None
+        raise UsageError(MISSING) from None
     return Tools(ct, mil.Builder, types)

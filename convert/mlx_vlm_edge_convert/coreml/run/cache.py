@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge import errors
 
+from ..emit.toolkit import MISSING
 from ..part import Compute, Precision, Size
 
 ABOUT = "about.json"
@@ -41,10 +42,17 @@ def key(weights: str, size: Size, precision: Precision, compute: Compute) -> str
 
 @cache
 def exporter() -> str:
-    """Of the sources that a package depends on, and of coremltools."""
+    """Of the sources that a package depends on, and of coremltools.
+
+    Raises UsageError when that is missing.
+    """
     here, runtime = Path(__file__).parents[1], Path(errors.__file__).parent
     rooms = [*(here / room for room in _EXPORTER), *(runtime / room for room in _RUNTIME)]
-    return sources(rooms, version("coremltools"))
+    try:
+        tools = version("coremltools")
+    except PackageNotFoundError:
+        raise errors.UsageError(MISSING) from None
+    return sources(rooms, tools)
 
 
 def sources(rooms: list[Path], *more: str) -> str:

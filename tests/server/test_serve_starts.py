@@ -1,0 +1,28 @@
+"""What `mlx-vlm-edge serve` refuses before it loads anything: origins and addresses."""
+
+import pytest
+
+from mlx_vlm_edge.cli import main
+
+pytest.importorskip("uvicorn")
+
+
+def refused(capsys, *flags):
+    assert main(["serve", "--port", "0", *flags]) == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ("--cors-origin", "example.org"),
+            "--cors-origin example.org: write it as browsers send it",
+        ),
+        (("--cors-origin", "https://example.org/"), "without a path"),
+        (("--host", "300.1.1.1", "--api-key", "x"), "choose another --host or --port"),
+    ],
+)
+def test_what_can_never_work_is_refused_at_once(capsys, flags, told):
+    (line,) = refused(capsys, "-m", "demo", *flags)
+    assert told in line
