@@ -41,7 +41,9 @@ class Access:
         if origin is not None and not self.same_origin(origin, host) and origin not in self.origins:
             raise ApiError(403, "pages of other origins may not use this server", code="origin")
         if not open_to_all and not self._has_key(headers):
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="api_key")
+            wrong = "authorization" in headers or "x-api-key" in headers
+            told = "the API key is not this server's" if wrong else "an API key is needed"
+            raise ApiError(401, f"{told}: Authorization: Bearer KEY", code="api_key")
 
     @staticmethod
     def same_origin(origin: str, host: str) -> bool:

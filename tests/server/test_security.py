@@ -76,7 +76,8 @@ def test_a_key_is_needed_where_one_is_set(served):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"},
                         {"x-api-key": "ſecret"}):  # fmt: skip
             sent = {name: value.encode() for name, value in headers.items()}
-            assert refusal(httpx.post(url + CHAT, json=HELLO, headers=sent), 401)
+            told = refusal(httpx.post(url + CHAT, json=HELLO, headers=sent), 401)["message"]
+            assert told.startswith("the API key is not" if headers else "an API key is needed")
         for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
             assert httpx.post(url + CHAT, json=HELLO, headers=headers).status_code == 200
         assert httpx.get(url + "/health").status_code == 200
