@@ -3,6 +3,7 @@
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
 #   make test-coreml test-swift test-server test-page
 #   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
+#   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
@@ -41,6 +42,9 @@ test-page: $(VENV)/.page
 
 test-long: $(VENV)/.dev
 	MLX_VLM_EDGE_LONG=1 $(BIN)/python -m pytest -s tests/generation/test_long_run.py tests/server/test_soak.py $(ARGS)
+
+test-suites: $(VENV)/.dev
+	$(BIN)/python -m tests.server.suites.run $(ARGS)
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz $(ARGS)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from .tools.import_circles import circle, imports_of
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mlx_vlm_edge", "convert/mlx_vlm_edge_convert", "benchmarks/mlx_vlm_edge_bench")
 HEAVY = {"transformers", "torch", "mlx_lm", "huggingface_hub", "coremltools", "timm", "requests"}
+FIRST_BYTE_SECONDS = 1.0
 LIST = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
 
 
@@ -160,6 +162,52 @@ def test_generate_loads_no_heavy_package(native_folder, tmp_path, bare, image):
     assert not any(name.startswith("mlx_vlm_edge_convert") for name in loaded)
     assert not loaded & {"secrets", "difflib", "urllib.request", "jinja2", "asyncio"}
     assert len(loaded) < 370, len(loaded)
+
+
+SERVE = """
+import json, os, sys, threading, time, urllib.error, urllib.request
+from mlx_vlm_edge.cli import main
+
+def first_byte():
+    while True:
+        try:
+            status = urllib.request.urlopen("http://127.0.0.1:{port}/health").status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        except OSError:
+            time.sleep(0.01)
+            continue
+        taken = time.process_time()
+        while status == 503:  # until the model is there, so that what it imports is seen
+            time.sleep(0.01)
+            try:
+                status = urllib.request.urlopen("http://127.0.0.1:{port}/health").status
+            except urllib.error.HTTPError:
+                pass
+        print(json.dumps([taken, status, sorted(sys.modules)]), flush=True)
+        os._exit(0)
+
+threading.Thread(target=first_byte).start()
+main(["serve", "--model", "demo", "--port", "{port}"])
+"""
+
+
+def test_serve_loads_no_heavy_package_and_answers_at_once():
+    """The first byte of /health costs processor time of this process alone, so no clock; the
+    threads that load the model meanwhile are counted in."""
+    pytest.importorskip("uvicorn", reason="serving is an extra")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE.replace("{port}", str(port))],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seconds, status, modules = json.loads(done.stdout)
+    assert status == 200
+    assert packages(set(modules)) & HEAVY == set()
+    assert seconds < FIRST_BYTE_SECONDS
 
 
 def test_a_published_folder_loads_no_heavy_package(hf_folder):
