@@ -104,7 +104,9 @@ class Output:
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line, on the disk when this returns."""
         line = {"run": self._run.id, "model": self._run.model, **entry}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(line, ensure_ascii=False)
+        # A file's name may be no Unicode: JSON has a form for such halves of characters.
+        self._file.write(text.encode(errors="backslashreplace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

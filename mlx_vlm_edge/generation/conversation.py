@@ -181,7 +181,8 @@ class Conversation:
         target = Path(path).expanduser()
         partial = target.with_name(f".{target.name}.partial")
         try:
-            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # odd file names
             partial.replace(target)
         except OSError as error:
             partial.unlink(missing_ok=True)

@@ -11,8 +11,9 @@ from itertools import chain
 
 import pytest
 
+from mlx_vlm_edge import Options
 from mlx_vlm_edge.cli import main
-from mlx_vlm_edge.generation.batch import share
+from mlx_vlm_edge.generation.batch import Output, Run, share
 
 from ..demo import IMAGES, KNOWN
 
@@ -89,6 +90,17 @@ def test_a_picture_that_cannot_be_read_is_a_line_and_no_end(batch, pictures):
     code, lines, _ = batch(pictures, "--retry-errors")
     assert code == 0
     assert len(lines) == len(NAMES) + 2
+
+
+def test_a_picture_s_name_may_be_no_unicode(tmp_path):
+    run, name = Run("demo", ["x"], None, Options()), os.fsdecode(b"\xff.png")
+    output = Output(tmp_path / "out.jsonl", run)
+    output.write({"image": name, "prompt": "x", "answer": "é"})
+    output.close()
+    again = Output(tmp_path / "out.jsonl", run)
+    assert again.done == {(name, "x")}
+    again.close()
+    assert "é" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
 
 
 def test_what_nobody_expected_ends_a_batch_and_is_not_waited_for(batch, pictures, monkeypatch):

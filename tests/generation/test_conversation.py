@@ -6,6 +6,7 @@ import pytest
 
 from mlx_vlm_edge import Conversation, generate
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.conversation import Turn
 
 from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
 
@@ -137,6 +138,14 @@ def test_files_that_cannot_be_read_or_written_are_named(fastvlm, tmp_path):  # n
         chat.load(tmp_path / "none.json")
     with pytest.raises(UsageError, match="cannot be written"):
         chat.save(tmp_path / "no folder" / "chat.json")
+
+
+def test_a_picture_s_name_that_is_no_unicode_is_saved(fastvlm, tmp_path):  # noqa: F811
+    chat, other = Conversation(*fastvlm), Conversation(*fastvlm)
+    chat.turns = [Turn("user", "é", ("\udcff.png",)), Turn("assistant", "x")]
+    chat.save(tmp_path / "chat.json")
+    other.load(tmp_path / "chat.json")
+    assert [(turn.text, turn.images) for turn in other.turns] == [("é", ("\udcff.png",)), ("x", ())]
 
 
 def test_pictures_that_are_bytes_are_saved_whole(fastvlm, tmp_path):  # noqa: F811
