@@ -226,7 +226,7 @@ def test_small_images_can_stay_small(built, theirs, size, tiles):
         ({"image_strategy": "pad"}, "image strategy 'pad'"),
         ({"resolution": 7 * 32}, "image size 224"),
         ({"resolution": 0}, "image size 0"),
-        ({"max_tiles": 0}, "max tiles 0"),
+        ({"max_tiles": 0}, "max_tiles must be"),
     ],
 )
 def test_preprocessing_that_cannot_be_is_refused(built, options, message):
