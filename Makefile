@@ -5,6 +5,7 @@
 #   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
 #   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
+#   make test-kills  kill every command at every operation on files (ARGS="convert pull")
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
 
@@ -13,14 +14,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 CODE := mlx_vlm_edge convert benchmarks/mlx_vlm_edge_bench
-COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchmarks/test_coreml_on_mac.py
+COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchmarks/test_coreml_on_mac.py \
+	tests/interruption/test_export.py
 SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py
 PAGE := tests/server/test_page.py
 IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: demo test test-coreml test-swift test-server test-page test-long fuzz check format clean
+.PHONY: demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
@@ -48,6 +50,9 @@ test-suites: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+test-kills: $(VENV)/.dev
+	$(BIN)/python -m tests.interruption --all $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

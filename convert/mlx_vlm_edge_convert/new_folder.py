@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.whole_file import settle_folder, settle_tree
 
 # A folder -> the files in it that we wrote, by a manifest of ours; none where it has none.
 Listed = Callable[[Path], Container[str]]
@@ -25,8 +26,18 @@ _HERE = -100  # Linux's AT_FDCWD
 def check_target(target: Path, *, overwrite: bool, listed: Listed) -> None:
     """Raises UsageError unless a folder may be written there.
 
-    With `overwrite` it may be one in which there is nothing but what we wrote.
+    With `overwrite` it may be one in which there is nothing but what we wrote. What a killed
+    process left beside it is put right first.
     """
+    place = target.resolve()
+    with suppress(UsageError, OSError):  # a process that still runs sees to its own
+        if _lock_file(place).exists():
+            with _locked(place):
+                _put_right(place, *_beside(place))
+    _check(target, overwrite=overwrite, listed=listed)
+
+
+def _check(target: Path, *, overwrite: bool, listed: Listed) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file; name a folder to write to")
     if not target.is_dir() or not any(target.iterdir()):
@@ -51,16 +62,17 @@ def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iter
     be made, or is being written by another process.
     """
     target = target.resolve()
-    partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
+    partial, old = _beside(target)
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _put_right(target, partial, old)
-            check_target(target, overwrite=overwrite, listed=listed)
+            _check(target, overwrite=overwrite, listed=listed)
             try:
                 partial.mkdir()
                 yield partial
+                settle_tree(partial)
                 _replace(target, partial, old)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -72,10 +84,19 @@ def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iter
                 folder.rmdir()
 
 
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a new folder is written, and where the old one is for a moment."""
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+
+
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold a lock file beside the target. Raises UsageError when another process does."""
-    path = target.with_name(f".{target.name}.lock")
+    path = _lock_file(target)
     while True:
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
@@ -103,6 +124,7 @@ def _put_right(target: Path, partial: Path, old: Path) -> None:
 
 
 def _replace(target: Path, partial: Path, old: Path) -> None:
+    """Put what was written at its place, on the disk before anything of the old one goes."""
     if not target.exists():
         partial.rename(target)
     elif not _swap(target, partial):  # then there is a moment without a target
@@ -112,7 +134,8 @@ def _replace(target: Path, partial: Path, old: Path) -> None:
         except OSError:
             old.rename(target)
             raise
-        shutil.rmtree(old)
+    settle_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(one: Path, two: Path) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import whole_file
 from ..errors import UsageError
 from ..wording import gigabytes
 
@@ -102,7 +103,7 @@ def _model(args: argparse.Namespace) -> int:
     out = _report_file(args)
     told = report(args.model, _pulled(args), _machine())
     text = json.dumps(told, ensure_ascii=False, indent=1)
-    out.write_text(text + "\n", encoding="utf-8")
+    whole_file.write(out, text + "\n")
     if args.json:
         print(text)
     else:

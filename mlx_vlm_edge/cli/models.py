@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub.cache import cache_folder, cached_models, local_snapshot, snapshot_folder
+from ..hub.cache import cache_folder, cached_models, local_snapshot, remove, snapshot_folder
 from ..hub.models import ALIASES, DEMO, expanded, obtain, pull, repo_id
 from ..wording import gigabytes
 
@@ -316,8 +316,6 @@ def licence(folder: Path) -> str:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    import shutil
-
     if args.coreml:
         return _remove_packages(args)
     if not args.name:
@@ -329,7 +327,7 @@ def _remove(args: argparse.Namespace) -> int:
     if not args.yes and not confirmed(f"remove {repo} ({gigabytes(model.nbytes)})? [y/N] "):
         print("kept", file=sys.stderr)
         return 1
-    shutil.rmtree(model.folder)
+    remove(model)
     print(f"removed {repo}, {gigabytes(model.nbytes)}", file=sys.stderr)
     return 0
 

@@ -6,7 +6,6 @@ Pictures are read and cut up while the model answers earlier ones.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from typing import IO, Any
 from ..errors import UsageError
 from ..text.prompt import Inputs, Processor
 from ..timings import Steps, Timer
+from ..whole_file import settle, settle_folder
 from .answer import GenerationResult
 from .engine import Engine
 from .loop import Options
@@ -58,6 +58,7 @@ class Output:
         self.path, self._run, self._retry = path, run, retry_errors
         try:
             self._file: IO[bytes] = path.open("a+b")
+            settle_folder(path.parent)
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._lock()
@@ -108,7 +109,7 @@ class Output:
         # A file's name may be no Unicode: JSON has a form for such halves of characters.
         self._file.write(text.encode(errors="backslashreplace") + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        settle(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import whole_file
 from ..errors import UsageError
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
@@ -178,14 +179,11 @@ class Conversation:
             for turn in self.turns
         ]
         content = {"format": FORMAT, "system": self.system, "turns": turns}
-        target = Path(path).expanduser()
-        partial = target.with_name(f".{target.name}.partial")
+        text = json.dumps(content, ensure_ascii=False, indent=1)
         try:
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # odd file names
-            partial.replace(target)
+            target = Path(path).expanduser()
+            whole_file.write(target, text.encode(errors="backslashreplace"))  # odd file names
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
     def load(self, path: str | Path) -> None:

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from threading import get_ident
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import UsageError
+from ..whole_file import remove_abandoned, write
 
 MAX_BYTES = 4 * 2**30
 FORMAT = 1  # raised when other numbers would be computed for the same model
@@ -36,9 +36,7 @@ class DiskStore:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.partial*"):
-                if not _alive(left):
-                    left.unlink(missing_ok=True)
+            remove_abandoned(self.folder)
         except OSError as error:
             raise UsageError(
                 f"{self.folder}: cannot keep a cache there ({error.strerror})"
@@ -94,22 +92,14 @@ class DiskStore:
 
     def _write(self, stem: str, arrays: dict[str, mx.array]) -> None:
         """Add a file. A folder that cannot be written to is told of, and harms no answer."""
-        partial = self.folder / f".{os.getpid()}-{get_ident()}-{stem}.partial"
         try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.close(descriptor)
-            mx.save_safetensors(str(partial) + SUFFIX, arrays)
-            os.replace(str(partial) + SUFFIX, partial)
-            partial.chmod(0o600)
-            with partial.open("rb") as file:
-                digest = _content(file.read())
-                os.fsync(file.fileno())
-            partial.replace(self.folder / f"{stem}-{digest}{SUFFIX}")
+            saved = io.BytesIO()
+            mx.save_safetensors(saved, arrays)
+            content = saved.getvalue()
+            write(self.folder / f"{stem}-{_content(content)}{SUFFIX}", content, mode=0o600)
             self._evict()
         except (OSError, RuntimeError) as error:
             say(f"{self.folder}: the cache cannot be written ({error})")
-            Path(str(partial) + SUFFIX).unlink(missing_ok=True)
-            partial.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[str, mx.array] | None:
         """A file's arrays, None where it is gone; one that is not what it was written as is
@@ -162,18 +152,6 @@ def _state(path: Path) -> os.stat_result | None:
 
 def _content(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
-
-
-def _alive(partial: Path) -> bool:
-    """Whether the process that was writing a file still runs: its number is in the name."""
-    number = partial.name[1:].partition("-")[0]
-    try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ def cached_models(named: Container[str] = ()) -> Iterator[CachedModel]:
         blobs = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]
         nbytes = sum(path.stat().st_size for path in blobs)
         yield CachedModel(repo, home, nbytes, is_complete(latest))
+
+
+def remove(model: CachedModel) -> None:
+    """Remove a model from the cache. Without configs first: nothing is whole from then on."""
+    for config in model.folder.glob(f"snapshots/*/{CONFIG}"):
+        config.unlink()
+    shutil.rmtree(model.folder)
 
 
 def _supported(snapshot: Path, without_config: bool) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from .. import whole_file
 from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
 from ..errors import UsageError
 from ..wording import first_line, gigabytes
@@ -92,6 +93,8 @@ def download(repo: str, revision: str | None = None) -> Path:
     if reason := lacking(snapshot, as_published=True):
         raise UsageError(f"{repo} is not a whole model: {reason}")
     _clear(repository_folder(repo) / "blobs", remote.files)
+    whole_file.settle_tree(repository_folder(repo))  # huggingface_hub leaves it to the system
+    whole_file.settle_folder(target)
     return snapshot
 
 

@@ -4,12 +4,12 @@ The record is written before the first byte is fetched, so that a download that 
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import whole_file
 from ..checkpoint.files import read_json
 from ..errors import UsageError
 
@@ -32,9 +32,7 @@ def write(snapshot: Path, files: Files) -> None:
     """Keep what the Hub says of a snapshot in the cache."""
     path = _record(snapshot)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"files": files}), encoding="utf-8")
-    partial.replace(path)
+    whole_file.write(path, json.dumps({"files": files}))
 
 
 def read(snapshot: Path) -> Files:

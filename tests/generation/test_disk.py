@@ -127,9 +127,8 @@ def test_the_least_recently_used_leave_when_there_is_too_much(folder):
 
 def test_what_a_kill_left_is_removed_and_never_read(folder):
     folder.mkdir()
-    for name in (".999999999-abc.partial", ".999999999-1-abc.partial.safetensors"):
-        (folder / name).write_bytes(b"half")
-    own = folder / f".{os.getpid()}-abc.partial"
+    (folder / ".abc.999999999-0.partial").write_bytes(b"half")
+    own = folder / f".abc.{os.getpid()}-0.partial"
     own.write_bytes(b"being written")
     DiskStore(folder)
     assert entries(folder) == [own]

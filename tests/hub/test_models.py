@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_vlm_edge import whole_file
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import cache as hub_cache
@@ -434,9 +435,9 @@ def test_a_place_that_cannot_be_written_is_not_called_the_network(online, cache,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(cache))
 
     said = "cannot be written .Read-only file system.; HF_HUB_CACHE"
-    for method in ("mkdir", "write_text"):
+    for owner, method in ((Path, "mkdir"), (whole_file, "write")):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, method, read_only)
+            patch.setattr(owner, method, read_only)
             with pytest.raises(UsageError, match=said) as caught:
                 hub.pull("fastvlm-0.5b")
         assert str(cache) in str(caught.value)

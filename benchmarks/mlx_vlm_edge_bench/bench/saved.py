@@ -1,14 +1,13 @@
 """A JSON file that appears whole or not at all, and is known to be writable before the work."""
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_vlm_edge import whole_file
 from mlx_vlm_edge.errors import UsageError
 
 STDOUT = "-"
@@ -38,20 +37,13 @@ def writable(name: str | None) -> Iterator[Save]:
         raise UsageError(f"--json {name}: is a folder; name a file in it")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced
         raise UsageError(f"--json {name}: is no regular file; name another one")
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise UsageError(f"--json {name}: cannot be written ({error.strerror})") from None
+    with ExitStack() as stack:
+        try:
+            put = stack.enter_context(whole_file.replacing(path))
+        except OSError as error:
+            raise UsageError(f"--json {name}: cannot be written ({error.strerror})") from None
 
-    def save(content: Mapping[str, Any]) -> None:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        def save(content: Mapping[str, Any]) -> None:
+            put((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
-    os.close(handle)
-    try:
         yield save
-    finally:
-        Path(partial).unlink(missing_ok=True)

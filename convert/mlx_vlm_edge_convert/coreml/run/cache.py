@@ -126,11 +126,20 @@ def clear(chosen: Iterable[Entry]) -> None:
     """
     for entry in chosen:
         if not _in_use(entry.folder):
-            shutil.rmtree(entry.folder)
+            _remove(entry.folder)
     for lock in folder().glob(".*.lock"):
         package = folder() / lock.name.removeprefix(".").removesuffix(".lock")
         if not package.exists() and not _in_use(package):
             lock.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a package's folder: it is none from the first moment on."""
+    if not path.name.startswith("."):
+        unfinished = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        path = path.rename(unfinished)
+    shutil.rmtree(path)
 
 
 def _in_use(path: Path) -> bool:
