@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from .commands import COMMANDS, Command
 from .injector import KILLED, Injector
 
-SAMPLE = 3  # even points of a command in the usual tests, beside those of moves
+SAMPLE = 4  # even points of a command in the usual tests, beside those of moves
 _MOVES = ("rename", "replace", "swap")
 
 
