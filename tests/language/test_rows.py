@@ -22,6 +22,9 @@ KINDS = {
     "quantised": lambda: QuantizedKVCache(32, 8),
     "rotating": lambda: RotatingKVCache(8, 2),
 }
+# Rows in one matrix product differ in the last bit from one alone, and where that puts a value into
+# another of the 255 steps of its group, it is off by one step.
+LIMITS = {"plain": FLOAT32, "rotating": FLOAT32, "quantised": 4e-3}
 LENGTHS = (11, 3, 6)
 
 
@@ -49,7 +52,7 @@ def test_a_row_has_the_logits_it_has_alone(family, kind):
         got = model(model.embed(tokens), rows_of(together))
         for row, caches in enumerate(alone):
             want = model(model.embed(tokens[row : row + 1]), caches)
-            assert distance(got[row : row + 1], want) < FLOAT32
+            assert distance(got[row : row + 1], want) < LIMITS[kind]
 
 
 def test_rows_leave_and_join_between_steps():

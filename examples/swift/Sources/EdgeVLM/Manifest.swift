@@ -11,6 +11,8 @@ public struct Manifest: Codable, Sendable {
     public let tokens: Tokens
     public let prompt: Prompt?
     public let context: Int?
+    /// What the files take of an iPhone's memory, all of them loaded.
+    public let memory: Memory
     /// Path in the bundle -> sha256.
     public let files: [String: String]
 
@@ -162,6 +164,32 @@ extension Manifest {
         public let scale: Double
         public let mean: [Double]
         public let std: [Double]
+    }
+
+    /// limits: where the phones' figures are from.
+    public struct Memory: Codable, Sendable {
+        public let files: Int
+        public let entitlement: String
+        public let limits: String
+        public let phones: [Phone]
+    }
+
+    /// A phone of so much memory: how much an app may take of it without and with the entitlement,
+    /// and the share of that which the files are.
+    public struct Phone: Codable, Sendable {
+        public let memoryGB: Double
+        public let limitGB: Double
+        public let share: Double
+        public let entitledLimitGB: Double
+        public let entitledShare: Double
+
+        enum CodingKeys: String, CodingKey {
+            case share
+            case memoryGB = "memory_gb"
+            case limitGB = "limit_gb"
+            case entitledLimitGB = "entitled_limit_gb"
+            case entitledShare = "entitled_share"
+        }
     }
 
     public struct Tokens: Codable, Sendable {
