@@ -15,6 +15,14 @@ from ..text.prompt import Inputs
 from ..timings import Steps, result
 
 
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with the first of the prefixes that it begins with exchanged for its counterpart."""
+    for prefix, other in prefixes.items():
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    return name
+
+
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end an answer by config.json: none, one, or a list of them."""
     eos = config.get("eos_token_id")

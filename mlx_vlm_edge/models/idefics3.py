@@ -32,7 +32,7 @@ from ..vision.pixels import normalized
 from ..vision.positions import position_ids
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
-from .base import VisionLanguageModel
+from .base import VisionLanguageModel, replace_prefix
 from .contract import Family
 from .idefics3_config import MARKED, Config
 
@@ -56,10 +56,7 @@ def is_native(weights: Mapping[str, mx.array]) -> bool:
 
 def rename(name: str) -> str:
     """A native weight's name -> its parameter's (the vision tower's are folded instead)."""
-    for prefix, own in PARAMETERS.items():
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return name
+    return replace_prefix(name, PARAMETERS)
 
 
 def fold(weights: Weights, config: Config) -> dict[str, mx.array]:

@@ -24,9 +24,8 @@ from ..rules import Arrays, Rule, apply, to_channels_last
 from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
 from .clip import tower_folder
-from .decoder import decoder_rules, settle_head
-from .llava import check_pixels, from_original
-from .spellings import CONNECTOR
+from .decoder import settle_head
+from .llava import check_pixels, from_original, original_rules
 from .vit import TOWER
 
 Config = dict[str, Any]
@@ -64,12 +63,7 @@ def tower_rules(prefix: str) -> tuple[Rule, ...]:
 
 def rules() -> tuple[Rule, ...]:
     """The original repository's names."""
-    return (
-        *tower_rules(ORIGINAL_TOWER),
-        Rule(rf"model\.mm_projector\.0\.({_WB})", rf"{CONNECTOR}linear_1.\1"),
-        Rule(rf"model\.mm_projector\.2\.({_WB})", rf"{CONNECTOR}linear_2.\1"),
-        *decoder_rules("model."),
-    )
+    return original_rules(tower_rules(ORIGINAL_TOWER))
 
 
 def to_native(

@@ -39,10 +39,10 @@ _TEXT_KEYS = (
 )  # fmt: skip
 
 
-def original_rules() -> tuple[Rule, ...]:
-    """The original repository's names."""
+def original_rules(tower: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The original repository's names, around its tower's."""
     return (
-        *tower_rules(ORIGINAL_TOWER),
+        *tower,
         Rule(rf"model\.mm_projector\.0\.({_WB})", rf"{CONNECTOR}linear_1.\1"),
         Rule(rf"model\.mm_projector\.2\.({_WB})", rf"{CONNECTOR}linear_2.\1"),
         *decoder_rules("model."),
@@ -57,7 +57,7 @@ def rename(weights: Mapping[str, mx.array]) -> Arrays:
     if is_native(weights):
         return dict(weights)
     if any(name.startswith("model.mm_projector.") for name in weights):
-        return apply(original_rules(), weights, "LLaVA's layout")
+        return apply(original_rules(tower_rules(ORIGINAL_TOWER)), weights, "LLaVA's layout")
     if any(CONNECTOR in name for name in weights):
         return apply(transformers_rules(), weights, "transformers' LLaVA layout")
     raise UsageError(f"no LLaVA layout has names such as {some(weights)}")
