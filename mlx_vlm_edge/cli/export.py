@@ -25,8 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the vision part ends at image features; the connector is a package of its own",
     )  # fmt: skip
     form = parser.add_argument_group("form")
-    form.add_argument(
-        "--resolution", metavar="N|HxW", help="of pictures, pixels (default: the model's)"
+    sizes = form.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--image-size", metavar="N|WxH", help="of pictures, pixels (default: the model's)"
+    )
+    sizes.add_argument(
+        "--resolution", metavar="N|HxW", help="the same; of two sides the height comes first"
     )
     form.add_argument(
         "--precision", choices=("fp16", "fp32", "mixed"), default="fp16",
@@ -67,6 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(height, width) of the pictures, None for the model's own."""
+    if args.image_size is not None:
+        width, height = sides("--image-size", args.image_size, "WIDTHxHEIGHT")
+        return height, width
+    if args.resolution is None:
+        return None
+    height, width = sides("--resolution", args.resolution, "HEIGHTxWIDTH")
+    if height != width:
+        print(f"note: taken as --image-size {width}x{height}, as other verbs say", file=sys.stderr)
+    return height, width
+
+
 def run(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
@@ -78,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--part {args.part} leaves out the vision part, which --format coreai is for"
         )
-    size = None
-    if args.resolution is not None:
-        size = sides("--resolution", args.resolution, "HEIGHTxWIDTH")
+    size = _size(args)
     from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
 

@@ -313,3 +313,20 @@ def test_lint_names_the_rule_the_operation_and_the_reason(bundle):
     layout = [finding for finding in findings if finding.rule == "layout"]
     assert layout[0].operation == "reshape stage3_block0_attention_rows"
     assert any("lint: layout x8" in line for line in said)
+
+
+def test_sides_are_told_in_one_order_and_the_old_one_with_a_note(capsys):
+    import argparse
+
+    from mlx_vlm_edge.cli import export as verb
+
+    def size(*arguments):
+        parser = argparse.ArgumentParser()
+        verb.add_arguments(parser)
+        return verb._size(parser.parse_args(["demo", "-o", "out", *arguments]))
+
+    assert size() is None
+    assert size("--image-size", "768x512") == size("--resolution", "512x768") == (512, 768)
+    assert capsys.readouterr().err == "note: taken as --image-size 768x512, as other verbs say\n"
+    assert size("--image-size", "512") == size("--resolution", "512") == (512, 512)
+    assert capsys.readouterr().err == ""
