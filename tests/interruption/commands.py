@@ -18,11 +18,11 @@ from types import SimpleNamespace
 from mlx_vlm_edge import blas  # noqa: F401  before MLX
 from mlx_vlm_edge.errors import UsageError
 
+from .hub_double import COMMIT, REPO, Hub, hub_double
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "mlx_vlm_edge" / "demo"
 PICTURES = ROOT / "examples" / "images"
-REPO = "apple/FastVLM-0.5B"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass(frozen=True)
@@ -127,75 +127,30 @@ def _whole_bundle(root: Path) -> str:
 # the Hub
 
 
-class Hub:
-    """Just enough of huggingface_hub: its cache's layout, parts of files, links to whole ones."""
-
-    files = {  # noqa: RUF012
-        "config.json": json.dumps({"model_type": "llava_qwen2"}).encode(),
-        "generation_config.json": b'{"eos_token_id": [1, 2]}',
-        "tokenizer.json": b"t" * 300,
-        "tokenizer_config.json": b"c" * 200,
-        "model.safetensors": bytes(3000),
-    }
-
-    @staticmethod
-    def hash(name: str) -> str:
-        content = Hub.files[name]
-        if name.endswith(".safetensors"):
-            return hashlib.sha256(content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-    def model_info(self, repo: str, **_: object) -> SimpleNamespace:
-        siblings = [
-            SimpleNamespace(
-                rfilename=name, size=len(content), blob_id=self.hash(name),
-                lfs=SimpleNamespace(sha256=self.hash(name)) if name.endswith("tensors") else None,
-            )
-            for name, content in self.files.items()
-        ]  # fmt: skip
-        return SimpleNamespace(sha=COMMIT, siblings=siblings, tags=["license:mit"], card_data=None)
-
-
-def _download(repo: str, *, allow_patterns: list[str], cache_dir: Path, **_: object) -> str:
-    home = Path(cache_dir) / ("models--" + repo.replace("/", "--"))
-    snapshot = home / "snapshots" / COMMIT
-    for folder in (home / "refs", home / "blobs", snapshot):
-        folder.mkdir(parents=True, exist_ok=True)
-    (home / "refs" / "main").write_text(COMMIT)
-    for name in allow_patterns:
-        blob = home / "blobs" / Hub.hash(name)
-        if not blob.exists():
-            partial = blob.with_name(f"{blob.name}.5cd1.incomplete")
-            with partial.open("wb") as file:
-                file.write(Hub.files[name])
-            shutil.move(partial, blob)
-        if not os.path.lexists(snapshot / name):
-            (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
-    return str(snapshot)
-
-
-def _hub_double(root: Path) -> None:
-    import huggingface_hub
-
-    os.environ |= {"HF_HUB_CACHE": str(root / "hub"), "HF_HUB_OFFLINE": "0"}
-    huggingface_hub.HfApi = Hub  # type: ignore[misc,assignment]
-    huggingface_hub.snapshot_download = _download  # type: ignore[assignment]
-
-
 def _pulled(root: Path) -> str:
-    from mlx_vlm_edge.hub.cache import cached_models, local_snapshot, repository_folder
+    from mlx_vlm_edge.hub.cache import (
+        cached_models,
+        local_snapshot,
+        repository_folder,
+        whole_snapshot,
+    )
 
-    snapshot = local_snapshot(REPO)
+    if not repository_folder(REPO).exists():
+        return "none"
+    named = local_snapshot(REPO)
+    snapshot = named or whole_snapshot(REPO)  # whole, and the branch that names it is lost
+    listed = [model.complete for model in cached_models([REPO])]
+    if listed != [snapshot is not None]:
+        return f"half, listed as {listed}"
     if snapshot is None:
-        if not repository_folder(REPO).exists():
-            return "none"
-        listed = [model.complete for model in cached_models([REPO])]
-        return "unfinished" if listed == [False] else f"half, listed as {listed}"
+        return "unfinished"
     right = all(
         (snapshot / name).is_file() and (snapshot / name).read_bytes() == content
         for name, content in Hub.files.items()
     )
-    return "new" if right else f"half {sorted(os.listdir(snapshot))}"
+    if not right:
+        return f"half {sorted(os.listdir(snapshot))}"
+    return "new" if named else "unfinished"
 
 
 def _pull(root: Path) -> int:
@@ -214,7 +169,7 @@ def _state_of_removal(root: Path) -> str:
 
 
 def _prepare_pull(root: Path) -> None:
-    _hub_double(root)
+    hub_double(root)
     _pull(root)
 
 
@@ -223,7 +178,7 @@ _FIRST = ("mlx-vlm-edge", "snapshots", COMMIT, "generation_config.json")
 
 def _worst_order(root: Path) -> None:
     """A file system that lists first what makes a model known as incomplete once it is gone."""
-    _hub_double(root)
+    hub_double(root)
     listing = os.scandir
 
     class Listing(list):
@@ -437,11 +392,11 @@ COMMANDS = {
     ),
     "pull": Command(
         _pull, _pulled, ("none", "unfinished", "new"), loads=("mlx_vlm_edge.hub.download",),
-        double=_hub_double,
+        double=hub_double,
     ),
     "rm": Command(
         _remove, _state_of_removal, ("old", "unfinished", "new"), _prepare_pull,
-        ("mlx_vlm_edge.hub.download",), durable=False, double=_hub_double,
+        ("mlx_vlm_edge.hub.download",), durable=False, double=hub_double,
     ),
     "rm-in-the-worst-order": Command(
         _remove, _state_of_removal, ("old", "unfinished", "new"), _prepare_pull,
