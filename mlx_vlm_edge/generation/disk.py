@@ -113,7 +113,12 @@ class DiskStore:
             say(f"{path}: damaged, and dropped from the cache")
             self._drop(path)
             return None
-        arrays = cast(dict[str, mx.array], mx.load(io.BytesIO(content), format="safetensors"))
+        try:
+            # By name: MLX's own threads read a Python file under Python's lock, which another
+            # thread may hold while it waits for them (mx.clear_cache does).
+            arrays = cast(dict[str, mx.array], mx.load(str(path)))
+        except RuntimeError:  # dropped meanwhile
+            return None
         mx.eval(arrays)
         return arrays
 
