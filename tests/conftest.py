@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import signal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from mlx_vlm_edge import blas  # before any test imports mlx, so that the fast B
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 means float32 on NVIDIA GPUs as well
+
+# A shell that starts tests in the background has them, and all that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden" / "fastvlm_tiny"
 SHOWN = ("mlx", "numpy", "pillow", "tokenizers", "mlx-lm", "torch", "transformers", "timm")
