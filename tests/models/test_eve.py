@@ -128,7 +128,9 @@ def test_bos_is_there_once(loaded):
 def test_a_sentencepiece_tokenizer_marks_the_text_after_the_image(loaded, expected):
     """Vicuna's tokenizer: "\\n" after the image is the word mark and a byte (29871, 13 there)."""
     tokenizer = Tokenizer.from_folder(GOLDEN / "mobilevlm_v1")
-    processor = eve.Processor(replace(loaded[0].config, bos_token_id=1), tokenizer)
+    config = loaded[0].config
+    text = replace(config.text, vocab_size=tokenizer.vocab_size)
+    processor = eve.Processor(replace(config, bos_token_id=1, text=text), tokenizer)
     row = processor(QUESTION, images=[expected["thin/image"]]).input_ids[0].tolist()
     after = row[len(row) - row[::-1].index(-200) :]
     assert after[:2] == [tokenizer.token_id("\u2581"), tokenizer.token_id("<0x0A>")]
