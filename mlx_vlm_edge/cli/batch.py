@@ -143,14 +143,16 @@ def _named(item: str) -> list[str]:
 
 
 def _answer(batch: "Batch") -> int:
-    """Work through a batch; 0 when every line is an answer, 1 when some are errors."""
-    shown = _Shown()
-    already = len(batch.output.done)
-    if already:
-        _note(f"{already} are there already, {batch.progress.total} are left")
+    """Work through a batch; 0 when every line of the file is an answer, 1 when some are errors."""
+    shown, before = _Shown(), batch.output
+    if before.done:
+        told = f", {len(before.failed)} of them errors (--retry-errors)" if before.failed else ""
+        _note(f"{len(before.done)} are there already{told}, {batch.progress.total} are left")
     code = 0
     try:
         for progress in batch:
+            if progress.error is not None:
+                shown.say(f"failed: {progress.error}")
             shown.update(progress)
     except KeyboardInterrupt:
         code = 130
@@ -158,7 +160,7 @@ def _answer(batch: "Batch") -> int:
     shown.end(f"{progress.answered} answered, {progress.failed} failed")
     if code:
         _note("stopped; the same command goes on from here")
-    return code or int(progress.failed > 0)
+    return code or int(progress.failed > 0 or bool(before.failed))
 
 
 def _note(line: str) -> None:
@@ -188,7 +190,11 @@ class _Shown:
         else:
             _note(line)
 
-    def end(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line of its own, above the one that changes."""
         if self._terminal:
             print("\r\x1b[K", end="", file=sys.stderr)
-        _note(f"{line} in {time.monotonic() - self._started:.1f} s")
+        _note(line)
+
+    def end(self, line: str) -> None:
+        self.say(f"{line} in {time.monotonic() - self._started:.1f} s")

@@ -62,6 +62,7 @@ class Output:
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
         self._lock()
+        self.failed: set[Key] = set()  # of `done`, what has an error in place of an answer
         self.done = self._read()
 
     def _lock(self) -> None:
@@ -81,8 +82,13 @@ class Output:
             if not line.endswith(b"\n"):
                 break
             entry = self._entry(line, number)
-            if not (self._retry and "error" in entry):
-                done.add((entry["image"], entry["prompt"]))
+            key = entry["image"], entry["prompt"]
+            if "error" not in entry:
+                done.add(key)
+                self.failed.discard(key)
+            elif not self._retry:
+                done.add(key)
+                self.failed.add(key)
             whole += len(line)
         self._file.truncate(whole)
         return done
@@ -126,11 +132,13 @@ class _Asked:
 
 @dataclass
 class Progress:
-    """How far a batch is: `total` to do, of which `answered` and `failed` are done."""
+    """How far a batch is: `total` to do, of which `answered` and `failed` are done. error: what
+    went wrong with the picture that was done last."""
 
     total: int
     answered: int = 0
     failed: int = 0
+    error: str | None = None
     tokens: int = 0
 
     @property
@@ -207,13 +215,15 @@ class Batch:
         if isinstance(piece, Exception):
             if not isinstance(piece, UsageError):
                 raise piece
-            self.output.write(entry | {"error": str(piece)})
+            self.progress.error = str(piece)
+            self.output.write(entry | {"error": self.progress.error})
             self.progress.failed += 1
             return True
         asked.text += piece.text
         if piece.finish_reason is None:
             return False
         self.output.write(entry | _told(asked.text, piece))
+        self.progress.error = None
         self.progress.answered += 1
         self.progress.tokens += piece.generation_tokens
         return True

@@ -80,12 +80,17 @@ def test_a_second_run_does_what_is_left_and_no_more(batch, pictures):
 
 def test_a_picture_that_cannot_be_read_is_a_line_and_no_end(batch, pictures):
     (pictures / "broken.png").write_bytes(b"no picture")
-    code, lines, _ = batch(pictures)
+    code, lines, said = batch(pictures)
     assert code == 1
+    assert "failed: " in said.err
+    assert "broken.png: not an image" in said.err
     (failed,) = [line for line in lines if "error" in line]
     assert failed["image"].endswith("broken.png")
     assert len(lines) == len(NAMES) + 1
-    assert len(batch(pictures)[1]) == len(lines)
+    code, again, said = batch(pictures)
+    assert code == 1
+    assert again == lines
+    assert "1 of them errors (--retry-errors)" in said.err
     shutil.copy(pictures / "text.png", pictures / "broken.png")
     code, lines, _ = batch(pictures, "--retry-errors")
     assert code == 0
