@@ -52,17 +52,9 @@ def test_timms_encoder_becomes_the_native_tower(form):
     want = {k: v for k, v in shapes("fastvlm_0.5b_mlxvlm").items() if k.startswith(fastvlm.TOWER)}
     del want[fastvlm.CLIP_HEAD]
     source = unallocated(shapes(f"fastvit_mci3_{form}_timm"))
-    got = {name: tuple(array.shape) for name, array in fastvlm.rename_encoder(source).items()}
+    tower = {f"{fastvlm.TIMM_TOWER}{name}": array for name, array in source.items()}
+    got = {name: tuple(array.shape) for name, array in fastvlm.rename(tower).items()}
     assert got == want
-
-
-def test_apples_prefixless_encoder_becomes_the_native_tower():
-    prefix = fastvlm.APPLE_TOWER
-    listed = shapes("fastvlm_0.5b_apple_llava").items()
-    alone = {k.removeprefix(prefix): v for k, v in listed if k.startswith(prefix)}
-    got = fastvlm.rename_encoder(unallocated(alone))
-    want = {k for k in shapes("fastvlm_0.5b_mlxvlm") if k.startswith(fastvlm.TOWER)}
-    assert set(got) == want
 
 
 def test_the_published_geometry_is_derived_from_shapes():

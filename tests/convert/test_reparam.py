@@ -23,8 +23,13 @@ def fused(golden):
     return {k: v for k, v in fastvlm.rename(weights).items() if k.startswith(TOWER)}
 
 
+def renamed(tower):
+    """timm's tower by the way that transformers' checkpoints take, -> native names."""
+    return fastvlm.rename({f"{fastvlm.TIMM_TOWER}{name}": array for name, array in tower.items()})
+
+
 def test_merged_branches_equal_the_fused_golden_weights(unfused, fused):
-    merged = fastvlm.rename_encoder(unfused)
+    merged = renamed(unfused)
     assert set(merged) == set(fused) - {f"{TOWER}head.proj"}
     for name, array in merged.items():
         assert array.shape == fused[name].shape, name
@@ -102,9 +107,9 @@ def test_a_position_encoding_gets_its_identity():
 
 def test_the_sources_dtype_is_kept_and_the_sums_are_float32(unfused):
     half = {name: array.astype(mx.bfloat16) for name, array in unfused.items()}
-    merged = fastvlm.rename_encoder(half)
+    merged = renamed(half)
     assert {array.dtype for array in merged.values()} == {mx.bfloat16}
-    exact = fastvlm.rename_encoder({n: a.astype(mx.float32) for n, a in half.items()})
+    exact = renamed({n: a.astype(mx.float32) for n, a in half.items()})
     for name, array in merged.items():
         assert mx.array_equal(array, exact[name].astype(mx.bfloat16)), name
 
@@ -113,12 +118,12 @@ def test_a_missing_part_of_a_branch_is_named(unfused):
     name = "stages.0.blocks.0.token_mixer.mixer.conv_scale.bn.running_var"
     del unfused[name]
     with pytest.raises(UsageError, match=r"rbr_scale\.bn\.running_var"):
-        fastvlm.rename_encoder(unfused)
+        renamed(unfused)
 
 
 def test_a_planted_fault_in_a_branch_is_seen(unfused, fused):
     name = "final_conv.conv_scale.bn.weight"
     unfused[name] = unfused[name] * 1.01
-    merged = fastvlm.rename_encoder(unfused)
+    merged = renamed(unfused)
     conv_exp = f"{TOWER}conv_exp.reparam_conv.weight"
     assert float(mx.max(mx.abs(merged[conv_exp] - fused[conv_exp]))) > 1e-5

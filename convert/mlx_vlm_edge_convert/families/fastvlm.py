@@ -182,14 +182,6 @@ def place(weights: Mapping[str, mx.array]) -> Arrays:
     raise UsageError(f"no FastVLM layout has names such as {some(weights)}")
 
 
-def rename_encoder(weights: Mapping[str, mx.array]) -> Arrays:
-    """A vision tower alone, under timm's or Apple's names without a prefix -> native names."""
-    apple = any(name.startswith("patch_embed.") for name in weights)
-    rules = _apple_tower("") if apple else _timm_tower("", weights)
-    renamed = apply(rules, weights, "a FastViT encoder")
-    return apply(_TO_NATIVE_TENSORS, reparam.merge(renamed), "FastViT")
-
-
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],
