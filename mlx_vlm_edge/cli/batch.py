@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .flags import (
-    add_cache_argument,
-    add_model_arguments,
+    add_model_group,
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
@@ -53,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rows", type=int, default=8, metavar="N", help="pictures answered together"
     )
-    model = parser.add_argument_group("model")
-    add_model_arguments(model)
-    add_cache_argument(model)
+    add_model_group(parser)
     add_picture_arguments(parser.add_argument_group("pictures"))
     add_sampling_arguments(parser.add_argument_group("generation"))
 

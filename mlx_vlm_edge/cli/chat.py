@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .flags import (
-    add_cache_argument,
-    add_model_arguments,
+    add_model_group,
     add_picture_arguments,
     add_sampling_arguments,
     sampling_options,
@@ -46,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", "--system-prompt", dest="system", metavar="TEXT", help="the system prompt"
     )
     group.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
-    model = parser.add_argument_group("model")
-    add_model_arguments(model)
-    add_cache_argument(model)
+    add_model_group(parser)
     add_picture_arguments(parser.add_argument_group("pictures"))
     add_sampling_arguments(parser.add_argument_group("generation"))
 

@@ -104,6 +104,13 @@ def add_cache_argument(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def add_model_group(parser: argparse.ArgumentParser) -> None:
+    """What every verb that answers takes of a model: which one, how, and where it remembers."""
+    group = parser.add_argument_group("model")
+    add_model_arguments(group)
+    add_cache_argument(group)
+
+
 def prefix_cache(args: argparse.Namespace) -> "PrefixCache":
     """What remembers prompts, on the disk as well where `add_cache_argument`'s flag says so."""
     from ..generation.prefix import PrefixCache

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .flags import (
-    add_cache_argument,
-    add_model_arguments,
+    add_model_group,
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
@@ -31,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} PROMPT [--image FILE ...] [--model NAME] [options]"
     _add_prompt(parser.add_argument_group("prompt"))
     add_picture_arguments(parser.add_argument_group("pictures"))
-    model = parser.add_argument_group("model")
-    add_model_arguments(model)
-    add_cache_argument(model)
+    add_model_group(parser)
     add_sampling_arguments(parser.add_argument_group("generation"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end")

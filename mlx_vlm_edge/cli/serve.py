@@ -20,11 +20,9 @@ EXTRA = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .flags import add_cache_argument, add_model_arguments, add_picture_arguments
+    from .flags import add_model_group, add_picture_arguments
 
-    model = parser.add_argument_group("model")
-    add_model_arguments(model)
-    add_cache_argument(model)
+    add_model_group(parser)
     add_picture_arguments(parser.add_argument_group("pictures"))
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on")
