@@ -134,6 +134,13 @@ class Weights:
             )
         return array
 
+    def pair(self, source: str, target: str, *shape: int) -> dict[str, mx.array]:
+        """A layer's weight of that shape and its bias of the first dimension, under `target`."""
+        return {
+            f"{target}.weight": self.take(f"{source}.weight", *shape),
+            f"{target}.bias": self.take(f"{source}.bias", shape[0]),
+        }
+
     def _pop(self, name: str) -> mx.array:
         """Raises UsageError for whole numbers, which only a quantised layer is made of."""
         array = self._left.pop(name)

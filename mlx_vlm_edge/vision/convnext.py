@@ -22,7 +22,9 @@ from ..kernels import Dense, add, compiled, depthwise_conv2d, gelu, mlp
 
 KERNEL = 7  # of a block's depthwise convolution
 EXPANSION = 4  # of a block's MLP
-NORM_EPS = 1e-6  # of every norm but the last, which is not run; the config's own is that one's
+# Of every norm but the last, which is not run: transformers' own key is that one's. timm has
+# another one for its largest, as `norm_eps`.
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ConvNeXtConfig:
             raise UsageError("vision_config lacks 'image_size'")
         return cls(
             tuple(config["hidden_sizes"]), tuple(config["depths"]),
-            config["image_size"], config.get("patch_size", 4),
+            config["image_size"], config.get("patch_size", 4), config.get("norm_eps", NORM_EPS),
         )  # fmt: skip
 
     @property
@@ -163,23 +165,17 @@ def fold(weights: Weights, prefix: str, config: ConvNeXtConfig) -> dict[str, mx.
     first, embeddings = config.hidden_sizes[0], f"{prefix}embeddings."
     shape = (first, 3, config.patch_size)
     folded = _patches(weights, f"{embeddings}patch_embeddings", "stem", shape)
-    folded |= _norm(weights, f"{embeddings}layernorm", "norm", first)
+    folded |= weights.pair(f"{embeddings}layernorm", "norm", first)
     for index, (before, width) in enumerate(pairwise((0, *config.hidden_sizes))):
         source, target = f"{prefix}encoder.stages.{index}.", f"stages.{index}."
         if index:
             down = f"{source}downsampling_layer."
-            folded |= _norm(weights, f"{down}0", f"{target}norm", before)
+            folded |= weights.pair(f"{down}0", f"{target}norm", before)
             folded |= _patches(weights, f"{down}1", f"{target}downsample", (width, before, 2))
         for block in range(config.depths[index]):
             folded |= _block(weights, f"{source}layers.{block}.", f"{target}blocks.{block}.", width)
     weights.take_prefix(f"{prefix}layernorm.")
     return folded
-
-
-def _norm(weights: Weights, source: str, target: str, width: int) -> dict[str, mx.array]:
-    return {
-        f"{target}.{name}": weights.take(f"{source}.{name}", width) for name in ("weight", "bias")
-    }
 
 
 def _patches(
@@ -203,7 +199,7 @@ def _block(weights: Weights, source: str, target: str, width: int) -> dict[str, 
     return {
         f"{target}depthwise": weights.take(f"{source}dwconv.weight", width, KERNEL, KERNEL, 1),
         f"{target}bias": weights.take(f"{source}dwconv.bias", width),
-        **_norm(weights, f"{source}layernorm", f"{target}norm", width),
+        **weights.pair(f"{source}layernorm", f"{target}norm", width),
         f"{target}fc1.weight": mx.contiguous(fc1.T),
         f"{target}fc1.bias": weights.take(f"{source}pwconv1.bias", inner),
         f"{target}fc2.weight": mx.contiguous((fc2.astype(mx.float32) * scale[:, None]).T),

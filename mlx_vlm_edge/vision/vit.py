@@ -16,9 +16,9 @@ import mlx.nn as nn
 from ..checkpoint.config import check
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
-from ..kernels import attention, gelu_tanh, mlp, quick_gelu
+from ..kernels import attention, gelu, gelu_tanh, mlp, quick_gelu
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh, "gelu": gelu}
 GEOMETRY = (
     "hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size",
 )  # fmt: skip
@@ -108,10 +108,10 @@ class ViTConfig:
 class PatchEmbedding(nn.Module):
     """A convolution of kernel = stride = patch, as one matmul: [B, H, W, 3] -> [B, N, D]."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, size: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.size = config.patch_size
-        self.proj = nn.Linear(3 * self.size**2, config.hidden_size, bias=not config.class_token)
+        self.size = size
+        self.proj = nn.Linear(3 * size**2, width, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         B, H, W, _ = x.shape
@@ -123,11 +123,11 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Full attention over the patches; `mask` bool [B, 1, 1, N] hides padding patches."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         B, N, D = x.shape
@@ -142,7 +142,7 @@ class Layer(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(width, config.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
         self.fc1 = nn.Linear(width, inner)
@@ -160,7 +160,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.patch_embedding = PatchEmbedding(config)
+        self.patch_embedding = PatchEmbedding(config.patch_size, width, not config.class_token)
         tokens = config.grid**2 + config.class_token
         self.position_embedding = mx.zeros((tokens, width))
         if config.class_token:
@@ -207,29 +207,21 @@ def fold(weights: Weights, prefix: str, config: ViTConfig) -> dict[str, mx.array
     }
     if config.class_token:
         folded["class_embedding"] = weights.take(f"{embeddings}class_embedding", D)
-        folded |= _pair(weights, f"{prefix}pre_layrnorm", "pre_layernorm", D)
+        folded |= weights.pair(f"{prefix}pre_layrnorm", "pre_layernorm", D)
     else:
         folded["patch_embedding.proj.bias"] = weights.take(f"{embeddings}patch_embedding.bias", D)
     for index in range(config.layers):
         folded |= _layer(weights, f"{prefix}encoder.layers.{index}.", f"layers.{index}.", config)
     if config.post_norm:
-        folded |= _pair(weights, f"{prefix}post_layernorm", "post_layernorm", D)
+        folded |= weights.pair(f"{prefix}post_layernorm", "post_layernorm", D)
     for unused in ("encoder.layers.", "post_layernorm.", "head.", "embeddings.position_ids"):
         weights.take_prefix(prefix + unused)
     return folded
 
 
-def _pair(weights: Weights, source: str, target: str, *shape: int) -> dict[str, mx.array]:
-    """A weight of that shape and the bias of its first dimension."""
-    return {
-        f"{target}.weight": weights.take(f"{source}.weight", *shape),
-        f"{target}.bias": weights.take(f"{source}.bias", shape[0]),
-    }
-
-
 def _layer(weights: Weights, source: str, target: str, config: ViTConfig) -> dict[str, mx.array]:
     D, inner, attention = config.hidden_size, config.intermediate_size, f"{source}self_attn."
-    parts = [_pair(weights, f"{attention}{x}_proj", x, D, D) for x in "qkv"]
+    parts = [weights.pair(f"{attention}{x}_proj", x, D, D) for x in "qkv"]
     return {
         **{
             f"{target}self_attn.qkv.{name}": mx.concatenate(
@@ -237,9 +229,9 @@ def _layer(weights: Weights, source: str, target: str, config: ViTConfig) -> dic
             )
             for name in ("weight", "bias")
         },
-        **_pair(weights, f"{attention}out_proj", f"{target}self_attn.out_proj", D, D),
-        **_pair(weights, f"{source}layer_norm1", f"{target}layer_norm1", D),
-        **_pair(weights, f"{source}layer_norm2", f"{target}layer_norm2", D),
-        **_pair(weights, f"{source}mlp.fc1", f"{target}fc1", inner, D),
-        **_pair(weights, f"{source}mlp.fc2", f"{target}fc2", D, inner),
+        **weights.pair(f"{attention}out_proj", f"{target}self_attn.out_proj", D, D),
+        **weights.pair(f"{source}layer_norm1", f"{target}layer_norm1", D),
+        **weights.pair(f"{source}layer_norm2", f"{target}layer_norm2", D),
+        **weights.pair(f"{source}mlp.fc1", f"{target}fc1", inner, D),
+        **weights.pair(f"{source}mlp.fc2", f"{target}fc2", D, inner),
     }
