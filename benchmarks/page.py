@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_edge_bench.claims.read import KINDS, tally
 from plots import Bar, Point, milliseconds, scatter, stacked
 from rows import SHOWN
 
@@ -257,11 +258,13 @@ def target(row: Mapping[str, Any]) -> str:
 
 
 def claims(record: Mapping[str, Any]) -> str:
-    rows = [claim(found) for found in record["claims"]]
     heads = ("claim", "the paper's figure", "ours", "verdict")
-    verdicts = [found["verdict"] for found in record["claims"]]
-    told = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
-    return f"<h3>The papers' claims</h3><p class='soft'>{escape(told)}.</p>{grid(heads, rows)}"
+    parts = ["<h3>The papers' claims</h3>"]
+    for group, told in tally(record["claims"]):
+        members = [one for one in record["claims"] if KINDS[one["kind"]].group == group]
+        parts.append(f"<p class='soft'>{len(members)} {group}: {escape(told)}.</p>")
+        parts.append(grid(heads, [claim(one) for one in members]))
+    return "".join(parts)
 
 
 def claim(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -277,7 +280,8 @@ def claim(found: Mapping[str, Any]) -> tuple[str, ...]:
         if found.get("how") and kind == "measured":
             ours += f"<br><span class='soft'>{escape(found['how'])}</span>"
     if found.get("predicted"):
-        ours += f"<br>{found['predicted']:.3g}x by operations {tag('estimated')}"
+        ours += f"<br>{found['predicted']:.3g}x by {found.get('predicted_by', 'operations')} "
+        ours += tag("estimated")
     colour = {"reproduced": "good", "not reproduced": "bad"}.get(found["verdict"], "soft")
     why = f"<br><span class='soft'>{escape(found['why'])}</span>" if found["why"] else ""
     verdict = f"<span class='{colour}'>{escape(found['verdict'])}</span>{why}"

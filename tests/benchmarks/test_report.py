@@ -98,7 +98,7 @@ def test_the_table_has_every_row_and_never_a_withheld_ratio(results):
     assert "row wild | 1.000 s | 4.000 s | none: the runs spread by 800%" in table
     assert "row none | - | - | not available: no cache | 3x |" in table
     assert "| fastvlm-0.5b, 1024 px, bfloat16 | 256 | 170 ms | 190 ms | - | 90.0 |" in table
-    assert "Claims of the papers (1): 1 reproduced." in table
+    assert "Claims of the papers (1): timings: 1 reproduced." in table
     assert "2026-11-21" in table
 
 

@@ -14,7 +14,7 @@ from mlx_vlm_edge.vision.vit import ViT, ViTConfig
 
 from ..estimate.text import prompt_work
 from .read import Claim, Part, Subject
-from .timed import ModelParts, features_shape, model_parts, side_of
+from .timed import ModelParts, features_shape, middle, model_parts, side_of
 
 
 def counted(claim: Claim, subject: Subject) -> float:
@@ -29,8 +29,10 @@ def tokens(part: Part) -> int:
     if part.tokens is not None:
         return part.tokens
     model = model_parts(part.model)
-    features = mx.zeros(features_shape(model, part.resolution))
-    return int(model.connector_of(part.type)(features).shape[1]) * part.times
+    shape = features_shape(model, part.resolution)
+    if model.connector is None and part.type is None:
+        return shape[1] * part.times
+    return int(model.connector_of(part.type)(mx.zeros(shape)).shape[1]) * part.times
 
 
 def parameters(part: Part) -> int:
@@ -45,7 +47,7 @@ def parameters(part: Part) -> int:
 
 def _whole_tower(model: ModelParts, published: int | None) -> nn.Module:
     """The tower with the layers that the model leaves out, and its final norm."""
-    vision = model.config.vision
+    vision = model.config and model.config.vision
     if not isinstance(vision, ViTConfig):
         return model.tower
     config: dict[str, Any] = model.config.source.get("vision_config") or {}
@@ -67,12 +69,19 @@ def flops(subject: Subject) -> int:
     return sum(work(part).flops for part in subject.parts)
 
 
+def nbytes(subject: Subject) -> int:
+    """That go between memory and processor, of all parts together."""
+    return sum(work(part).nbytes for part in subject.parts)
+
+
 @cache
 def work(part: Part) -> Work:
-    """What a part costs, as often as there are tiles."""
-    model = model_parts(part.model)
+    """What a part costs, as often as there are tiles or tokens to decode."""
+    model = model_parts(part.model, part.bits)
     if part.part in ("prefill", "language"):
         return prompt_work(model.language_model, part.tokens or 1)[0]
+    if part.part == "decode":
+        return prompt_work(model.language_model, middle(part))[1].times(part.times)
     if part.part == "vision":
         side = side_of(model, part.resolution)
         pixels = mx.zeros((1, side, side, 3), model.dtype)

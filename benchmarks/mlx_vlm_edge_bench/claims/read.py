@@ -4,7 +4,7 @@ The data are the JSON lists in `data` beside this file. Pure: nothing is timed o
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,43 @@ from mlx_vlm_edge.errors import UsageError
 DATA = Path(__file__).parent / "data"
 REPRODUCED = 0.9  # of a claimed ratio
 COUNTED = 0.005  # relative: what rounding explains
-PARTS = ("vision", "connector", "prefill", "language")
+PARTS = ("vision", "connector", "prefill", "decode", "language")
+AFTER_TOKENS = ("prefill", "decode")  # parts whose `tokens` are those of the prompt
 CONNECTORS = ("mlp2x", "ldp", "ldpv2")
-# kind -> whether two subjects are compared, and what "better" may be
+BITS = (2, 3, 4, 5, 6, 8)
+COUNTS, TIMINGS = "counts", "timings"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """compared: whether it is a ratio of two subjects. better: what a claim of it may say."""
+
+    group: str
+    compared: bool
+    better: tuple[str, ...]
+    unit: str = "x"
+
+
 KINDS = {
-    "ms": (False, ("lower",)),
-    "ms_ratio": (True, ("higher", "lower")),
-    "tokens": (False, ("equal",)),
-    "tokens_ratio": (True, ("equal", "higher")),
-    "params_M": (False, ("equal",)),
-    "params_ratio": (True, ("equal", "higher")),
-    "macs_G": (False, ("equal",)),
-    "macs_ratio": (True, ("equal", "higher")),
+    "ms": Kind(TIMINGS, False, ("lower",), "ms"),
+    "ms_ratio": Kind(TIMINGS, True, ("higher", "lower")),
+    "tokens_per_s": Kind(TIMINGS, False, ("higher",), "tokens/s"),
+    "tokens_per_s_ratio": Kind(TIMINGS, True, ("higher",)),
+    "tokens": Kind(COUNTS, False, ("equal",), "tokens"),
+    "tokens_ratio": Kind(COUNTS, True, ("equal", "higher")),
+    "params_M": Kind(COUNTS, False, ("equal",), "M"),
+    "params_ratio": Kind(COUNTS, True, ("equal", "higher")),
+    "macs_G": Kind(COUNTS, False, ("equal",), "G"),
+    "macs_ratio": Kind(COUNTS, True, ("equal", "higher")),
 }
-UNITS = {"ms": "ms", "tokens": "tokens", "params_M": "M", "macs_G": "G"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to time or to count. times: tiles. tokens: of a prefill. type: of a connector.
+    """One thing to time or to count. times: tiles, or tokens that are decoded.
 
+    tokens: positions of a prefill, or before a decode. type: of a connector. bits: of a language
+    model.
     layers: of the published tower, when parameters are counted and the model's copy has fewer.
     """
 
@@ -44,6 +61,7 @@ class Part:
     tokens: int | None = None
     type: str | None = None
     layers: int | None = None
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,11 @@ class Subject:
     parts: tuple[Part, ...] = ()
     not_runnable: str = ""
     quoted: float | None = None
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that its parts decode."""
+        return sum(part.times for part in self.parts if part.part == "decode")
 
 
 @dataclass(frozen=True)
@@ -86,16 +109,36 @@ class Claim:
 
     @property
     def timed(self) -> bool:
-        return self.kind in ("ms", "ms_ratio")
+        return KINDS[self.kind].group == TIMINGS
+
+    @property
+    def absolute(self) -> bool:
+        """Whether it is a time or a speed by itself, which means nothing on another chip."""
+        return self.timed and not KINDS[self.kind].compared
+
+    @property
+    def of_chip(self) -> str:
+        """ "milliseconds of M1 Max"."""
+        figure = "milliseconds" if self.kind == "ms" else "tokens per second"
+        return f"{figure} of {self.paper.chip or 'another machine'}"
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
         return (self.ours,) if self.against is None else (self.ours, self.against)
 
     @property
+    def not_runnable(self) -> str:
+        """The subject that cannot be run on any machine, and why; "" where both can."""
+        for subject in self.subjects:
+            if subject.not_runnable:
+                quoted = f" (the paper's {subject.quoted:,g})" if subject.quoted else ""
+                return f"{subject.name}{quoted}: {subject.not_runnable}"
+        return ""
+
+    @property
     def unit(self) -> str:
         """Of our figure: "x" for a ratio."""
-        return UNITS.get(self.kind, "x")
+        return KINDS[self.kind].unit
 
 
 @dataclass(frozen=True)
@@ -166,23 +209,32 @@ def _subject(entry: Mapping[str, Any]) -> Subject:
 def _check(claim: Claim) -> None:
     if claim.kind not in KINDS:
         raise ValueError(f"kind {claim.kind!r} is not one of {', '.join(KINDS)}")
-    compared, better = KINDS[claim.kind]
-    if claim.better not in better:
-        raise ValueError(f"better of {claim.kind} is {' or '.join(better)}, not {claim.better!r}")
-    if compared != (claim.against is not None):
-        raise ValueError(f"{claim.kind} {'needs' if compared else 'takes no'} 'against'")
+    kind = KINDS[claim.kind]
+    if claim.better not in kind.better:
+        options = " or ".join(kind.better)
+        raise ValueError(f"better of {claim.kind} is {options}, not {claim.better!r}")
+    if kind.compared != (claim.against is not None):
+        raise ValueError(f"{claim.kind} {'needs' if kind.compared else 'takes no'} 'against'")
     for subject in claim.subjects:
         if bool(subject.parts) == bool(subject.not_runnable):
             raise ValueError(f"{subject.name}: either parts or not_runnable")
         for part in subject.parts:
             _check_part(part, claim.timed)
+        if claim.kind.startswith("tokens_per_s") and subject.parts and not subject.decoded:
+            raise ValueError(f"{subject.name}: tokens per second need a 'decode' part")
+    if len({subject.decoded for subject in claim.subjects if subject.parts}) > 1:
+        raise ValueError("both decode as many tokens, or their times are of different answers")
 
 
 def _check_part(part: Part, timed: bool) -> None:
     if part.part not in PARTS:
         raise ValueError(f"part {part.part!r} is not one of {', '.join(PARTS)}")
-    if (part.tokens is not None) != (part.part == "prefill"):
-        raise ValueError("'tokens' belong to a prefill, which needs them")
+    if (part.tokens is not None) != (part.part in AFTER_TOKENS):
+        raise ValueError("'tokens' belong to a prefill or a decode, which need them")
+    if part.bits is not None and (part.part not in AFTER_TOKENS or part.bits not in BITS):
+        raise ValueError("bits are 2, 3, 4, 5, 6 or 8, of a prefill or a decode")
+    if part.part == "decode" and not timed:
+        raise ValueError("a 'decode' part is timed: nothing of it is counted")
     if part.type is not None and (part.part != "connector" or part.type not in CONNECTORS):
         raise ValueError(f"type is one of {', '.join(CONNECTORS)}, of a connector")
     if part.part == "language" and timed:
@@ -190,12 +242,12 @@ def _check_part(part: Part, timed: bool) -> None:
 
 
 def verdict(claim: Claim, ours: float, same_chip: bool) -> Verdict:
-    """What our figure says of a claim; milliseconds say nothing from another chip."""
+    """What our figure says of a claim; times say nothing from another chip."""
     paper = claim.paper.value
     if paper is None:
         return Verdict("not compared", "the paper prints no figure")
-    if claim.kind == "ms" and not same_chip:
-        return Verdict("not compared", f"milliseconds of {claim.paper.chip or 'another machine'}")
+    if claim.absolute and not same_chip:
+        return Verdict("not compared", claim.of_chip)
     if claim.better == "equal":
         off = ours / paper - 1
         word = "reproduced" if abs(off) <= claim.within else "not reproduced"
@@ -205,7 +257,16 @@ def verdict(claim: Claim, ours: float, same_chip: bool) -> Verdict:
     return Verdict(word, f"{reached:.0%} of the claim")
 
 
-def counts(verdicts: Iterable[str]) -> str:
-    """ "2 reproduced, 1 not runnable here"."""
-    words = list(verdicts)
-    return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+def tally(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How records came out, counts and timings apart: ("counts", "2 reproduced, 1 not compared").
+
+    A count is reproduced on any machine, and says nothing of speed.
+    """
+    words: dict[str, list[str]] = {COUNTS: [], TIMINGS: []}
+    for record in records:
+        words[KINDS[record["kind"]].group].append(record["verdict"])
+    return [
+        (group, ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts)))
+        for group, verdicts in words.items()
+        if verdicts
+    ]

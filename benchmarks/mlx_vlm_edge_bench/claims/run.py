@@ -9,7 +9,7 @@ from mlx_vlm_edge.wording import gigabytes
 
 from ..bench import machine
 from ..bench.figures import Figure, added, ratio
-from .counted import counted, flops
+from .counted import counted, flops, nbytes
 from .read import Claim, Subject, Verdict, verdict
 from .timed import PartTimer
 
@@ -47,27 +47,25 @@ def run(claim: Claim, setting: Setting, timer: PartTimer, progress: Progress) ->
         "ours": claim.ours.name,
         "against": claim.against.name if claim.against else None,
         "better": claim.better,
-        "predicted": _predicted(claim),
+        **_predicted(claim),
         **outcome,
     }
 
 
 def _not_here(claim: Claim, setting: Setting, timer: PartTimer) -> dict[str, Any] | None:
     """The record of a claim that cannot be run, and why; None when it can."""
-    for subject in claim.subjects:
-        if subject.not_runnable:
-            quoted = f" (the paper's {subject.quoted:,g})" if subject.quoted else ""
-            return _verdict(Verdict(NOT_HERE, f"{subject.name}{quoted}: {subject.not_runnable}"))
+    if why := claim.not_runnable:
+        return _verdict(Verdict(NOT_HERE, why))
     if not claim.timed:
         return None
     chip = setting.machine["chip"]
     same = machine.same_chip(chip, claim.paper.chip)
-    if claim.kind == "ms" and not (same or setting.on_gpu or setting.named):
+    if claim.absolute and not (same or setting.on_gpu or setting.named):
         return _verdict(
             Verdict(
-                NOT_HERE,
-                f"milliseconds of {claim.paper.chip or 'another machine'} say nothing on a CPU "
-                f"({chip}); name the claim to time it all the same",
+                "not compared",
+                f"{claim.of_chip} say nothing on a CPU ({chip}); name the claim to time it all the "
+                "same",
             )
         )
     return _too_large(claim, timer)
@@ -80,6 +78,8 @@ def _too_large(claim: Claim, timer: PartTimer) -> dict[str, Any] | None:
         timer.clear()
         free = memory.usable() or 0
         needed = timer.missing(parts) + ALLOWANCE
+        if needed > free and timer.cut(parts):
+            needed = timer.missing(parts) + ALLOWANCE
         if needed > free:
             why = f"needs {gigabytes(needed)}, {gigabytes(free)} are free"
             return _verdict(Verdict(NOT_HERE, why))
@@ -125,7 +125,9 @@ def _timed(claim: Claim, setting: Setting, timer: PartTimer, progress: Progress)
 
 
 def _figure(claim: Claim, totals: list[Figure], setting: Setting) -> dict[str, Any]:
-    if claim.against is None:
+    if claim.kind == "tokens_per_s":
+        figure = claim.ours.decoded / totals[0].median
+    elif claim.against is None:
         figure = totals[0].median * 1000
     else:
         compared = ratio(totals[1], totals[0], (claim.against.name, claim.ours.name))
@@ -149,10 +151,14 @@ def _how(claim: Claim, timer: PartTimer) -> str:
     return f"in parts: {'; '.join(said)}" if said else "run whole"
 
 
-def _predicted(claim: Claim) -> float | None:
-    """What a ratio of times would be by floating-point operations alone: an estimate."""
-    if claim.kind != "ms_ratio" or claim.against is None:
-        return None
-    if not all(subject.parts for subject in claim.subjects):
-        return None
-    return flops(claim.against) / flops(claim.ours)
+def _predicted(claim: Claim) -> dict[str, Any]:
+    """What a ratio of times would be by operations alone, or by bytes where tokens are decoded.
+
+    An estimate. Bytes are those of weights and activations that every token reads.
+    """
+    if claim.against is None or not claim.timed or not all(s.parts for s in claim.subjects):
+        return {"predicted": None}
+    decoded = claim.ours.decoded > 0
+    cost = nbytes if decoded else flops
+    by = "bytes moved" if decoded else "operations"
+    return {"predicted": cost(claim.against) / cost(claim.ours), "predicted_by": by}

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .read import Claim, counts
+from .read import KINDS, TIMINGS, Claim, tally
 
 Record = Mapping[str, Any]
 LABEL = 10  # columns of "verdict"
@@ -14,7 +14,7 @@ FIGURE = 14  # columns of a value and its unit
 def claim(record: Record, width: int = 80) -> str:
     """One claim: what the paper says, ours, and the verdict."""
     paper = record["paper"]
-    timed = record["kind"].startswith("ms")
+    timed = KINDS[record["kind"]].group == TIMINGS
     machine = f"on {paper['machine']}" if timed and paper["machine"] else ""
     lines = [
         *textwrap.wrap(record["title"], width),
@@ -27,8 +27,8 @@ def claim(record: Record, width: int = 80) -> str:
     if record["figure"] is not None or record.get("sides"):
         lines += _entry("ours", _ours(record), width)
     if record.get("predicted"):
-        said = f"{_value(record['predicted'], 'x')} by floating-point operations (an estimate)"
-        lines += _entry("FLOPs", said, width)
+        said = f"{_value(record['predicted'], 'x')} by {record['predicted_by']} (an estimate)"
+        lines += _entry("expected", said, width)
     why = f": {record['why']}" if record["why"] else ""
     lines += _entry("verdict", f"{record['verdict'].upper()}{why}", width)
     return "\n".join(line.rstrip() for line in lines)
@@ -43,7 +43,9 @@ def _ours(record: Record) -> str:
     ]
     how = f"; {record['how']}" if record["how"] else ""
     if len(shown) == 1:
-        return f"{shown[0]}{how}"
+        speed = record["unit"] == "tokens/s" and record["figure"] is not None
+        figure = f"{_value(record['figure'], record['unit'])} = " if speed else ""
+        return f"{figure}{shown[0]}{how}"
     figure = "no ratio" if record["figure"] is None else _value(record["figure"], "x")
     return f"{figure} = {shown[1]} / {shown[0]}{how}"
 
@@ -73,13 +75,16 @@ def _entry(label: str, text: str, width: int) -> list[str]:
 
 
 def summary(records: Sequence[Record], width: int = 80) -> str:
-    """A line per claim: paper, ours, verdict; and how many came out how."""
-    told = f"{len(records)} claims: {counts(record['verdict'] for record in records)}"
-    room = max(len(record["id"]) for record in records)
+    """A line per claim, counts and timings apart: paper, ours, verdict; and how they came out."""
+    room = max((len(record["id"]) for record in records), default=0)
     wide = width >= room + 2 * FIGURE + len("  not runnable here")
-    lines = [_line(record, room, wide) for record in records]
-    head = f"{'':{room}}{'paper':>{FIGURE}}{'ours':>{FIGURE}}"
-    return "\n".join([*([head] if wide else []), *lines, told])
+    told = []
+    for group, verdicts in tally(records):
+        members = [record for record in records if KINDS[record["kind"]].group == group]
+        head = f"{group:{room}}{'paper':>{FIGURE}}{'ours':>{FIGURE}}" if wide else group
+        lines = [head, *(_line(record, room, wide) for record in members)]
+        told.append("\n".join([*lines, f"{len(members)} {group}: {verdicts}"]))
+    return "\n\n".join(told)
 
 
 def _line(record: Record, room: int, wide: bool) -> str:
@@ -92,14 +97,20 @@ def _line(record: Record, room: int, wide: bool) -> str:
 
 
 def listed(claims: Sequence[Claim], width: int = 80) -> str:
-    """Ids and titles."""
+    """Ids and titles; at the end those that no machine can run, and why."""
     room = max((len(claim.id) for claim in claims), default=0) + 2
+    lines = [_pair(claim.id, claim.title, room, width) for claim in claims]
+    closed = [claim for claim in claims if claim.not_runnable]
+    runnable = len(claims) - len(closed)
+    lines += ["", f"{runnable} of {len(claims)} can be run where there is memory for them."]
+    if closed:
+        lines += ["Not runnable:"]
+        lines += [_pair(claim.id, claim.not_runnable, room, width) for claim in closed]
+    return "\n".join(lines)
+
+
+def _pair(name: str, text: str, room: int, width: int) -> str:
+    """A name and its text beside it, or below it where there is no room."""
     if room + 30 > width:
-        return "\n".join(f"{claim.id}\n    {claim.title}" for claim in claims)
-    return "\n".join(
-        textwrap.fill(
-            claim.title, width,
-            initial_indent=claim.id.ljust(room), subsequent_indent=" " * room,
-        )
-        for claim in claims
-    )  # fmt: skip
+        return f"{name}\n    {text}"
+    return textwrap.fill(text, width, initial_indent=name.ljust(room), subsequent_indent=" " * room)

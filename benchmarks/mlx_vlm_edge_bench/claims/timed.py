@@ -13,22 +13,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
+from mlx_vlm_edge.checkpoint.weights import DTYPES
 from mlx_vlm_edge.connectors.ldp import LDP, LDPv2
 from mlx_vlm_edge.connectors.mlp import MLP
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.cache import Cache, KVCache
 from mlx_vlm_edge.language.decoder import PREFILL_STEP, prefill
+from mlx_vlm_edge.loading.cost import nbytes
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.timings import Clock, result
 from mlx_vlm_edge.vision.vit import ViTConfig
 
-from ..random.weights import blueprint, fill
-from .read import Part
+from ..random.weights import blueprint, fill, usual_dtype
+from .read import AFTER_TOKENS, Part
+from .towers import bare_tower
 
 TILES_AT_ONCE = 4
 CHUNK = 512  # positions of a prefill that is measured in parts
+LAYERS = 4  # of a language model that is measured in parts
+DECODED = 8  # tokens of a decode that is measured in parts
+TOWER = "tower:"  # before the name of a tower that no alias has
 CONNECTORS = {"mlp2x": MLP, "ldp": LDP, "ldpv2": LDPv2}
 
 Timed = Callable[[], float]  # runs a part once -> its seconds, or those it comes to
@@ -36,33 +41,60 @@ Timed = Callable[[], float]  # runs a part once -> its seconds, or those it come
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model's parts, in their shapes only; `config` is the family's."""
+    """A model's parts, in their shapes only; `config` is the family's.
+
+    A tower by itself has nothing but a tower and a dtype.
+    """
 
     config: Any
     tower: nn.Module
-    connector: nn.Module
+    connector: nn.Module | None
     language_model: Any
     dtype: mx.Dtype
 
     def connector_of(self, kind: str | None) -> nn.Module:
         """The model's connector, or one of another type for the same features and width."""
         if kind is None:
+            if self.connector is None:
+                raise UsageError("a tower by itself has no connector")
             return self.connector
         return CONNECTORS[kind](self.config.vision.hidden_size, self.config.text.hidden_size)
 
 
 @cache
-def model_parts(alias: str) -> ModelParts:
-    """The parts of an alias. Raises UsageError for a family without a tower and a connector."""
-    plan = blueprint(alias)
-    tower, connector = plan.model.tower, plan.model.connector
-    if connector is None:
-        raise UsageError(f"{alias} has no vision tower and connector to measure by themselves")
-    return ModelParts(plan.config, tower, connector, plan.model.language_model, plan.dtype)
+def model_parts(name: str, bits: int | None = None, layers: int | None = None) -> ModelParts:
+    """The parts of an alias, or a tower that no alias has.
+
+    bits: of the language model. layers: of it, the first so many where not all have room. Raises
+    UsageError for a family without a tower and a connector.
+    """
+    if name.startswith(TOWER):
+        tower, dtype = bare_tower(name.removeprefix(TOWER)), DTYPES[usual_dtype()]
+        return ModelParts(None, tower, None, None, dtype)
+    plan = blueprint(name, bits=bits)
+    if plan.model.connector is None:
+        raise UsageError(f"{name} has no vision tower and connector to measure by themselves")
+    model = plan.model
+    if layers is not None:
+        model.language_model.model.layers = model.language_model.model.layers[:layers]
+    return ModelParts(plan.config, model.tower, model.connector, model.language_model, plan.dtype)
+
+
+def _layers(name: str) -> int:
+    return len(model_parts(name).language_model.model.layers)
+
+
+def middle(part: Part) -> int:
+    """The positions before the middle one of the tokens that a part decodes."""
+    return (part.tokens or 0) + part.times // 2
 
 
 def side_of(model: ModelParts, resolution: int | None) -> int:
     """The side of a tile in pixels. Raises UsageError for one that the tower does not take."""
+    if model.config is None:  # a tower by itself: it takes what its claim says
+        if resolution is None:
+            raise UsageError("a tower by itself needs a resolution")
+        return resolution
     if not isinstance(model.config.vision, ViTConfig):  # FastViTHD and ConvNeXt take many sizes
         return int(model.config.adapted(Preprocessing(resolution=resolution)).image_size)
     side: int = model.config.vision.image_size
@@ -73,7 +105,11 @@ def side_of(model: ModelParts, resolution: int | None) -> int:
 
 def features_shape(model: ModelParts, resolution: int | None) -> tuple[int, int, int]:
     """Of a tile's image features, [1, N, C], as the connector takes them."""
-    vision, side = model.config.vision, side_of(model, resolution)
+    side = side_of(model, resolution)
+    if model.config is None:
+        count, channels = model.tower(mx.zeros((1, side, side, 3), model.dtype)).shape[1:]
+        return 1, count, channels
+    vision = model.config.vision
     if isinstance(vision, ViTConfig):
         return 1, vision.grid**2, vision.hidden_size
     return 1, (side // vision.stride) ** 2, vision.out_dim
@@ -83,7 +119,8 @@ def features_shape(model: ModelParts, resolution: int | None) -> tuple[int, int,
 class PartTimer:
     """Makes the parts' weights when they are first needed, and times them.
 
-    in_parts: one tile instead of several, and of a long prefill its first and last chunk.
+    in_parts: one tile instead of several, of a long prefill its first and last chunk, and of a
+    language model that has no room its first layers.
     """
 
     in_parts: bool
@@ -91,10 +128,14 @@ class PartTimer:
 
     def __post_init__(self) -> None:
         self._filled_modules: dict[tuple[str, str], nn.Module] = {}
+        self._cut: set[str] = set()
 
     def timed(self, part: Part) -> Timed:
         """A function that runs the part once and gives its time."""
-        kinds = {"vision": self._vision, "connector": self._connector, "prefill": self._prefill}
+        kinds = {
+            "vision": self._vision, "connector": self._connector,
+            "prefill": self._prefill, "decode": self._decode,
+        }  # fmt: skip
         return kinds[part.part](part)
 
     def how(self, part: Part) -> str:
@@ -103,19 +144,32 @@ class PartTimer:
             return ""
         if part.part == "vision" and part.times > 1:
             return f"one tile times {part.times}"
+        said = []
         if self._chunked(part):
-            return (
+            said.append(
                 f"prefill of {part.tokens:,} from its first and its last {CHUNK} positions, the "
                 "cost of those between growing evenly"
             )
-        return ""
+        if part.part == "prefill" and part.model in self._cut:
+            said.append(f"{LAYERS} of {_layers(part.model)} layers of {part.model}, all alike")
+        if part.part == "decode" and part.times > DECODED:
+            said.append(f"{DECODED} tokens in the middle of {part.times}")
+        return "; ".join(said)
+
+    def cut(self, parts: Iterable[Part]) -> bool:
+        """Have prefills run in a model's first layers alone; whether any is measured so now."""
+        if not self.in_parts:
+            return False
+        decoded = {part.model for part in parts if part.part == "decode"}
+        prefilled = {part.model for part in parts if part.part == "prefill"}
+        self._cut |= {name for name in prefilled - decoded if _layers(name) > LAYERS}
+        return bool(self._cut)
 
     def missing(self, parts: Iterable[Part]) -> int:
         """Bytes of the weights that are still to be made for these parts."""
         wanted = {(part.model, self._name(part)): part for part in parts}
         return sum(
-            sum(array.size for _, array in tree_flatten(self._module(part).parameters()))
-            * model_parts(part.model).dtype.size
+            nbytes(self._module(part))
             for key, part in wanted.items()
             if key not in self._filled_modules
         )
@@ -123,14 +177,22 @@ class PartTimer:
     def clear(self) -> None:
         """Forget all weights."""
         self._filled_modules.clear()
+        self._cut.clear()
         model_parts.cache_clear()
         mx.clear_cache()
 
+    def _parts(self, part: Part) -> ModelParts:
+        """The parts of its model, in the first layers alone where the rest has no room."""
+        few = part.part in AFTER_TOKENS and part.model in self._cut
+        return model_parts(part.model, part.bits, LAYERS if few else None)
+
     def _name(self, part: Part) -> str:
-        return f"{part.part} {part.type or ''}"
+        """Of the module: a prefill and a decode share a language model."""
+        role = "language" if part.part in AFTER_TOKENS else part.part
+        return f"{role} {part.type or ''} {part.bits or ''}"
 
     def _module(self, part: Part) -> nn.Module:
-        model = model_parts(part.model)
+        model = self._parts(part)
         if part.part == "connector":
             return model.connector_of(part.type)
         return model.tower if part.part == "vision" else model.language_model
@@ -139,7 +201,7 @@ class PartTimer:
         """The module of a part, its weights made."""
         key = part.model, self._name(part)
         if key not in self._filled_modules:
-            module, model = self._module(part), model_parts(part.model)
+            module, model = self._module(part), self._parts(part)
             fill(module, model.dtype)
             if part.part == "prefill":
                 model.language_model.fuse()
@@ -177,19 +239,34 @@ class PartTimer:
         mx.eval(features)
         return lambda: self._once(lambda: join(features), part.times)
 
+    def _decode(self, part: Part) -> Timed:
+        """Greedy tokens after a cache of the prompt's length, each fed to the next step."""
+        model = model_parts(part.model, part.bits)
+        self._filled(part)
+        steps = min(part.times, DECODED) if self.in_parts else part.times
+        start = middle(part) - steps // 2
+        prompt = Prompt(model, 1)
+
+        def run() -> float:
+            cache = prompt.cache_of(start)
+            return self._once(lambda: prompt.decode(cache, steps), part.times / steps)
+
+        return run
+
     def _prefill(self, part: Part) -> Timed:
-        model = model_parts(part.model)
+        model = self._parts(part)
         self._filled(part)
         length = part.tokens or 1
+        times = _layers(part.model) / len(model.language_model.model.layers)
         if not self._chunked(part):
             whole = Prompt(model, length)
-            return lambda: self._once(whole.prefill_all)
+            return lambda: self._once(whole.prefill_all, times)
         chunk = Prompt(model, CHUNK)
 
         def run() -> float:
             filled = chunk.cache_of(length - CHUNK)
             cost = self._once(chunk.fill_cache) + self._once(lambda: chunk.logits(filled))
-            return cost / 2 * length / CHUNK
+            return cost / 2 * length / CHUNK * times
 
         return run
 
@@ -224,6 +301,16 @@ class Prompt:
         """Those of a last chunk's last position."""
         return self.language_model(self._embeddings, cache, last_only=True)
 
+    def decode(self, cache: list[Cache], count: int) -> mx.array:
+        """The last of `count` greedy tokens; a step is asked for while the one before is run."""
+        token = mx.zeros((1, 1), mx.int32)
+        for _ in range(count):
+            embedded = self.language_model.embed(token)
+            logits = self.language_model(embedded, cache, last_only=True)
+            token = mx.argmax(logits, axis=-1).reshape(1, 1)
+            mx.async_eval(token)
+        return token
+
     def cache_of(self, length: int) -> list[Cache]:
         """Caches that hold `length` positions: of zeros, whose cost is that of any others."""
         text = self._model.config.text
@@ -231,7 +318,8 @@ class Prompt:
         caches: list[Cache] = []
         for _ in self.language_model.model.layers:
             layer = KVCache()
-            layer.update_and_fetch(*(mx.zeros(shape, self._model.dtype) for _ in range(2)))
+            if length:
+                layer.update_and_fetch(*(mx.zeros(shape, self._model.dtype) for _ in range(2)))
             caches.append(layer)
-        mx.eval([layer.state for layer in caches])
+        mx.eval([layer.state for layer in caches if length])
         return caches

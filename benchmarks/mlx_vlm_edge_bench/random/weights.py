@@ -38,11 +38,16 @@ def blueprint(
     """
     source: Mapping[str, Any] = config or config_of(name)
     block = source.get("quantization")
-    chosen = dtype or ("float32" if on_cpu() else "bfloat16")
+    chosen = dtype or usual_dtype()
     plan = cost.blueprint(source, dtype=chosen, quantization=block)
     if bits is not None:
         quantize_language_model(plan.model, {"quantization": block}, bits)
     return plan
+
+
+def usual_dtype() -> str:
+    """What random weights are made in where nothing is said."""
+    return "float32" if on_cpu() else "bfloat16"
 
 
 def build(plan: Blueprint) -> tuple[VisionLanguageModel, Processor]:

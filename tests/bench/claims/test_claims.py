@@ -208,7 +208,7 @@ def test_the_ratio_is_of_the_medians_and_the_verdict_follows(claim, tiny):
     text = claim_table.claim(record, 60)
     assert "2 x = 2,000.0 ms, spread 0% (large) / 1,000.0 ms" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 60
-    assert "by floating-point operations (an estimate)" in " ".join(text.split())
+    assert "by operations (an estimate)" in " ".join(text.split())
 
 
 def test_no_verdict_when_the_runs_spread(claim, tiny):
@@ -233,7 +233,8 @@ def test_a_model_that_cannot_be_run_says_why(claim):
 def test_milliseconds_are_not_run_on_a_cpu_unless_named(claim):
     single = replace(claim, kind="ms", against=None, better="lower")
     record = claim_run.run(single, claim_run.Setting(MACHINE, 1, False), PartTimer(True), print)
-    assert record["verdict"] == "not runnable here"
+    assert record["verdict"] == "not compared"
+    assert "milliseconds of M1 Max say nothing on a CPU" in record["why"]
     assert "name the claim" in record["why"]
 
 
@@ -270,21 +271,128 @@ def test_a_last_chunk_sees_all_positions_before_it(tiny):
 
 
 def test_the_table_lists_claims_at_any_width(claim):
-    assert claim_table.listed([claim], 80) == "a-ratio  A is sooner than B"
+    told = "1 of 1 can be run where there is memory for them."
+    assert claim_table.listed([claim], 80) == f"a-ratio  A is sooner than B\n\n{told}"
     assert claim_table.listed([claim], 30).splitlines()[0] == "a-ratio"
 
 
-def test_a_summary_has_a_line_per_claim(claim):
+def test_the_list_tells_what_no_machine_can_run(claim):
+    other = replace(claim, against=Subject("Cambrian-1-8B", not_runnable="no encoders"))
+    lines = claim_table.listed([claim, replace(other, id="b")], 80).splitlines()
+    assert lines[-3:] == [
+        "1 of 2 can be run where there is memory for them.",
+        "Not runnable:",
+        "b        Cambrian-1-8B: no encoders",
+    ]
+
+
+def test_a_summary_keeps_counts_and_timings_apart(claim):
+    """A count that is reproduced says nothing of speed."""
     other = Subject("Cambrian-1-8B", not_runnable="its encoders are not here", quoted=5085)
     setting = claim_run.Setting(MACHINE, 1, False)
     record = claim_run.run(replace(claim, against=other), setting, PartTimer(True), print)
-    text = claim_table.summary([record, {**record, "id": "b", "figure": 84.0}], 80)
-    assert text.splitlines()[1:] == [
+    count = {**record, "id": "b", "kind": "tokens_ratio", "figure": 84.0, "verdict": "reproduced"}
+    text = claim_table.summary([record, count], 80)
+    assert text.splitlines() == [
+        "counts          paper          ours",
+        "b              85.1 x          84 x  reproduced",
+        "1 counts: 1 reproduced",
+        "",
+        "timings         paper          ours",
         "a-ratio        85.1 x             -  not runnable here",
-        "b              85.1 x          84 x  not runnable here",
-        "2 claims: 2 not runnable here",
+        "1 timings: 1 not runnable here",
     ]
     assert "not runnable here: a-ratio" in claim_table.summary([record], 40)
+
+
+DECODE = {"part": "decode", "model": "smolvlm-256m", "tokens": 4, "times": 6, "bits": 4}
+SPEED = {
+    **CLAIM, "kind": "tokens_per_s", "against": None,
+    "ours": {"name": "small", "parts": [*OURS["parts"], DECODE]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ours": OURS}, "need a 'decode' part"),
+        ({"kind": "tokens_per_s_ratio", "against": AGAINST}, "need a 'decode' part"),
+        (
+            {"kind": "ms_ratio", "against": {"name": "x", "parts": [{**DECODE, "times": 5}]}},
+            "as many tokens",
+        ),
+        ({"ours": {"name": "x", "parts": [{**DECODE, "bits": 7}]}}, "bits are"),
+        ({"ours": {"name": "x", "parts": [{**DECODE, "tokens": None}]}}, "'tokens'"),
+    ],
+)
+def test_tokens_per_second_are_of_an_answer(tmp_path, change, said):
+    with pytest.raises(UsageError) as refused:
+        read(tmp_path, {**SPEED, **change})
+    assert said in str(refused.value)
+
+
+def test_tokens_per_second_are_the_answers_tokens_by_all_its_parts(tmp_path, tiny):
+    speed = read(tmp_path, SPEED)[0]
+    assert speed.ours.decoded == 6
+    timer = PartTimer(in_parts=False)
+    timer.timed = lambda part: iter([9.0] + [1.0 if part.tokens else 0] * 3).__next__
+    setting = claim_run.Setting(MACHINE, 3, named=True)
+    record = claim_run.run(speed, setting, timer, lambda text: None)
+    assert record["figure"] == 3.0  # tokens by 1 s of prefill and 1 s of decoding
+    assert record["verdict"] == "not compared"  # the paper's are of another chip
+    assert "3 tokens/s = 2,000.0 ms" in " ".join(claim_table.claim(record, 200).split())
+
+
+def test_a_decode_feeds_each_token_to_the_next_step(tiny, monkeypatch):
+    """4 bits, all the tokens that are asked for, or in parts those in the middle of them."""
+    part = Part("decode", "smolvlm-256m", tokens=4, times=6, bits=4)
+    widths = []
+    language_model = claim_parts.model_parts("smolvlm-256m", 4).language_model
+    embed = type(language_model).embed
+    monkeypatch.setattr(
+        type(language_model), "embed",
+        lambda self, ids: (widths.append(ids.shape), embed(self, ids))[1],
+    )  # fmt: skip
+    assert PartTimer(in_parts=False).timed(part)() > 0
+    assert widths == [(1, 1)] * 6
+    assert {layer.bits for layer in language_model.modules() if "scales" in layer} == {4}
+    monkeypatch.setattr(claim_parts, "DECODED", 2)
+    timer = PartTimer(in_parts=True, clock=Ticking())
+    assert timer.timed(part)() == 2 * 6 / 2  # seconds of two steps, thrice
+    assert timer.how(part) == "2 tokens in the middle of 6"
+    assert len(widths) == 8
+
+
+def test_a_model_that_has_no_room_is_measured_in_its_first_layers(claim, tiny, monkeypatch):
+    monkeypatch.setattr(claim_parts, "LAYERS", 1)
+    timer = PartTimer(in_parts=True, clock=Ticking())
+    parts = [part for subject in claim.subjects for part in subject.parts]
+    whole = timer.missing(parts)
+    monkeypatch.setattr(claim_run, "ALLOWANCE", 0)
+    monkeypatch.setattr(claim_run.memory, "usable", lambda: whole - 1)
+    record = claim_run.run(claim, claim_run.Setting(MACHINE, 1, False), timer, lambda text: None)
+    assert record["verdict"] != "not runnable here"
+    assert record["how"] == "in parts: 1 of 2 layers of smolvlm-256m, all alike"
+    assert timer.timed(parts[0])() % 2 == 0  # whole seconds of one layer, twice
+    refused = claim_run.run(
+        claim, claim_run.Setting(MACHINE, 1, False), PartTimer(in_parts=False), print
+    )
+    assert refused["verdict"] == "not runnable here"
+
+
+def test_towers_that_no_model_has_are_counted_as_published():
+    """GMAC of timm's convnext_large at 320 px; parameters of the trunks without their heads."""
+    large = Part("vision", "tower:convnext-l", 320)
+    assert claim_counts.macs(large) / 1e9 == pytest.approx(70.12, rel=1e-3)
+    assert claim_counts.parameters(large) == pytest.approx(196.2e6, rel=1e-3)
+    huge = Part("vision", "tower:convnext-xxl", 512)
+    assert claim_counts.macs(huge) / 1e9 == pytest.approx(791.86, rel=1e-3)
+    assert claim_counts.parameters(huge) == pytest.approx(843.4e6, rel=1e-3)
+    assert claim_counts.tokens(huge) == 256
+    with pytest.raises(UsageError, match="no tower is called 'other'"):
+        claim_counts.tokens(Part("vision", "tower:other", 320))
+    with pytest.raises(UsageError, match="needs a resolution"):
+        claim_counts.tokens(Part("vision", "tower:convnext-l"))
 
 
 def test_the_shipped_claims_follow_the_schema_and_can_be_counted():
