@@ -225,11 +225,12 @@ def test_a_summary_refuses_a_ratio_of_spread_runs():
 
 def test_counted_claims_are_printed_and_saved(capsys, tmp_path, clean):
     path = tmp_path / "out.json"
-    names = ["tokens-fastvlm-1024", "params-ldpv2", "ttft-ratio-cambrian-1-8b"]
+    names = ["tokens-fastvlm-1024", "params-ldpv2", "encoder-ratio-vitamin-224"]
     assert main(["bench", "--claims", *names, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "256 tokens" in out
-    assert out.strip().endswith("3 claims: 2 reproduced, 1 not runnable here")
+    assert "2 counts: 2 reproduced\n" in out
+    assert out.strip().endswith("1 timings: 1 not runnable here")
     assert max(map(len, out.splitlines())) <= 80
     record = json.loads(path.read_text())
     assert [claim["verdict"] for claim in record["claims"]].count("reproduced") == 2
