@@ -33,7 +33,7 @@ from .coreai import authoring, refuse_untranslated, write_asset
 from .emit.toolkit import tools
 from .package.save import save_package
 from .part import Options, Part
-from .parts.decoder import DecoderPart
+from .parts.decoder import DecoderPart, refuse_groups
 from .parts.encoders import AppPixels, Encoder, encoder
 from .parts.pictures import drawn_cases, picture_cases
 from .parts.vision import Connector, Tower, VisionPart
@@ -108,6 +108,7 @@ def precheck(out: Path, options: Options, image: str | Path | None, overwrite: b
     tools()
     if options.coreai:
         authoring()
+    refuse_groups(options)
     check_target(out, overwrite=overwrite, listed=manifest.listed)
     if image is not None:
         open_image(image)

@@ -5,6 +5,7 @@ ml-ane-transformers and users of the Neural Engine have written down. A package 
 lint-clean, which does not say where Core ML will run it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from ..package.saved import FLOATS, Saved, Type, type_of
 NARROW = 32  # elements of the last axis that fill 64 bytes in float16
 LARGE = 1 << 16  # elements from which padding a narrow axis matters
 SIDE, CHANNELS, KERNEL = 16384, 65536, 13
-PROGRAM_BYTES = 2 << 30
+STATES, PORTS = 8, 32  # of a function; beyond, passing them costs more than their bytes
+PROGRAM_BYTES = 3 << 29  # 1.5 GB compiles, 3.4 GB does not (ANEForge, pull request 45)
 SMALLEST_NORMAL = 2.0**-14  # of float16
 SOME = 0.01  # of a constant's values
 OFF = frozenset({
@@ -28,6 +30,7 @@ OFF = frozenset({
     "gru", "lstm", "rnn", "random_normal", "random_uniform", "fill", "band_part", "reduce_prod",
 })  # fmt: skip
 LAYOUT = ("transpose", "reshape")
+ELSEWHERE = frozenset({"float32", "unsupported-operation", "integer-compute", "dynamic-shape"})
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Operation:
-    """What the rules look at: the kind, its first output, and what it reads by argument."""
+    """What the rules look at: the kind, its first output, and what it reads by argument.
+
+    sources: names of what it reads that is no constant. cached: elements of the largest of these
+    that is an input of the function.
+    """
 
     kind: str
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     reads: Mapping[str, list[tuple[Type, bool]]]  # its type, and whether it is constant
+    sources: frozenset[str] = frozenset()
+    cached: int = 0
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -64,16 +73,22 @@ def lint(package: Path) -> list[Finding]:
     saved = Saved(package)
     for name, function, block in blocks(saved):
         findings += _inputs(name, function)
+        findings += _ports(name, function, block)
         findings += _constants(saved, name, block)
-        for op in _operations(function, block):
+        findings += _groups(name, block)
+        operations = [*_operations(function, block)]
+        for op in operations:
             findings += [
                 Finding(rule, name, f"{op.kind} {op.name}", reason)
                 for rule, check in RULES.items()
                 if (reason := check(op))
             ]
+        findings += _crossings(name, operations)
     size = sum(path.stat().st_size for path in package.rglob("*.bin"))
     if size > PROGRAM_BYTES:
-        reason = f"{size / 1e9:.1f} GB of weights: programs beyond 2 GB are reported to be refused"
+        reason = (
+            f"{size / 1e9:.1f} GB of weights: programs beyond 1.6 GB are reported to be refused"
+        )
         findings.append(Finding("program-size", "-", package.name, reason))
     return findings
 
@@ -109,6 +124,54 @@ def _inputs(name: str, function: Any) -> Iterator[Finding]:
                 yield Finding("state-last-axis", name, where, reason)
 
 
+def _ports(name: str, function: Any, block: Any) -> Iterator[Finding]:
+    """How much goes in and out of a call."""
+    states = [value.name for value in function.inputs if is_state(value)]
+    if len(states) > STATES:
+        reason = f"{len(states)} states: stack them, two are enough for every layer's cache"
+        yield Finding("states", name, f"state {states[STATES]}", reason)
+    ports = [*(value.name for value in function.inputs), *block.outputs]
+    if len(ports) - len(states) > PORTS:
+        reason = f"{len(ports) - len(states)} inputs and outputs are passed with every call"
+        yield Finding("ports", name, f"port {ports[PORTS]}", reason)
+
+
+def _groups(name: str, block: Any) -> Iterator[Finding]:
+    """Weights of several scales a row."""
+    for op in block.operations:
+        if op.type != "constexpr_blockwise_shift_scale":
+            continue
+        scale = type_of(_value_type(op, block, "scale")).shape
+        if any(blocks != 1 for blocks in scale[1:]):
+            reason = (
+                "weights in groups give wrong numbers or are not placed (apple/coreai-models #279, "
+                "#205): palettes are its form"
+            )
+            yield Finding("groups", name, f"constant {op.outputs[0].name}", reason)
+
+
+def _value_type(op: Any, block: Any, argument: str) -> Any:
+    """The type of what a constexpr operation is given, as an attribute, a value or a name."""
+    if argument in op.attributes:
+        return op.attributes[argument].type
+    bound = op.inputs[argument].arguments[0]
+    if bound.WhichOneof("binding") == "value":
+        return bound.value.type
+    made = (out for other in block.operations for out in other.outputs)
+    return next(out.type for out in made if out.name == bound.name)
+
+
+def _crossings(name: str, operations: Iterable[_Operation]) -> Iterator[Finding]:
+    """Where a value leaves the Neural Engine or comes back, by what the rules say of its makers."""
+    elsewhere: dict[str, bool] = {}
+    for op in operations:
+        away = any(RULES[rule](op) for rule in ELSEWHERE)
+        if any(source in elsewhere and elsewhere[source] != away for source in op.sources):
+            reason = "data crosses between it and another unit, each time at the cost of a call"
+            yield Finding("crossing", name, f"{op.kind} {op.name}", reason)
+        elsewhere |= dict.fromkeys((op.name,), away)
+
+
 def _constants(saved: Saved, name: str, block: Any) -> Iterator[Finding]:
     """Values of constants that are no numbers to it."""
     for op in block.operations:
@@ -127,6 +190,10 @@ def _constants(saved: Saved, name: str, block: Any) -> Iterator[Finding]:
 def _operations(function: Any, block: Any) -> Iterator[_Operation]:
     """Operations that compute something, with what is known of their inputs."""
     known = {value.name: (type_of(value.type), False) for value in function.inputs}
+    inputs = {
+        name: math.prod(size or 0 for size in kind.shape) for name, (kind, _) in known.items()
+    }
+    first: dict[str, str] = {}  # of an operation's outputs, by any of them
     for op in block.operations:
         constant = op.type == "const" or op.type.startswith("constexpr")
         for out in op.outputs:
@@ -137,8 +204,14 @@ def _operations(function: Any, block: Any) -> Iterator[_Operation]:
             argument: [known[b.name] for b in bound.arguments if b.name in known]
             for argument, bound in op.inputs.items()
         }
+        named = {b.name for bound in op.inputs.values() for b in bound.arguments if b.name}
+        first |= dict.fromkeys((out.name for out in op.outputs), op.outputs[0].name)
         declared, _ = known[op.outputs[0].name]
-        yield _Operation(op.type, op.outputs[0].name, declared.dtype, declared.shape, reads)
+        yield _Operation(
+            op.type, op.outputs[0].name, declared.dtype, declared.shape, reads,
+            frozenset(first.get(name, name) for name in named if not known[name][1]),
+            max((inputs.get(name, 0) for name in named), default=0),
+        )  # fmt: skip
 
 
 def _float32(op: _Operation) -> str | None:
@@ -176,6 +249,19 @@ def _narrow(op: _Operation) -> str | None:
     shape = op.fixed
     if shape and 0 <= shape[-1] < NARROW and int(np.prod(shape)) >= LARGE:
         return f"last axis {shape[-1]} is padded to {NARROW} (64 bytes)"
+    return None
+
+
+def _single(op: _Operation) -> str | None:
+    shape = op.fixed
+    if len(shape) > 1 and shape[-1] == 1 and NARROW <= int(np.prod(shape)) < LARGE:
+        return f"last axis 1 is padded to {NARROW} (64 bytes): {NARROW} times the traffic"
+    return None
+
+
+def _joined_cache(op: _Operation) -> str | None:
+    if op.kind == "concat" and op.cached >= LARGE:
+        return f"copies a cache of {op.cached:,} elements with every call: attend to it as it is"
     return None
 
 
@@ -229,6 +315,8 @@ RULES: dict[str, Rule] = {
     "rank": _rank,
     "size": _size,
     "narrow-last-axis": _narrow,
+    "last-axis-1": _single,
+    "joined-cache": _joined_cache,
     "linear": _linear,
     "layout": _layout,
     "kernel": _kernel,

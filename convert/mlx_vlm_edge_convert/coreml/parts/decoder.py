@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
 
-from ..emit.matrices import Groups, Matrix, matrix, to_half
+from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
 from ..names import DECODE, PREFILL
@@ -25,10 +25,35 @@ from ..package.save import readable, save_package
 from ..parity import Check
 from ..part import Function, Options
 from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, Geometry
-from .decoder_check import GATE_UP, QKV, RESTORED, check, either, head_of, matrices_of
+from .decoder_check import (
+    GATE_UP,
+    QKV,
+    RESTORED,
+    check,
+    either,
+    head_of,
+    linears_of,
+    matrices_of,
+)
 
 CHUNK = 64  # positions of prefill
 ROWS = 16384  # embeddings that are read at a time
+
+
+def refuse_groups(options: Options, quantised: bool = False) -> None:
+    """Raises UsageError for weights in groups of values on the Neural Engine.
+
+    quantised: the model's own are. On devices they gave cosines of 0.37 where palettes gave 0.9975
+    (apple/coreai-models #279), or were not placed at all (#205).
+    """
+    if options.compute != "cpu-ne" or not (quantised or options.bits in WIDTHS):
+        return
+    what = f"--bits {options.bits}" if options.bits else "the model's quantised weights"
+    model = "export the full-precision model with" if quantised else "use"
+    raise UsageError(
+        f"{what} with --compute cpu-ne: weights in groups are reported to give wrong numbers on "
+        f"the Neural Engine; {model} --bits palette4, or --compute cpu-gpu"
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class DecoderPart:
                 "the decoder export covers Llama and Qwen2, not this family's language model: "
                 "use --part vision"
             )
+        refuse_groups(self.options, self._quantised)
         context, most = self.options.context, self._config.max_position_embeddings
         if not 0 < context <= most:
             raise UsageError(f"--context {context}: this model's is 1 to {most:,}")
@@ -61,6 +87,11 @@ class DecoderPart:
     def _config(self) -> TextConfig:
         config: TextConfig = self.language_model.config
         return config
+
+    @property
+    def _quantised(self) -> bool:
+        """Whether a matrix of the model is in groups already."""
+        return any("scales" in layer for layer in linears_of(self.language_model))
 
     @property
     def _half(self) -> bool:

@@ -120,7 +120,8 @@ def _matrices(decoder):
 def test_compressed_weights(tools, monkeypatch, qwen2, tmp_path, bits):
     """And the head in parts, of which the Neural Engine's form has as many as it needs."""
     monkeypatch.setattr("mlx_vlm_edge_convert.coreml.emit.transformer.HEAD", 48)
-    path, form = tmp_path / "decoder.mlpackage", "stateful" if bits == 8 else "readonly"
+    path = tmp_path / "decoder.mlpackage"
+    form = "readonly" if bits == "palette4" else "stateful"
     made = make(qwen2, form, "fp16", bits)
     _, found = made.verified(path)
     assert all(parity.passed for parity in found.parity)
@@ -151,7 +152,7 @@ def bfloat16(model):
     ("bits", "form", "precision"),
     [
         (None, "stateful", "fp16"), (None, "readonly", "fp32"), (4, "stateful", "fp16"),
-        (4, "readonly", "fp32"), (8, "readonly", "fp16"), (8, "stateful", "mixed"),
+        (4, "stateful", "fp32"), (8, "stateful", "fp16"), (8, "stateful", "mixed"),
         ("palette4", "readonly", "mixed"), ("palette4", "stateful", "fp32"),
     ],
 )  # fmt: skip
@@ -169,7 +170,7 @@ def test_a_checkpoint_quantised_in_bfloat16_says_what_is_lost(tools, tmp_path, b
     """Of 4 bits its offsets are integers again; of 8 bits they cannot be known."""
     model = bfloat16(random_model(QWEN2))
     nn.quantize(model, group_size=32, bits=bits)
-    made = make(model, "readonly", "fp16")
+    made = make(model, "stateful", "fp16")
     _, found = made.verified(tmp_path / "decoder.mlpackage")
     assert all(parity.passed for parity in found.parity), found.parity
     matrices = 15
@@ -181,6 +182,16 @@ def test_a_checkpoint_quantised_in_bfloat16_says_what_is_lost(tools, tmp_path, b
     else:
         assert f"of {matrices} of {matrices} matrices are no integers" in line
         assert found.parity[1].limit == decoder_check.WEIGHTS
+
+
+@pytest.mark.parametrize(("bits", "says"), [(4, "--bits 4"), (8, "--bits 8"), (None, "the model")])
+def test_weights_in_groups_are_refused_on_the_neural_engine(bits, says):
+    model = random_model(QWEN2)
+    if bits is None:
+        nn.quantize(model, group_size=32, bits=4)
+    with pytest.raises(UsageError, match=rf"^{says}.* with --compute cpu-ne: .*palette4"):
+        make(model, "readonly", "fp16", bits)
+    make(model, "stateful", "fp16", bits)
 
 
 def _block(path, name, spec=None):
