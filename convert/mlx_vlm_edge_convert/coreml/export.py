@@ -39,6 +39,7 @@ from .parts.pictures import drawn_cases, picture_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
 from .run.cache import label
+from .vectors import write_vectors
 
 PARTS = ("vision", "connector", "decoder")
 Report = Callable[[str], None]
@@ -98,7 +99,8 @@ def export(
             "context": options.context if "decoder" in entries else None,
         }
         if pixels is not None:
-            content["preprocessing"] = manifest.preprocessing_entry(pixels)
+            entry = manifest.preprocessing_entry(pixels)
+            content["preprocessing"] = entry | {"vectors": write_vectors(partial, pixels)}
         manifest.write(partial, content)
     return target
 
@@ -173,11 +175,12 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
 
 
 def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
-    """The tokenizer, as tokenizer.json in any case, and what its readers look up elsewhere."""
-    copied = copy_files(folder, partial)
+    """The tokenizer as our processor uses it, with what other files and the family add to it, as
+    tokenizer.json in any case; and what its readers look up elsewhere."""
+    copy_files(folder, partial)
     shutil.copyfile(folder / CONFIG, partial / CONFIG)
-    (tokenizer,) = TOKENIZER_JSON
-    if processor is not None and tokenizer not in copied:
+    if processor is not None:
+        (tokenizer,) = TOKENIZER_JSON
         processor.tokenizer.backend.save(str(partial / tokenizer))
 
 

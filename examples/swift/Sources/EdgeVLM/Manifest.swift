@@ -158,6 +158,8 @@ extension Manifest {
         public let color: String
         public let range: [Int]
         public let folded: Folded
+        /// A file of pictures with what must come of them; see `PreprocessingCheck`.
+        public let vectors: String
     }
 
     public struct Folded: Codable, Sendable {
@@ -206,13 +208,35 @@ extension Manifest {
         public let beforeQuestion: String
         public let afterQuestion: String
         public let specialTokens: [String]
+        /// nil where turns are not text one after another.
+        public let chat: Chat?
 
         enum CodingKeys: String, CodingKey {
+            case chat
             case beforeImage = "before_image"
             case afterImage = "after_image"
             case beforeQuestion = "before_question"
             case afterQuestion = "after_question"
             case specialTokens = "special_tokens"
+        }
+    }
+
+    /// bos, then `start`, or the two of `system` around an app's own instructions; then for each
+    /// turn: each picture's tokens and `afterPicture`, the question, `afterQuestion`, the answer's
+    /// tokens, and `afterAnswer` before the next turn. Each stretch of text is tokenised by itself.
+    public struct Chat: Codable, Sendable {
+        public let bos: [Int]
+        public let start: String
+        public let system: [String]?
+        public let afterPicture: String
+        public let afterQuestion: String
+        public let afterAnswer: String
+
+        enum CodingKeys: String, CodingKey {
+            case bos, start, system
+            case afterPicture = "after_picture"
+            case afterQuestion = "after_question"
+            case afterAnswer = "after_answer"
         }
     }
 }
