@@ -132,7 +132,8 @@ class Conversation:
             asked = turns[start:]
             preprocess = self.processor.preprocessor(sum(len(turn.images) for turn in asked))
             sources = [source for turn in asked for source in turn.sources(preprocess)]
-            inputs = timer.run(self.processor.steps(self._messages(asked), sources))
+            steps = self.processor.steps(self._messages(asked), sources, budget=options.budget)
+            inputs = timer.run(steps)
             turns[start:] = _with_pixels(asked, inputs.pixels, preprocess)
             if inputs.input_ids.shape[1] <= enough:
                 break

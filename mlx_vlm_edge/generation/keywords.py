@@ -32,6 +32,8 @@ class OptionKeywords(TypedDict, total=False):
     schema: Mapping[str, Any] | str | None
     choices: Sequence[str] | None
     logprobs: int | None
+    visual_tokens: int | float | None
+    token_method: str | None
 
 
 class AnswerKeywords(OptionKeywords, total=False):

@@ -16,6 +16,7 @@ from ..errors import UsageError, check_keywords
 from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
 from ..language.decoder import PREFILL_STEP
 from ..models.base import VisionLanguageModel
+from ..picture.token_budget import TokenBudget, token_budget
 from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Steps, Timer
 from .answer import Answer
@@ -41,7 +42,8 @@ class Options(Sampling):
     stop: texts that end an answer, special tokens among them. skip_special_tokens: whether those
     of an answer have no text; docling's models answer in them. schema: a JSON schema, or its text,
     that the answer must follow; choices: texts of which it must be one. logprobs: tell every
-    token's log-probability, and those of this many of the likeliest ones.
+    token's log-probability, and those of this many of the likeliest ones. visual_tokens and
+    token_method: as `load` has them, for one prompt; None leaves what the processor was made with.
     """
 
     max_tokens: int = 256
@@ -55,6 +57,8 @@ class Options(Sampling):
     schema: Mapping[str, Any] | str | None = None
     choices: Sequence[str] | None = None
     logprobs: int | None = None
+    visual_tokens: int | float | None = None
+    token_method: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,11 @@ class Options(Sampling):
             check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
         if self.schema is not None and self.choices is not None:
             raise UsageError("an answer follows a schema or is one of the choices: set one of them")
-        _ = self.grammar  # or a clear line, before anything is loaded
+        _ = self.grammar, self.budget  # or a clear line, before anything is loaded
+
+    @property
+    def budget(self) -> TokenBudget | None:
+        return token_budget(self.visual_tokens, self.token_method)
 
     @cached_property
     def grammar(self) -> "Grammar | None":
@@ -153,7 +161,8 @@ def stream_generate(
     check_keywords("generate", options, Options)
     chosen = Options(**options)
     started, timer = clock(), Timer(verbose, clock)
-    inputs = timer.run(processor.steps(prompt, as_list(images) + as_list(image), raw=raw))
+    pictures = as_list(images) + as_list(image)
+    inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget))
     return stream_inputs(model, processor, inputs, chosen, timer, started, prefix_cache)
 
 

@@ -71,7 +71,8 @@ class Blueprint:
 
     def pixels(self, image: Size) -> Pixels:
         """What becomes of a picture of that size, alone in its prompt."""
-        return self.processor.preprocessor(1)(blank(image))
+        processor = self.processor
+        return processor.within(processor.preprocessor(1)(blank(image)), self.asked.budget)
 
 
 def nbytes(part: nn.Module) -> int:
@@ -131,7 +132,7 @@ def blueprint(
     with reading_values("config.json"):
         config = kind.Config.from_dict(source)
         check(config)
-        config.adapted(asked)  # or a clear line
+        kind.check(config, asked)
         model = kind.Model(config)
     model.eval()
     model.apply(lambda p: p.astype(DTYPES[dtype or own_dtype(source)]))
@@ -180,7 +181,8 @@ def blank(size: Size) -> Any:
 class Cost:
     """What a prompt with pictures costs: until its first token, and one token after it.
 
-    tiles: pictures that the vision tower sees. parameters: bytes of all weights. cached: bytes that
+    tiles: pictures that the vision tower sees. reduction: what choosing some of the visual tokens
+    costs the device. parameters: bytes of all weights. cached: bytes that
     one position takes in the KV cache. pixels: bytes of the pictures. layers: of the decoder.
     """
 
@@ -189,6 +191,7 @@ class Cost:
     prompt_tokens: int
     vision: Work
     connector: Work
+    reduction: Work
     prefill: Work
     step: Work
     parameters: int
@@ -243,6 +246,7 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
         prompt_tokens=length,
         vision=done.get("vision", Work()),
         connector=done.get("connector", Work()),
+        reduction=done.get("reduce", Work()),
         prefill=done["prefill"],
         step=step,
         parameters=plan.nbytes,

@@ -31,6 +31,7 @@ from ..models.build import Quantization, build, cast, read_native
 from ..models.contract import Family
 from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
+from ..picture.token_budget import TokenBudget, token_budget
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
 from .steps import Background, Steps, stop_if_exiting
@@ -51,7 +52,10 @@ class LoadOptions:
     pictures of a prompt neither.
     image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
     checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
-    image costs in the families that cut one up. jpeg_draft: decode large JPEGs at a part of their
+    image costs in the families that cut one up. visual_tokens: how many the language model sees of
+    each image, a whole number or a share as 0.25, and token_method: which these are ("divprune" by
+    default, "dpp", "pool", "random", and where the tower's attention is to be had "hiprune" and
+    "visionzip"). jpeg_draft: decode large JPEGs at a part of their
     size, which is faster and not pixel-exact; results say so. vision_backend: "coreml" lets a Core
     ML package compute image features, in float16 on the Neural Engine and CPU; ":fp32" and
     ":cpu-gpu" behind it choose otherwise. It is exported and kept at the first use.
@@ -66,10 +70,16 @@ class LoadOptions:
     max_tiles: int | None = None
     jpeg_draft: bool = False
     vision_backend: str = "mlx"
+    visual_tokens: int | float | None = None
+    token_method: str | None = None
+
+    @property
+    def budget(self) -> TokenBudget | None:
+        return token_budget(self.visual_tokens, self.token_method)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(self.image_strategy, self.resolution, self.max_tiles)
+        return Preprocessing(self.image_strategy, self.resolution, self.max_tiles, self.budget)
 
     def check(self) -> None:
         """Raises UsageError for all that can be told before a model is looked for."""
@@ -77,6 +87,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+        _ = self.budget  # or a clear line
         if self.bits not in (None, 4, 8):
             raise UsageError(f"bits must be 4 or 8, not {self.bits}")
         if self.vision_backend != "mlx":
@@ -107,6 +118,8 @@ class LoadKeywords(TypedDict, total=False):
     max_tiles: int | None
     jpeg_draft: bool
     vision_backend: str
+    visual_tokens: int | float | None
+    token_method: str | None
     quantize: int | None
 
 
@@ -173,7 +186,7 @@ def _reading(
     config, arrays = read_checkpoint(folder)
     kind = family(config)
     model = build(kind, config, arrays)
-    model.config.adapted(options.preprocessing)  # or a clear line
+    kind.check(model.config, options.preprocessing)
     if options.bits is not None:
         quantize_language_model(model, config, options.bits)
     cast(model, options.dtype)

@@ -95,17 +95,27 @@ class VisionLanguageModel(nn.Module):
 
     def encode_image(self, pixels: Pixels) -> mx.array:
         """Pixels of one image -> visual tokens [N, D], as they enter the language model."""
-        return result(self.stages(pixels))
+        (tokens,) = result(self.encode([pixels]))
+        return tokens
 
     def encode(self, images: Sequence[Pixels]) -> Steps[list[mx.array]]:
-        """The visual tokens of each of a prompt's images."""
+        """The visual tokens of each of a prompt's images: all that `stages` makes, or as few of
+        them as the pixels say, in a step "reduce"."""
         tokens = []
         for pixels in images:
-            tokens.append((yield from self.stages(pixels)))
+            every = yield from self.stages(pixels)
+            if pixels.reduction is None:
+                tokens.append(every)
+                continue
+            from ..reduction import reduced
+
+            tokens.append(reduced(every, pixels.reduction))
+            yield "reduce", tokens[-1]
         return tokens
 
     def stages(self, pixels: Pixels) -> Steps[mx.array]:
-        """`encode_image` in its steps: "vision" gives image features, "connector" visual tokens."""
+        """All visual tokens of an image in the steps that make them: "vision" gives image features,
+        "connector" the tokens."""
         features = self.image_features(pixels.data[None])
         yield "vision", features
         tokens: mx.array = self.connector(features)[0]

@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from ..checkpoint.weights import Weights
 from ..picture.preprocessing import Preprocessing
+from ..picture.token_budget import check_method
 from ..text.prompt import Processor
-from ..text.tokenizer import Tokenizer
 from .base import VisionLanguageModel
 
 
@@ -55,9 +55,15 @@ class Family(Generic[C]):
     """
 
     Config: type[C]
-    Processor: Callable[[C, Tokenizer, Preprocessing], Processor]
+    Processor: type[Processor]
     Model: Callable[[C], VisionLanguageModel]
     rename: Callable[[str], str]
     fold: Callable[[Weights, C], dict[str, mx.array]]
     is_native: Callable[[Mapping[str, mx.array]], bool]
     own_tokens: Callable[[C], dict[str, int]] = _none
+
+    def check(self, config: C, asked: Preprocessing) -> None:
+        """Raises UsageError for a preprocessing that the family does not understand."""
+        config.adapted(asked)
+        if asked.budget is not None:
+            check_method(asked.budget.method, self.Processor.token_methods)

@@ -27,6 +27,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.token_budget import Block
 from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.convnext import fold as fold_vision
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
@@ -112,10 +113,9 @@ class Model(VisionLanguageModel):
 class Processor(llava.Processor):
     """LLaVA-1.5's prompt and pictures, at a size that may be chosen."""
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        stride = self.config.vision.stride
-        rows, columns = (side // stride for side in pixels.data.shape[:2])
-        return int(rows * columns)
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        rows, columns = (side // self.config.vision.stride for side in pixels.data.shape[:2])
+        return (Block(rows, columns),)
 
 
 FAMILY = Family(Config, Processor, Model, llava.rename, fold, is_native)

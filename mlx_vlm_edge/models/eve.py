@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
+from ..picture.token_budget import Block
 from ..vision.eve import PatchConfig, PatchEmbedding
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from . import llava
@@ -162,11 +163,10 @@ class Processor(llava.Processor):
         target = (size, other) if image.width > image.height else (other, size)
         return Pixels(np.asarray(fit(image, target, "stretch")), image.size)
 
-    def visual_tokens(self, pixels: Pixels) -> int:
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         """1 + h * (w + 1): the class token, then rows that each end in a split token."""
-        stride = self.config.vision.stride
-        height, width = pixels.data.shape[:2]
-        return 1 + height // stride * (width // stride + 1)
+        height, width = (side // self.config.vision.stride for side in pixels.data.shape[:2])
+        return (Block(height, width, ended=True, before=1),)
 
 
 FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

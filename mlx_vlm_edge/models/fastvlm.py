@@ -25,6 +25,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.token_budget import Block
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
@@ -146,9 +147,9 @@ class Processor(prompt.Processor):
     def render(self, messages: list[prompt.Message]) -> str:
         return prompt.chatml(messages, SYSTEM)
 
-    def visual_tokens(self, pixels: Pixels) -> int:
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         height, width = pixels.data.shape[:2]
-        return (height // STRIDE) * (width // STRIDE)
+        return (Block(height // STRIDE, width // STRIDE),)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         counts = [self.visual_tokens(image) for image in pixels]

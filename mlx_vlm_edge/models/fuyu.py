@@ -10,6 +10,7 @@ Source: transformers, models/fuyu (image_processing_pil_fuyu.py, processing_fuyu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from ..language.persimmon import LanguageModel, TextConfig
 from ..picture.image import Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing, refuse_max_tiles
 from ..picture.tiling import fit_within
+from ..picture.token_budget import Block, bounds
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
 from ..timings import Steps
@@ -249,22 +251,29 @@ class Processor(prompt.Processor):
             )
         return ["".join(super().split(text, images))] if prompt.MARKER in text else [text]
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        rows, columns = self._grid(pixels)
-        return rows * (columns + 1)
-
-    def _grid(self, pixels: Pixels) -> tuple[int, int]:
-        height, width = pixels.data.shape[:2]
-        return height // self.config.patch_size, width // self.config.patch_size
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """Rows of patches, each with a newline."""
+        rows, columns = (side // self.config.patch_size for side in pixels.data.shape[:2])
+        return (Block(rows, columns, ended=True),)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
+        """The lines' lengths are those of their patches or, of fewer tokens, about equal: which of
+        them are newlines is written here for what looks at ids, a repetition penalty say."""
         ids: list[int] = []
         for image in pixels:
-            rows, columns = self._grid(image)
-            ids += ([self.image_id] * columns + [self.newline_id]) * rows
+            for length in self._lines(image):
+                ids += [self.image_id] * length + [self.newline_id]
         visual = np.arange(len(ids), dtype=np.int32)
         text = segments[0] + ANSWER if pixels else segments[0]
         return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual
+
+    def _lines(self, pixels: Pixels) -> list[int]:
+        """Patches in each line."""
+        if pixels.reduction is None:
+            (block,) = self.blocks(pixels)
+            return [block.columns] * block.rows
+        edges = [bounds(part.tokens, part.lines) for part in pixels.reduction.cuts]
+        return [right - left for part in edges for left, right in pairwise(part)]
 
 
 def own_tokens(config: Config) -> dict[str, int]:

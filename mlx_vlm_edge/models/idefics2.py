@@ -20,6 +20,7 @@ from ..checkpoint.weights import Weights
 from ..connectors.perceiver import Perceiver
 from ..language.llama import LanguageModel
 from ..picture.image import Pixels
+from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..timings import Steps
 from ..vision.pixels import HALF, normalized
@@ -142,6 +143,7 @@ class Processor(idefics3.Processor):
     """Idefics3's turns; a piece is as many <image> between marks, of which neighbours share one."""
 
     read = prompt.Processor.read
+    token_methods = OF_TOKENS - {"pool"}  # latents have no neighbours
 
     def draft_side(self) -> int:
         edge: int = self.config.longest_edge
@@ -165,8 +167,9 @@ class Processor(idefics3.Processor):
         ]
         return Pieces(together(pieces), image.size, tuple(piece.shape[:2] for piece in pieces))
 
-    def tile_tokens(self, pixels: Pixels) -> int:
-        return int(self.config.perceiver.latents)
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """Latents, which lie nowhere in the picture."""
+        return (Block(1, self.config.perceiver.latents),) * len(pixels.data)
 
     def write_out(self, segments: list[str], pixels: list[Pixels]) -> str:
         """Every piece between marks; two marks that meet become one."""

@@ -24,6 +24,7 @@ from ..language.llama import LanguageModel
 from ..picture.image import Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
+from ..picture.token_budget import Block
 from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
@@ -186,22 +187,30 @@ class Processor(prompt.Processor):
             return self.by_template(messages)
         return self.bos + "".join(map(_turn, messages)) + "Assistant:"
 
-    def tile_tokens(self, pixels: Pixels) -> int:
-        """How many visual tokens one tile makes: 64 of 512 x 512 pixels in SmolVLM-256M."""
+    def tile_grid(self, pixels: Pixels) -> tuple[int, int]:
+        """Rows and columns of a tile's visual tokens: 8 x 8 of 512 x 512 pixels in SmolVLM-256M."""
         step = self.config.vision.patch_size
         scale = self.config.scale_factor
         rows, columns = (edge // step // scale for edge in pixels.data.shape[1:3])
-        return int(rows * columns)
+        return rows, columns
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        return len(pixels.data) * self.tile_tokens(pixels)
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """Every tile by itself: each has its own place in the prompt, behind its marker."""
+        rows, columns = self.tile_grid(pixels)
+        return (Block(rows, columns),) * len(pixels.data)
+
+    def tile_counts(self, pixels: Pixels) -> list[int]:
+        """Visual tokens of each tile."""
+        if pixels.reduction is not None:
+            return [part.total for part in pixels.reduction.cuts]
+        return [block.total for block in self.blocks(pixels)]
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """One text with a marker per tile, tokenised once; then each marker as often as needed."""
         row = self.tokenizer.encode(self.write_out(segments, pixels), special=True)
         if row[:1] != self.prefix:
             row = self.prefix + row
-        counts = iter([self.tile_tokens(item) for item in pixels for _ in item.data])
+        counts = iter([count for item in pixels for count in self.tile_counts(item)])
         ids: list[int] = []
         visual: list[int] = []
         for token in row:

@@ -30,6 +30,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.token_budget import Block
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
@@ -192,8 +193,9 @@ class Processor(prompt.Processor):
             text += f"USER: {content} " if user else f"ASSISTANT: {content}{self.answer_end}"
         return text + "ASSISTANT:"
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        return self.config.vision.grid**2 + self.config.keeps_class_token
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        side = self.config.vision.grid
+        return (Block(side, side, before=int(self.config.keeps_class_token)),)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """BOS, then the segments, each tokenised by itself: the one after an image begins with

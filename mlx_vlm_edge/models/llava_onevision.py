@@ -24,6 +24,7 @@ from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
+from ..picture.token_budget import Block
 from ..text import prompt
 from ..timings import Steps
 from ..vision.pixels import HALF, normalized
@@ -291,12 +292,13 @@ class Processor(prompt.Processor):
     def render(self, messages: list[prompt.Message]) -> str:
         return prompt.chatml(messages, SYSTEM)
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        whole: int = self.config.vision.grid**2
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """The whole image, one newline behind it where it is alone, and rows with theirs."""
+        side = self.config.vision.grid
         if not isinstance(pixels, Tiles):
-            return whole + 1
+            return (Block(side, side, after=1),)
         rows, columns = packing(pixels, self.config).remaining
-        return whole + rows * (columns + 1)
+        return Block(side, side), Block(rows, columns, ended=True)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         counts = [self.visual_tokens(image) for image in pixels]

@@ -7,6 +7,7 @@ published names (`mm_projector.*`), convolutions channels-last.
 Source: Meituan-AutoML/MobileVLM, mobilevlm/model/{mobilevlm,vision_projector}.py, conversation.py.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..picture.image import Pixels
 from ..picture.preprocessing import image_strategy
+from ..picture.token_budget import Block
 from ..vision.vit import ViTConfig
 from . import llava
 from .base import eos_ids
@@ -109,8 +111,9 @@ def visual_tokens(projector: str, side: int) -> int:
 
 
 class Processor(llava.Processor):
-    def visual_tokens(self, pixels: Pixels) -> int:
-        return visual_tokens(self.config.projector, self.config.vision.grid)
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        side = math.isqrt(visual_tokens(self.config.projector, self.config.vision.grid))
+        return (Block(side, side),)
 
 
 FAMILY = Family(Config, Processor, Model, rename, fold, llava.is_native)

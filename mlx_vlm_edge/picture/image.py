@@ -6,7 +6,7 @@ Pillow is imported at first use. Sizes are (width, height), arrays are (H, W, 3)
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..wording import first_line
 from .pdf import Page, page_image
 from .rgb import DAMAGED, to_rgb, upright
+from .token_budget import Reduction
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,12 +46,13 @@ class Pixels:
     """One image, ready for the model.
 
     data: uint8 [H, W, 3], or [tiles, H, W, 3] in the families that tile. size: the original
-    (width, height).
+    (width, height). reduction: how its visual tokens become fewer; None leaves all of them.
     """
 
     kind: ClassVar[str] = "image"  # the type of its part in a chat message
     data: "np.ndarray"
     size: tuple[int, int]
+    reduction: Reduction | None = field(default=None, kw_only=True)
 
 
 def open_image(source: Any, draft_side: int | None = None) -> "Image":

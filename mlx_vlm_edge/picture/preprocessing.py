@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .image import Strategy
+from .token_budget import TokenBudget
 
 # LLaVA's names for what is done to a picture that is not square -> ours. "square" is its image
 # processor's own resize and crop.
@@ -26,12 +27,14 @@ class Preprocessing:
     """What is asked for in the place of the checkpoint's own; None changes nothing.
 
     strategy: what is done to a picture that has not the model's shape. resolution: pixels, each
-    family says of what. max_tiles: of one image, in the families that cut it up.
+    family says of what. max_tiles: of one image, in the families that cut it up. budget: how many
+    visual tokens the language model is to see of each image.
     """
 
     strategy: str | None = None
     resolution: int | None = None
     max_tiles: int | None = None
+    budget: TokenBudget | None = None
 
 
 AS_PUBLISHED = Preprocessing()

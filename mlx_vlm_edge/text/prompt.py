@@ -8,7 +8,7 @@ whole text, Fuyu puts the image before BOS).
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..picture.check import refuse_remote
 from ..picture.image import Pixels, open_image
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method, planned
 from ..picture.video import Video
 from ..timings import Steps, result
 from .chat_template import render_chat_template, takes_parts
@@ -60,9 +61,11 @@ class Processor(ABC):
     stop_tokens: tokens that end an answer besides the configuration's, where the vocabulary has
     them. jpeg_draft: large JPEGs are decoded at a part of their size, if that is still enough:
     faster, but not the same pixels, and what an image's size is taken for is then that part.
+    token_methods: by which visual tokens may become fewer.
     """
 
     stop_tokens: tuple[str, ...] = ()
+    token_methods: frozenset[str] = OF_TOKENS
     jpeg_draft = False
     offline = False  # whether pictures behind http(s) addresses are refused
 
@@ -71,6 +74,7 @@ class Processor(ABC):
     ) -> None:
         """asked: what is to be done to pictures in the place of what the checkpoint says."""
         self.config = config.adapted(asked)
+        self.budget = asked.budget
         self.tokenizer = tokenizer
         named = (tokenizer.token_id(token) for token in self.stop_tokens)
         extra = {token for token in named if token is not None}
@@ -82,6 +86,7 @@ class Processor(ABC):
         images: Sequence[Any] = (),
         *,
         raw: bool = False,
+        budget: TokenBudget | None = None,
     ) -> Inputs:
         """Make a prompt ready for the model.
 
@@ -91,13 +96,19 @@ class Processor(ABC):
         images: paths, URLs, bytes, Pillow images or uint8 arrays, or the pixels of an earlier
         prompt; a Video where the family knows them, which has a {"type": "video"} part in a chat
         and an <image> in a raw text.
+        budget: how many visual tokens each picture has here, whatever the processor's says.
         Raises UsageError for an unreadable image, a malformed message, or as many images as the
         text has no places for.
         """
-        return result(self.steps(prompt, images, raw=raw))
+        return result(self.steps(prompt, images, raw=raw, budget=budget))
 
     def steps(
-        self, prompt: str | Sequence[Message], images: Sequence[Any] = (), *, raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[Any] = (),
+        *,
+        raw: bool = False,
+        budget: TokenBudget | None = None,
     ) -> Steps[Inputs]:
         """What a call does, in its steps: of each image, then of the text."""
         text, images = self._text(prompt, images, raw)
@@ -108,7 +119,8 @@ class Processor(ABC):
         segments = self.split(text, len(images))
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
-            pixels.append((yield from self.read(source, preprocess)))
+            read = yield from self.read(source, preprocess)
+            pixels.append(self.within(read, budget or self.budget))
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
@@ -252,9 +264,27 @@ class Processor(ABC):
         count, the same characters in a user's text do not.
         """
 
-    @abstractmethod
     def visual_tokens(self, pixels: Pixels) -> int:
-        """How many visual tokens the model makes of an image."""
+        """How many visual tokens the language model sees of an image."""
+        if pixels.reduction is not None:
+            return pixels.reduction.total
+        return sum(block.total for block in self.blocks(pixels))
+
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """How all of an image's visual tokens lie. Raises UsageError in a family where none of them
+        can be left out."""
+        raise UsageError("this model's visual tokens cannot be made fewer: leave the number out")
+
+    def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
+        """Pixels whose visual tokens are as few as a budget says, or all of them.
+
+        Raises UsageError for a budget that cannot be.
+        """
+        if budget is None:
+            return pixels if pixels.reduction is None else replace(pixels, reduction=None)
+        check_method(budget.method, self.token_methods)
+        blocks = [band for block in self.blocks(pixels) for band in block.bands()]
+        return replace(pixels, reduction=planned(budget, blocks))
 
     @abstractmethod
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:

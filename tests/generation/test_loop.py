@@ -84,7 +84,7 @@ class Prepared:
     visual: int = 4
     eos_ids: frozenset = frozenset({tiny.STOP, tiny.END})
 
-    def steps(self, prompt, images, *, raw=False):
+    def steps(self, prompt, images, *, raw=False, budget=None):
         self.asked = prompt, list(images), raw
         yield from ()
         ids = np.arange(self.length, dtype=np.int32)[None]

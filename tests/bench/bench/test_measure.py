@@ -68,7 +68,7 @@ class Preparing:
         self.tokenizer, self.clock = tokenizer, clock
         self.eos_ids = frozenset({tiny.STOP})
 
-    def steps(self, prompt, images, *, raw=False):
+    def steps(self, prompt, images, *, raw=False, budget=None):
         self.clock.now += DECODE
         yield "image decode", None
         self.clock.now += PREPROCESS
