@@ -161,10 +161,11 @@ class Session:
             return
         if self.chat.dropped:
             self.say(f"the first {self.chat.dropped} turns no longer fit and were left out")
+        drafts = f", {last.accepted_tokens} drafted" if last.drafted_tokens else ""
         self.say(
             f"[first token {last.ttft_e2e * 1000:.0f} ms, {last.reused_tokens} of "
             f"{last.prompt_tokens} prompt tokens known, {last.visual_tokens} visual; "
-            f"{last.generation_tps:.1f} tokens/s]"
+            f"{last.generation_tps:.1f} tokens/s{drafts}]"
         )
 
     def _printed(

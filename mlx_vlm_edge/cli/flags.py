@@ -174,7 +174,15 @@ def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--choices", metavar="A,B,C", help="the answer is one of these, commas between them"
     )
+    add_draft_argument(group)
     add_options(group, SAMPLING)
+
+
+def add_draft_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--draft", choices=("prompt-lookup",),
+        help="answer the same in fewer passes where prompt or answer repeat themselves",
+    )  # fmt: skip
 
 
 def add_options(group: argparse._ArgumentGroup, named: Mapping[str, tuple[Any, Any, str]]) -> None:
@@ -191,7 +199,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..generation.loop import Options
 
-    names = ("temperature", "stop", "skip_special_tokens", *SAMPLING)
+    names = ("temperature", "stop", "skip_special_tokens", "draft", *SAMPLING)
     chosen = {name: getattr(args, name) for name in names}
     if args.schema is not None:
         chosen["schema"] = _read_schema(args.schema)

@@ -188,8 +188,13 @@ def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
         f"{last.prompt_tps:.1f} tokens/s",
         f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
         f"ttft_e2e: {last.ttft_e2e * 1000:.1f} ms (image and prompt in, first token out)",
+        *([_drafts(last)] if args.draft else []),
         *(["images: JPEG draft, not pixel-exact"] if last.jpeg_draft else []),
         *(f"  {name}: {seconds * 1000:.1f} ms" for name, seconds in (last.stages or {}).items()),
         f"peak memory: {last.peak_memory:.3f} GB",
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _drafts(last: "GenerationResult") -> str:
+    return f"drafts: {last.accepted_tokens} of {last.drafted_tokens} tokens were right"

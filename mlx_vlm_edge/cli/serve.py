@@ -43,12 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
     network.add_argument("--ssl-keyfile", metavar="FILE", help="and this key")
     _add_limits(parser.add_argument_group("limits"))
-    _add_cache(parser.add_argument_group("KV cache of each request"))
+    _add_cache(parser.add_argument_group("KV cache and drafts of each request"))
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
-    from .flags import CACHE, SAMPLING, add_options
+    from .flags import CACHE, SAMPLING, add_draft_argument, add_options
 
+    add_draft_argument(group)
     add_options(group, {name: SAMPLING[name] for name in CACHE})
 
 
@@ -160,11 +161,11 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
 
 
 def _cache(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of KV caches. Raises UsageError for a value out of range."""
+    """What the flags say of KV caches and drafts. Raises UsageError for a value out of range."""
     from ..generation.loop import Options
     from .flags import CACHE
 
-    chosen = {name: getattr(args, name) for name in CACHE}
+    chosen = {name: getattr(args, name) for name in ("draft", *CACHE)}
     Options(**chosen)
     return chosen
 

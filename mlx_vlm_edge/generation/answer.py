@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -9,6 +10,13 @@ from ..text.prompt import Inputs, Processor
 from ..timings import Timer
 from .choosing import TokenLogprobs
 from .sampling import StopStrings
+
+
+class Drafts(Protocol):
+    """How many tokens of an answer were drafted, and how many of those were right."""
+
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class GenerationResult:
     peak_memory is in GB (1e9 bytes).
     finish_reason is None until the end, then "stop" or "length". stop_text: of `stop`,
     what ended the answer. stages: seconds per stage, and logprobs: of the token, when they were
-    asked for.
+    asked for. drafted_tokens and accepted_tokens: drafts so far, and those that were right.
     """
 
     text: str
@@ -39,6 +47,8 @@ class GenerationResult:
     jpeg_draft: bool = False
     logprobs: TokenLogprobs | None = None
     stop_text: str | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Answer:
@@ -68,6 +78,7 @@ class Answer:
         self._timer, self._started = timer, started
         self._first, self._tokens = 0.0, 0
         self._logprobs: TokenLogprobs | None = None
+        self.drafts: Drafts | None = None
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> GenerationResult:
         """The piece that a token completes; its finish_reason is "stop" where the answer ends."""
@@ -112,4 +123,6 @@ class Answer:
             jpeg_draft=self._inputs.jpeg_draft,
             logprobs=self._logprobs,
             stop_text=self._stops.matched,
+            drafted_tokens=self.drafts.drafted if self.drafts else 0,
+            accepted_tokens=self.drafts.accepted if self.drafts else 0,
         )

@@ -42,7 +42,9 @@ class Run:
     @property
     def id(self) -> str:
         """16 hexadecimal digits of everything an answer depends on, but for the questions."""
-        told = [self.model, self.system, asdict(self.options), self.loading]
+        options = asdict(self.options)
+        del options["draft"]  # answers are the same without
+        told = [self.model, self.system, options, self.loading]
         return blake2b(json.dumps(told, default=str).encode(), digest_size=8).hexdigest()
 
 

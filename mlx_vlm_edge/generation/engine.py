@@ -22,6 +22,7 @@ from ..timings import Timer
 from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
 from .disk import say
+from .drafting import Pass, PromptLookup, prompt_lookup, room
 from .loop import Options, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
 
@@ -102,10 +103,21 @@ class _Row:
         self.token = mx.array([0])  # int[1], under way
         self.left = 0  # tokens that may come, the one under way included
         self.said: list[int] = []
+        self.drafts: PromptLookup | None = None
 
-    def deliver(self) -> bool:
-        """Hand out the token under way; whether the answer goes on."""
+    def known(self) -> int:
+        """The token under way, once it is there."""
         token = cast(int, self.token.item())
+        return token if self.drafts is None else self.drafts.said(token)
+
+    def likely_drafts(self) -> PromptLookup | None:
+        """Its drafts, where some are likely after the token under way."""
+        if self.drafts is None or self.left < 3 or self.ticket.cancelled:
+            return None
+        return self.drafts if self.drafts.likely() else None
+
+    def deliver(self, token: int) -> bool:
+        """Hand out a token; whether the answer goes on."""
         piece = self.answer.add(token, self.sample.told())
         self.said.append(token)
         self.left -= 1
@@ -238,6 +250,9 @@ class Engine:
         sample = token_sampler(self.model, self.processor, inputs, options)
         row = _Row(ticket, answer, cache, sample, run)
         row.left = budget(self.model, inputs, options)
+        if options.draft is not None:
+            row.drafts = prompt_lookup(self.model, inputs, self.processor.eos_ids)
+            answer.drafts = row.drafts
         steps = prompt_logits(self.model, run or inputs, cache, options.prefill_step_size)
         row.token = row.sample(timer.run(steps))
         mx.async_eval(row.token)
@@ -245,6 +260,9 @@ class Engine:
 
     def _step(self) -> None:
         """Start every row's next token, then hand out the ones that were under way."""
+        if len(self._rows) == 1 and (drafts := self._rows[0].likely_drafts()) is not None:
+            self._drop(lambda row: not self._drafted(row, drafts))
+            return
         on = [row for row in self._rows if row.left > 1]
         following = self._next(on) if on else {}
         over = [row for row in self._rows if not self._delivered(row)]
@@ -272,7 +290,20 @@ class Engine:
 
     @staticmethod
     def _delivered(row: _Row) -> bool:
-        return not row.ticket.cancelled and row.deliver()
+        return not row.ticket.cancelled and row.deliver(row.known())
+
+    def _drafted(self, row: _Row, drafts: PromptLookup) -> bool:
+        """Hand out the token under way of the only row, and the drafts after it that are right."""
+        if isinstance(row.cache, QuantizingCaches):
+            row.cache.quantize()
+        said = row.known()
+        draft = drafts.propose(min(row.left - 1, room(row.cache)) - 1)
+        verifying = Pass(self.model, said, draft, row.cache, row.sample)
+        if not row.deliver(said):
+            return False
+        right, row.token = verifying.outcome()
+        drafts.verified(draft, len(right))
+        return all(row.deliver(drafts.said(token)) for token in right)
 
     def _drop(self, is_over: Callable[[_Row], bool]) -> None:
         over = [row for row in self._rows if is_over(row)]

@@ -34,6 +34,7 @@ class OptionKeywords(TypedDict, total=False):
     logprobs: int | None
     visual_tokens: int | float | None
     token_method: str | None
+    draft: str | None
 
 
 class AnswerKeywords(OptionKeywords, total=False):

@@ -22,6 +22,7 @@ from ..timings import Clock, Steps, Timer
 from .answer import Answer
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
+from .drafting import DRAFTS, decode_drafted, prompt_lookup
 from .keywords import AnswerKeywords, OptionKeywords
 from .sampling import Sampling, StopStrings, check_number
 
@@ -44,6 +45,7 @@ class Options(Sampling):
     that the answer must follow; choices: texts of which it must be one. logprobs: tell every
     token's log-probability, and those of this many of the likeliest ones. visual_tokens and
     token_method: as `load` has them, for one prompt; None leaves what the processor was made with.
+    draft: "prompt-lookup" answers the same in fewer passes where it repeats what was said before.
     """
 
     max_tokens: int = 256
@@ -59,6 +61,7 @@ class Options(Sampling):
     logprobs: int | None = None
     visual_tokens: int | float | None = None
     token_method: str | None = None
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +78,10 @@ class Options(Sampling):
         StopStrings(self.stop)  # or a clear line
         if self.kv_bits and self.max_kv_size:
             raise UsageError("a rotating cache cannot be quantised: set max_kv_size or kv_bits")
+        if self.draft not in DRAFTS:
+            raise UsageError(f"draft must be 'prompt-lookup' or left out, not {self.draft!r}")
+        if self.draft and self.max_kv_size:
+            raise UsageError("a rotating cache cannot go back: set max_kv_size or draft")
         if self.logprobs is not None:
             check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
         if self.schema is not None and self.choices is not None:
@@ -193,7 +200,11 @@ def stream_inputs(
     logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
     reused = 0 if run is None else run.start
     answer = Answer(processor, inputs, options.stop, timer, started, reused, skip)
-    tokens = decode(model, logits, cache, limit, sample)
+    if options.draft is None:
+        tokens = decode(model, logits, cache, limit, sample)
+    else:
+        answer.drafts = prompt_lookup(model, inputs, processor.eos_ids)
+        tokens = decode_drafted(model, logits, cache, limit, sample, answer.drafts)
     if run is None:
         yield from _results(tokens, answer, sample)
         return

@@ -70,6 +70,7 @@ class VisionLanguageModel(nn.Module):
     encoder: Callable[[np.ndarray], mx.array] | None = None
     identify: Callable[[], str] | None = None  # see `identity`
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
+    pass_costs: Mapping[int, float] | None = None  # see generation/drafting.py
 
     @property
     def identity(self) -> str | None:
@@ -154,8 +155,11 @@ class VisionLanguageModel(nn.Module):
 
     def step(self, token: mx.array, cache: Sequence[Cache]) -> mx.array:
         """Logits [B, V] after one more token of each sequence, int[B]."""
-        embeddings = self.language_model.embed(token[:, None])
-        return self.language_model(embeddings, cache)[:, -1]
+        return self.follow(token[:, None], cache)[:, -1]
+
+    def follow(self, tokens: mx.array, cache: Sequence[Cache]) -> mx.array:
+        """Logits [B, L, V] after each of L more tokens of each sequence, int[B, L]."""
+        return self.language_model(self.language_model.embed(tokens), cache)
 
     def __call__(self, inputs: Inputs) -> mx.array:
         """Logits [1, L, V] of the whole prompt, for tests and scoring."""

@@ -37,6 +37,9 @@ TIMINGS = _object(
 USAGE = _object(
     prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT,
     prompt_tokens_details=_object(cached_tokens=COUNT, visual_tokens=COUNT),
+    completion_tokens_details=_object(
+        accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT
+    ),
 )  # fmt: skip
 FINISH = _one_of("stop", "length")
 OUTPUT_TEXT = _object(type=_const("output_text"), text=TEXT, annotations=_list(ANY))

@@ -100,8 +100,8 @@ def completion_asked(request: CompletionRequest, limits: Limits) -> Asked:
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of a prompt, which counts once, and of all its answers."""
-    first = choices[0].last
-    answered = sum(choice.last.generation_tokens for choice in choices)
+    lasts = [choice.last for choice in choices]
+    first, answered = lasts[0], sum(last.generation_tokens for last in lasts)
     return {
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": answered,
@@ -109,6 +109,12 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": first.reused_tokens,
             "visual_tokens": first.visual_tokens,
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(last.accepted_tokens for last in lasts),
+            "rejected_prediction_tokens": sum(
+                last.drafted_tokens - last.accepted_tokens for last in lasts
+            ),
         },
     }
 

@@ -183,7 +183,7 @@ class Chat:
                 raise piece
             yield type("Piece", (), {
                 "text": piece, "ttft_e2e": 0.1, "reused_tokens": 1, "prompt_tokens": 2,
-                "visual_tokens": 1, "generation_tps": 3.0,
+                "visual_tokens": 1, "generation_tps": 3.0, "drafted_tokens": 0,
             })  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.generation import drafting
 from mlx_vlm_edge.loading import load as loading
 
 
@@ -422,3 +423,22 @@ def test_no_arguments_shows_the_help(capfd):
     assert main([]) == 2
     out, err = capfd.readouterr()
     assert "generate" in out + err
+
+
+def test_drafts_change_no_answer_and_are_counted(generate, monkeypatch):
+    monkeypatch.setattr(drafting, "_measured", lambda model: dict.fromkeys(drafting.LENGTHS, 1.0))
+    _, plain, _ = generate("--max-tokens", 40, "--json")
+    _, drafted, err = generate("--max-tokens", 40, "--json", "--draft", "prompt-lookup")
+    want, got = json.loads(plain), json.loads(drafted)
+    assert (got["text"], got["tokens"]) == (want["text"], want["tokens"])
+    assert got["drafted_tokens"] >= got["accepted_tokens"] >= want["drafted_tokens"] == 0
+    _, _, err = generate("--max-tokens", 4, "--verbose", "--draft", "prompt-lookup")
+    assert "drafts: 0 of 0 tokens were right" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("eagle",), ("--draft",)), (("prompt-lookup", "--max-kv-size", 64), ("max_kv_size",))],
+)
+def test_drafts_that_cannot_be(generate, flags, words):
+    refused(generate("--draft", *flags), *words)

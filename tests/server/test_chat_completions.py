@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: what is asked is obeyed, or refused with the field's name."""
 
 import json
+from types import MappingProxyType
 
 import httpx
 import pytest
@@ -335,3 +336,20 @@ def test_the_server_decides_on_kv_caches(demo):
         engine.close()
     other = {"cache": {"max_kv_size": 3}}
     assert make_options(Limits(**other), None).max_kv_size == 3
+
+
+def test_the_server_decides_on_drafts_and_counts_them(demo):
+    demo[0].pass_costs = MappingProxyType({4: 1.0})
+    engine = Engine(*demo)
+    limits = Limits(cache={"draft": "prompt-lookup"})
+    asked = "Describe it. Describe it. Describe it."
+    try:
+        with running(Served("demo", limits, engine=engine)) as address:
+            body = {"messages": [{"role": "user", "content": asked}], "max_tokens": 40}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+        assert text_of(answer) == generate(*demo, asked, max_tokens=40)
+        counts = answer.json()["usage"]["completion_tokens_details"]
+        assert counts.keys() == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
+    finally:
+        demo[0].pass_costs = None
+        engine.close()
