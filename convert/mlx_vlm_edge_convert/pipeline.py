@@ -140,10 +140,10 @@ def _check_apart(target: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, partial: Path, say: Report) -> None:
-    """tokenizer.json beside a tokenizer.model that can be read here."""
+    """tokenizer.json beside a tokenizer.model or a tiktoken file that can be read here."""
     try:
         if saved_tokenizer.write_json(folder, partial):
-            say("wrote tokenizer.json, which is read faster than tokenizer.model")
+            say("wrote tokenizer.json, which is read faster than the tokenizer's own file")
     except UsageError as error:  # weights are converted all the same
         say(f"no tokenizer.json: {error}")
 

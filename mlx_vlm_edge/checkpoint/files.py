@@ -26,7 +26,9 @@ TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 TOKENIZER_JSON = ("tokenizer.json",)
 VOCAB_AND_MERGES = ("vocab.json", "merges.txt")
 TOKENIZER_MODEL = ("tokenizer.model",)
-TOKENIZERS = (TOKENIZER_JSON, VOCAB_AND_MERGES, TOKENIZER_MODEL)
+QWEN, ARCADE = "qwen.tiktoken", "arcade100k.tiktoken"
+TIKTOKEN = ((QWEN,), (ARCADE,))
+TOKENIZERS = (TOKENIZER_JSON, VOCAB_AND_MERGES, TOKENIZER_MODEL, *TIKTOKEN)
 _BESIDE = frozenset((
     GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "video_preprocessor_config.json",
     *(name for names in TOKENIZERS for name in names), TOKENIZER_CONFIG,

@@ -204,7 +204,8 @@ def _said(key: str, value: Any) -> str:
         free = f"; {gigabytes(value['free'])} are free here" if value["free"] else ""
         return (
             f"{gigabytes(value['total'])} for a short question about a picture: weights "
-            f"{gigabytes(value['weights'])}, KV cache {gigabytes(value['cache'])} "
+            f"{gigabytes(value['weights'])} ({gigabytes(value['read'])} read for a token), "
+            f"KV cache {gigabytes(value['cache'])} "
             f"({gigabytes(value['cache_position'])} a position), activations about "
             f"{gigabytes(value['activations'])}{free}"
         )
@@ -285,12 +286,14 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(config: dict[str, Any]) -> dict[str, int | None]:
-    """Bytes that a short question about a picture takes here, and what there is."""
+    """Bytes that a short question about a picture takes here, and what there is. "read": weights
+    that one more token reads, which are not all where a token goes to some experts only."""
     from ..loading import memory
 
     cost = memory.needed(config)
     parts = cost.memory(cost.prompt_tokens + memory.ANSWER)
-    return {**parts, "cache_position": cost.cached, "free": memory.usable()}
+    read = {"read": cost.step.weights, "cache_position": cost.cached}
+    return {**parts, **read, "free": memory.usable()}
 
 
 def _quantisation(model: Any) -> str:

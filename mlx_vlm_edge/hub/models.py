@@ -41,6 +41,11 @@ ALIASES: dict[str, str] = {
     "convllava-7b-768": "ConvLLaVA/ConvLLaVA-sft-768",
     "convllava-7b-1024": "ConvLLaVA/ConvLLaVA-sft-1024",
     "convllava-7b-1536": "ConvLLaVA/ConvLLaVA-sft-1536",
+    "moe-llava-stablelm-1.6b": "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e",
+    "moe-llava-qwen-1.8b": "LanguageBind/MoE-LLaVA-Qwen-1.8B-4e",
+    "moe-llava-phi2-2.7b": "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    "moe-llava-stablelm-1.6b-384": "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384",
+    "moe-llava-phi2-2.7b-384": "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e-384",
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"

@@ -103,6 +103,15 @@ class Counter:
                 activations=sum(array.nbytes for array in (y, *more) if array is not None)
             )
 
+    def gathered(self, out: mx.array, x: mx.array, y: mx.array, *more: mx.array) -> None:
+        """A matmul of rows [N, 1, in], each with one of E matrices: as many of these are read as
+        there are rows, all where there are more."""
+        rows, matrices, inner, width = out.shape[0], y.shape[0], x.shape[-1], out.shape[-1]
+        several = matrices * (rows > matrices)
+        self.add(out, x, macs=out.size * inner, matrices=inner * width * several)
+        held = sum(part.nbytes for part in (y, *more))
+        self.work += Work(weights=held * min(rows, matrices) // matrices)
+
     def convolution(self, out: mx.array, x: mx.array, weight: mx.array) -> None:
         """weight [C_out, ..., C_in / groups]; one that mixes channels is a matmul of patches."""
         mixes = weight.shape[-1] == x.shape[-1]
@@ -184,6 +193,16 @@ def _quantized(
     counter.matmul(out, x, w, *groups)
 
 
+def _gathered(counter: Counter, out: mx.array, x: mx.array, y: mx.array, **_: Any) -> None:
+    counter.gathered(out, x, y)
+
+
+def _gathered_quantized(
+    counter: Counter, out: mx.array, x: mx.array, w: mx.array, *more: Any, **_: Any
+) -> None:
+    counter.gathered(out, x, w, *(part for part in more if part is not None))
+
+
 def _convolution(
     counter: Counter, out: mx.array, x: mx.array, w: mx.array, *_: Any, **__: Any
 ) -> None:
@@ -224,6 +243,8 @@ _SEEN: dict[tuple[Any, str], Callable[[Counter, Call], Call]] = {
     (mx, "matmul"): _after(_matmul),
     (mx, "addmm"): _after(_addmm),
     (mx, "quantized_matmul"): _after(_quantized),
+    (mx, "gather_mm"): _after(_gathered),
+    (mx, "gather_qmm"): _after(_gathered_quantized),
     (mx, "conv2d"): _after(_convolution),
     (mx, "conv_general"): _after(_convolution),
     (mx.fast, "scaled_dot_product_attention"): _after(_attention),

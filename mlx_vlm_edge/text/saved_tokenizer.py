@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
+# Classes whose vocab.json and merges.txt are enough: Qwen2's composes letters and splits texts as
+# tiktoken's do, CodeGen's (Phi-2) is GPT-2's.
 QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-# Qwen2's pre-tokenizer, as its tokenizer.json has it.
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+GPT2_CLASSES = ("CodeGenTokenizer", "CodeGenTokenizerFast")
 # Keys that name one token each: its text, or an object with "content".
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CHAT_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")
@@ -44,18 +42,21 @@ def read(folder: Path) -> "tuple[Backend, dict[str, Any]]":
 
 
 def write_json(folder: Path, target: Path) -> bool:
-    """Write tokenizer.json of a folder that has tokenizer.model alone; whether that was the case.
+    """Write tokenizer.json of a folder that has tokenizer.model or a tiktoken file alone; whether
+    that was the case.
 
     The ids are the same, and it is read several times as fast. Where LLaMA's tokenizer puts BOS
     itself, others who read the file are told so. Raises UsageError as `read` does.
     """
-    if files.tokenizer_files(folder) != files.TOKENIZER_MODEL:
+    source = files.tokenizer_files(folder)
+    if source not in (files.TOKENIZER_MODEL, *files.TIKTOKEN):
         return False
     from tokenizers.processors import TemplateProcessing
 
     backend, config = read(folder)
     bos = named_tokens(config).get("bos_token", "")
-    if config.get("add_bos_token") is not False and (id := backend.token_to_id(bos)) is not None:
+    adds = source == files.TOKENIZER_MODEL and config.get("add_bos_token") is not False
+    if adds and (id := backend.token_to_id(bos)) is not None:
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, id)]
         )
@@ -71,9 +72,11 @@ def _backend(folder: Path, config: Mapping[str, Any]) -> "Backend":
             doubtful = begins_once(backend) and config.get("legacy") is not False
             return _from_pieces(pieces, backend) if doubtful and pieces.is_file() else backend
         case files.VOCAB_AND_MERGES:
-            return _qwen2(folder, config)
+            return _byte_level(folder, config)
         case files.TOKENIZER_MODEL:
             return _pieces_backend(pieces)
+        case (name,):
+            return _ranks_backend(folder / name)
     raise UsageError(
         f"{folder}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: "
         "copy the tokenizer's files from the original model"
@@ -117,13 +120,19 @@ def _from_file(path: Path) -> "Backend":
         return Backend.from_file(str(path))
 
 
-def _qwen2(folder: Path, config: Mapping[str, Any]) -> "Backend":
-    """The tokenizer that transformers' Qwen2Tokenizer builds from the same two files."""
+def _ranks_backend(path: Path) -> "Backend":
+    from . import tiktoken
+
+    return tiktoken.backend(path)
+
+
+def _byte_level(folder: Path, config: Mapping[str, Any]) -> "Backend":
+    """The tokenizer that transformers' class of that name builds from the same two files."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     kind = config.get("tokenizer_class")
-    if kind not in QWEN2_CLASSES:
+    if kind not in QWEN2_CLASSES + GPT2_CLASSES:
         raise UsageError(
             f"{folder}: vocab.json and merges.txt of a {kind or 'nameless tokenizer'} without a "
             "tokenizer.json: save it once with transformers' save_pretrained"
@@ -131,13 +140,15 @@ def _qwen2(folder: Path, config: Mapping[str, Any]) -> "Backend":
     with Refusing(folder, "vocab.json or merges.txt is damaged", "fetch them again"):
         model = models.BPE.from_file(*(str(folder / name) for name in files.VOCAB_AND_MERGES))
     backend = Backend(model)
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    if kind in QWEN2_CLASSES:
+        from .tiktoken import PATTERN
+
+        backend.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False)
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 

@@ -190,6 +190,8 @@ TOKENS = {
     "convllava-7b-768": 144, "convllava-7b-1024": 256, "convllava-7b-1536": 576,
     "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
     "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
+    "moe-llava-stablelm-1.6b": 576, "moe-llava-qwen-1.8b": 576, "moe-llava-phi2-2.7b": 576,
+    "moe-llava-stablelm-1.6b-384": 728, "moe-llava-phi2-2.7b-384": 728,
     "llava-onevision-0.5b": (2929, 7269, 7371),
     "idefics2-8b": 320, "idefics3-8b": IDEFICS3,
     "smolvlm-256m": SMOLVLM, "smolvlm-500m": SMOLVLM, "smolvlm-2.2b": SMOLVLM_2B,

@@ -72,6 +72,7 @@ FAMILIES = {
     "llava_onevision": llava_onevision,
     "convllava": convllava,
     "idefics2": lambda _: GOLDEN.parent / "idefics2_tiny",
+    "moe_llava": lambda _: GOLDEN.parent / "moe_llava_stablelm",
 }
 
 

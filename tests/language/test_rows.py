@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_edge.language import eve2, llama, persimmon
+from mlx_vlm_edge.language import eve2, llama, moe_llava, persimmon
 from mlx_vlm_edge.language.cache import KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_vlm_edge.language.rows import rows_of
 
@@ -17,6 +17,10 @@ SIZES = {
     "hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64,
 }  # fmt: skip
+MOE = SIZES | {
+    "num_key_value_heads": 4,
+    "moe": {"moe_layers_idx": [0], "num_experts": [4], "eval_capacity_factor": 0.5},
+}
 KINDS = {
     "plain": KVCache,
     "quantised": lambda: QuantizedKVCache(32, 8),
@@ -31,13 +35,15 @@ LENGTHS = (11, 3, 6)
 def decoder(family: str):
     if family == "persimmon":
         return persimmon.LanguageModel(persimmon.TextConfig.from_dict(SIZES))
+    if family.startswith("moe"):
+        return moe_llava.LanguageModel(moe_llava.TextConfig.of(MOE, family.split()[1]))
     config = SIZES | ({"rope_scaling": LLAMA3} if family == "llama3" else {})
     module = eve2 if family == "eve2" else llama
     return module.LanguageModel(llama.TextConfig.from_dict(config, "qwen2"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama3", "qwen2", "persimmon", "eve2"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "persimmon", "eve2", "moe phi", "moe qwen"])
 def test_a_row_has_the_logits_it_has_alone(family, kind):
     mx.random.seed(0)
     model = decoder(family)

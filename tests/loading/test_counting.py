@@ -48,6 +48,21 @@ def test_a_quantised_layer_is_read_as_it_is_packed(bits, group, mode):
     assert work.weights == sum(array.nbytes for array in held)
 
 
+@pytest.mark.parametrize(("rows", "read", "shared"), [(2, 2, 0), (4, 4, 0), (9, 4, 4)])
+def test_matrices_that_rows_choose_among(rows, read, shared):
+    """No more of them are read than there are rows to choose."""
+    w, x = zeros(4, 64, 128), zeros(rows, 1, 128)
+    chosen = mx.zeros((rows,), mx.uint32)
+    work = counted(lambda: mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=chosen))
+    assert (work.macs, work.matrices) == (rows * 64 * 128, shared * 64 * 128)
+    assert work.weights == 4 * read * 64 * 128
+    assert work.activations == 4 * rows * (64 + 128)
+    packed = mx.quantize(w, 64, 4)
+    quantised = counted(lambda: mx.gather_qmm(x, *packed, rhs_indices=chosen))
+    assert (quantised.macs, quantised.matrices) == (work.macs, work.matrices)
+    assert quantised.weights == sum(part.nbytes for part in packed) * read // 4
+
+
 def test_convolutions():
     full = counted(lambda: nn.Conv2d(3, 8, 4, stride=4, bias=False)(zeros(1, 16, 16, 3)))
     assert (full.macs, full.matrices, full.weights) == (16 * 8 * 48, 8 * 48, 4 * 8 * 48)

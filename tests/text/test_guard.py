@@ -20,6 +20,7 @@ from mlx_vlm_edge.models import (
     llava,
     llava_onevision,
     mobilevlm,
+    moe_llava,
 )
 from mlx_vlm_edge.text.guard import GUARD, Guard, split_unmarked, unguard, unmarked
 from mlx_vlm_edge.text.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ FAMILIES = (
     llava,
     llava_onevision,
     mobilevlm,
+    moe_llava,
 )
 # Pieces of words, whole ones, one-character ones, the mark itself.
 TYPED = st.lists(

@@ -160,3 +160,15 @@ def test_an_added_token_with_letters_of_the_byte_alphabet():
         ids, pieces = tokenizer.encode(text), tokenizer.detokenizer()
         assert tokenizer.decode(ids) == text
         assert "".join([*map(pieces.add, ids), pieces.finish()]) == text
+
+
+def test_codegens_two_files_are_gpt2s(golden):
+    """Phi-2 has no tokenizer.json: ids by its original class, in the golden MoE-LLaVA's prompt."""
+    tokenizer = Tokenizer.from_folder(golden.parent / "moe_llava_phi")
+    word = tokenizer.encode("USER: it's 25,  \n\nnot")
+    assert tokenizer.decode(word) == "USER: it's 25,  \n\nnot"
+    spaced = [tokenizer.backend.id_to_token(id) for id in tokenizer.encode("a  b")]
+    assert spaced == ["a", "Ġ", "Ġb"]
+    assert tokenizer.special == {"<|endoftext|>": 328, "<|extra_0|>": 329}
+    assert tokenizer.encode("<|endoftext|>", special=True) == [328]
+    assert 328 not in tokenizer.encode("<|endoftext|>")

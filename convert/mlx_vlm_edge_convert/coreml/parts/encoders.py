@@ -10,7 +10,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.models import convllava, eve2, fastvlm, idefics3, llava, llava_onevision
+from mlx_vlm_edge.models import (
+    convllava,
+    eve2,
+    fastvlm,
+    idefics3,
+    llava,
+    llava_onevision,
+    moe_llava,
+)
 from mlx_vlm_edge.models import eve as eve_family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
@@ -135,6 +143,15 @@ def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encod
     )  # fmt: skip
 
 
+def _moe_llava(model: moe_llava.Model, size: Size | None, strategy: str | None) -> Encoder:
+    if not model.config.vision.class_token:
+        raise UsageError(
+            "MoE-LLaVA leaves out SigLIP's first patch, so that its features fill no grid: its "
+            "tower cannot be exported"
+        )
+    return _llava(model, size, strategy)
+
+
 def _convllava(model: convllava.Model, size: Size | None, strategy: str | None) -> Encoder:
     config = model.config.adapted(Preprocessing(strategy))
     step = config.vision.stride
@@ -229,6 +246,7 @@ def _eve(
 
 _MAKERS: tuple[tuple[type, Callable[..., Encoder]], ...] = (
     (fastvlm.Model, _fastvlm),
+    (moe_llava.Model, _moe_llava),  # before its own base
     (llava.Model, _llava),
     (convllava.Model, _convllava),
     (idefics3.Model, _idefics3),

@@ -13,15 +13,18 @@ from mlx_vlm_edge_convert.coreml.package.save import save_package
 from mlx_vlm_edge_convert.coreml.package.saved import Saved, type_of
 from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
+from mlx_vlm_edge_convert.coreml.parts.decoder import DecoderPart
 from mlx_vlm_edge_convert.coreml.parts.encoders import encoder
 from PIL import Image
 
 from mlx_vlm_edge import load
+from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.loading import cost
 
 from ..planted import amplify
 
-GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny")
+GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny", "moe_llava_stablelm")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +234,17 @@ def test_an_app_pads_with_the_processor_s_colour(name, folders):
 def test_the_demo_model(tmp_path):
     model, _ = load("demo", dtype="float32")
     verified(part_of(encoder(model, None, None), Options()), tmp_path / "demo.mlpackage")
+
+
+def test_siglip_without_its_first_patch_fills_no_grid():
+    plan = cost.blueprint(configs.read("moe-llava-phi2-2.7b-384"))
+    with pytest.raises(UsageError, match="fill no grid: its tower cannot be exported"):
+        encoder(plan.model, None, None)
+
+
+def test_experts_are_no_decoder_to_export(folders):
+    with pytest.raises(UsageError, match="use --part vision"):
+        DecoderPart(model_of(folders("moe_llava_stablelm")).language_model, Options())
 
 
 def test_a_convnext_takes_any_multiple_of_its_stride(folders, tmp_path):
