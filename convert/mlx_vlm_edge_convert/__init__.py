@@ -38,6 +38,7 @@ def convert(
     dtype: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    adapter: Any = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a model to a folder in the native layout; see `pipeline.convert`."""
@@ -45,5 +46,5 @@ def convert(
 
     return run(
         source, out, bits=bits, group_size=group_size, dtype=dtype, verify=verify,
-        overwrite=overwrite, report=report,
+        overwrite=overwrite, adapter=adapter, report=report,
     )  # fmt: skip

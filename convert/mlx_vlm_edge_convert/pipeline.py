@@ -1,43 +1,36 @@
 """A published checkpoint -> the native layout, in memory or as a folder (quantised, verified)."""
 
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_edge.checkpoint.adapter import Adapter, read_adapter
+from mlx_vlm_edge.checkpoint.adapter_choice import choices
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, obtain
-from mlx_vlm_edge.models import family, family_name
+from mlx_vlm_edge.models import family
+from mlx_vlm_edge.models.adapted import adapt
 from mlx_vlm_edge.models.build import build, read_native
 from mlx_vlm_edge.text import saved_tokenizer
 
 from . import verify as verification
+from .adapters import native_names
 from .checkpoint import read_checkpoint
-from .families import fastvlm
+from .families import fastvlm, source_family
 from .new_folder import check_target, new_folder
 from .quantize import cast, quantize
 from .reparam import is_training_form
 from .rules import Arrays
 from .save import Report, copy_files, save_json, save_weights, written_files
+from .torch_zip import read_torch
 
+_PACKED = ("quantization", "quantization_config")
 _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config")
-
-
-def source_family(config: Mapping[str, Any]) -> ModuleType:
-    """The converter's file of a family: `families/<the runtime's name of it>.py`.
-
-    It offers to_native(config, weights, preprocessor), config_alone(config) where there are no
-    weights, write_files(folder, config) for what a model folder has beside weights and config, and
-    probe(config), pixels for `--verify`.
-    Raises UsageError for a model_type this version does not know.
-    """
-    return import_module(f".families.{family_name(config)}", __package__)
 
 
 def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,23 +82,31 @@ def convert(
     dtype: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    adapter: Any = None,
     report: Report | None = None,
 ) -> Path:
     """Write `source` (a folder, Hub id or alias) to the folder `out` in the native layout.
 
     bits and group_size quantise the language model (affine); dtype casts what stays floating
     point; verify compares the written model with the source, part by part. A quantised source is
-    dequantised first when bits is given. Nothing is left behind on failure.
+    dequantised first when bits is given. adapter: what `load` takes as one; the written model has
+    it fused. Nothing is left behind on failure.
     Raises UsageError for every mistake, and when verify fails.
     """
     say = report or (lambda _: None)
     target = expanded(str(out))
     _check_apart(target, expanded(str(source)))
     check_target(target, overwrite=overwrite, listed=written_files)  # before anything is fetched
+    chosen = choices(adapter)
+    adapters = [read_adapter(choice.path, choice.scale, read_torch) for choice in chosen]
     folder = obtain(str(source))
     _check_apart(target, folder)
     read = read_config(folder)
-    config, weights = to_native(folder, read)
+
+    def whole() -> tuple[dict[str, Any], Arrays]:
+        return _with_adapters(*to_native(folder, read_config(folder)), adapters, bits)
+
+    config, weights = whole()
     module = source_family(config)
     if note := _requantised(config, bits):
         say(note)
@@ -124,11 +125,33 @@ def convert(
         if verify:
             say("comparing the written model with the source")
             verification.verify(
-                lambda: to_native(folder, read_config(folder)), partial, module.probe(config),
-                verification.tolerances(bits, dtype), say, _unmerged(folder),
+                whole, partial, module.probe(config),
+                verification.tolerances(bits, dtype), say, {} if adapters else _unmerged(folder),
             )  # fmt: skip
     say(f"copied {', '.join(copied) or 'no tokenizer files: the source has none'}")
     return target
+
+
+def _with_adapters(
+    config: dict[str, Any], weights: Arrays, adapters: Sequence[Adapter], bits: int | None
+) -> tuple[dict[str, Any], Arrays]:
+    """The native config and weights with adapters fused.
+
+    Raises UsageError for packed weights that are to stay as they are: they take nothing up.
+    """
+    block = config.get("quantization") or config.get("quantization_config")
+    if not adapters:
+        return config, weights
+    if block and bits is not None:
+        weights = dequantized(weights, block)
+        config = {key: value for key, value in config.items() if key not in _PACKED}
+    fused = adapt(config, weights, adapters, native_names)
+    if fused.branches:
+        raise UsageError(
+            f"{adapters[0].called}: the source's weights are quantised and cannot take it up; "
+            "convert the full-precision model, or say --bits to quantise these anew"
+        )
+    return config, fused.arrays
 
 
 def _check_apart(target: Path, folder: Path) -> None:

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"),
         help="of what stays unquantised (default: the source's)",
     )  # fmt: skip
+    form.add_argument(
+        "--adapter", action="append", metavar="DIR[:SCALE]",
+        help="fuse a fine-tune (PEFT's, mlx-lm's, mlx-vlm's or LLaVA's folder) into the weights; "
+        "may be given several times",
+    )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true", help="compare the result with the source, part by part"
     )
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     target = convert(
         folder, args.out, bits=args.bits or (4 if args.quantize else None),
         group_size=args.group_size, dtype=args.dtype, verify=args.verify,
-        overwrite=args.overwrite, report=_report,
+        overwrite=args.overwrite, adapter=args.adapter, report=_report,
     )  # fmt: skip
     if args.dtype == "float16":
         _report(

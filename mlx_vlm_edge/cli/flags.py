@@ -65,6 +65,11 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
     group.add_argument(
+        "--adapter", action="append", metavar="DIR[:SCALE]",
+        help="answer with a fine-tune: a folder of PEFT's, mlx-lm's, mlx-vlm's or LLaVA's, and how "
+        "much of its update counts (default: 1); may be given several times",
+    )  # fmt: skip
+    group.add_argument(
         "--max-memory", metavar="SIZE",
         help="take no more than this, as 6GB: what will not fit is refused before it is read "
         "(default: what the machine has)",
@@ -230,7 +235,7 @@ def load_options(args: argparse.Namespace) -> "LoadOptions":
         image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
         jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,
         visual_tokens=None if args.visual_tokens is None else parse_tokens(args.visual_tokens),
-        token_method=args.token_method,
+        token_method=args.token_method, adapter=args.adapter,
     )  # fmt: skip
     options.check()
     return options

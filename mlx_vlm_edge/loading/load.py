@@ -7,7 +7,7 @@ converter, in memory. Folding and fusing happen here, once, before the first tok
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import blas, forked
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.adapter_choice import choices
 from ..checkpoint.config import read_config
 from ..checkpoint.quantization import GROUP_SIZE
 from ..checkpoint.weights import DTYPES, check_finite
@@ -34,6 +36,7 @@ from ..picture.preprocessing import Preprocessing
 from ..picture.token_budget import TokenBudget, token_budget
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
+from .adapters import adapted, read_adapters
 from .steps import Background, Steps, stop_if_exiting
 
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
@@ -59,6 +62,8 @@ class LoadOptions:
     size, which is faster and not pixel-exact; results say so. vision_backend: "coreml" lets a Core
     ML package compute image features, in float16 on the Neural Engine and CPU; ":fp32" and
     ":cpu-gpu" behind it choose otherwise. It is exported and kept at the first use.
+    adapter: a folder of PEFT's, mlx-lm's, mlx-vlm's or LLaVA's, "folder:0.5" or (folder, 0.5) for
+    half of its update, or a list of such; the model answers with it.
     """
 
     dtype: str | None = None
@@ -72,6 +77,7 @@ class LoadOptions:
     vision_backend: str = "mlx"
     visual_tokens: int | float | None = None
     token_method: str | None = None
+    adapter: Any = None
 
     @property
     def budget(self) -> TokenBudget | None:
@@ -94,6 +100,7 @@ class LoadOptions:
             from mlx_vlm_edge_convert.coreml.features import parse
 
             parse(self.vision_backend)
+        choices(self.adapter)  # or a clear line
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.resolution is not None and type(self.resolution) is not int:
@@ -120,6 +127,7 @@ class LoadKeywords(TypedDict, total=False):
     vision_backend: str
     visual_tokens: int | float | None
     token_method: str | None
+    adapter: Any
     quantize: int | None
 
 
@@ -155,16 +163,17 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
     blas.check()
     forked.check()
     options.check()
+    adapters = read_adapters(choices(options.adapter))  # before a model is looked for
     folder = obtain(name, revision=options.revision, offline=options.offline)
     if on_cpu():
-        steps = Steps(_reading(folder, options))
+        steps = Steps(_reading(folder, options, adapters))
         kind, model = steps.wait(BUILT)
         model.unread = lambda: steps.wait(WHOLE)
         tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
         steps.wait(ENCODES)
     else:
         parsing = Background(lambda: Tokenizer.from_folder(folder))
-        *_, (kind, model) = _reading(folder, options)
+        *_, (kind, model) = _reading(folder, options, adapters)
         tokenizer = parsing.wait()
     tokenizer.check_rows(model.config.text.vocab_size)
     model.identify = partial(_identity, folder, options, on_cpu())
@@ -180,17 +189,24 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
 
 
 def _reading(
-    folder: Path, options: LoadOptions
+    folder: Path, options: LoadOptions, adapters: Sequence[Adapter] = ()
 ) -> Iterator[tuple[Family[Any], VisionLanguageModel]]:
     """A folder's family and model, three times: BUILT, when it ENCODES images, and WHOLE."""
     config, arrays = read_checkpoint(folder)
     kind = family(config)
-    model = build(kind, config, arrays)
+    whole = adapted(config, arrays, adapters)
+    if whole.tower_changed and options.vision_backend != "mlx":
+        raise UsageError(
+            f"{adapters[0].called}: it changes the vision tower, which {options.vision_backend} "
+            "would run without; `mlx-vlm-edge convert --adapter` makes one model of both"
+        )
+    model = build(kind, config, whole.arrays)
+    whole.place(model, kind.rename)
     kind.check(model.config, options.preprocessing)
     if options.bits is not None:
         quantize_language_model(model, config, options.bits)
     cast(model, options.dtype)
-    del arrays  # so that nothing is held twice
+    del arrays, whole  # so that nothing is held twice
     yield kind, model
     # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
     # thread cannot use an array that this one leaves unevaluated.
@@ -208,7 +224,9 @@ def _identity(folder: Path, options: LoadOptions, cpu: bool) -> str:
     """cpu: where it was loaded, which decides on dtypes and kernels."""
     from ..checkpoint.identity import identity
 
-    return f"{identity(folder)} {(options.dtype, options.bits, options.vision_backend, cpu)}"
+    told = options.dtype, options.bits, options.vision_backend, cpu
+    changed = [f"{choice.scale:g} of {choice.identity}" for choice in choices(options.adapter)]
+    return f"{identity(folder)} {told} {changed}" if changed else f"{identity(folder)} {told}"
 
 
 def use_backend(

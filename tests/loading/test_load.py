@@ -317,7 +317,7 @@ def test_keywords_are_the_fields_of_the_options(native_folder):
     hints = get_type_hints(loading.LoadKeywords)
     assert hints.pop("quantize") == hints["bits"]
     assert hints == get_type_hints(loading.LoadOptions)
-    with pytest.raises(TypeError, match=r"load: unknown option 'bitz'; known are bits, "):
+    with pytest.raises(TypeError, match=r"load: unknown option 'bitz'; known are adapter, bits, "):
         load(str(native_folder), bitz=4)
     with pytest.raises(UsageError, match="bits must be 4 or 8, not 5"):
         load(str(native_folder), bits=5)

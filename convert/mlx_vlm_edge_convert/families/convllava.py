@@ -66,6 +66,11 @@ def rules() -> tuple[Rule, ...]:
     return original_rules(tower_rules(ORIGINAL_TOWER))
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return rules()
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -142,19 +142,31 @@ def _timm_tower(prefix: str, names: Iterable[str]) -> tuple[Rule, ...]:
     )
 
 
+_APPLE_REST = (
+    Rule(rf"model\.(mm_projector\.[02]\.{_WB})", r"\1"),
+    *decoder_rules("model."),
+)
+_TRANSFORMERS_REST = (
+    Rule(rf"model\.multi_modal_projector\.linear_1\.({_WB})", r"mm_projector.0.\1"),
+    Rule(rf"model\.multi_modal_projector\.linear_2\.({_WB})", r"mm_projector.2.\1"),
+    *decoder_rules("model.language_model."),
+)
+
+
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in both spellings: all but the tower's.
+
+    A tower that was trained is in its training form, which is merged when a whole checkpoint is.
+    """
+    return (*_APPLE_REST, *_TRANSFORMERS_REST)
+
+
 def _apple_rules() -> tuple[Rule, ...]:
-    connector = Rule(rf"model\.(mm_projector\.[02]\.{_WB})", r"\1")
-    return (*_apple_tower(APPLE_TOWER), connector, *decoder_rules("model."))
+    return (*_apple_tower(APPLE_TOWER), *_APPLE_REST)
 
 
 def _transformers_rules(names: Iterable[str]) -> tuple[Rule, ...]:
-    connector = r"model\.multi_modal_projector\.linear_"
-    return (
-        *_timm_tower(TIMM_TOWER, names),
-        Rule(rf"{connector}1\.({_WB})", r"mm_projector.0.\1"),
-        Rule(rf"{connector}2\.({_WB})", r"mm_projector.2.\1"),
-        *decoder_rules("model.language_model."),
-    )
+    return (*_timm_tower(TIMM_TOWER, names), *_TRANSFORMERS_REST)
 
 
 def rename(weights: Mapping[str, mx.array]) -> Arrays:

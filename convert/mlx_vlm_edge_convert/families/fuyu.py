@@ -40,6 +40,11 @@ _TRANSFORMERS = (
 config_alone = dict  # the published config.json has the native words
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return _TRANSFORMERS
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

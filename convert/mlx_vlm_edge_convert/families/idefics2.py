@@ -48,6 +48,11 @@ _TO_NATIVE = (
 config_alone = dict  # the published config.json has the native words
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return _TRANSFORMERS
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

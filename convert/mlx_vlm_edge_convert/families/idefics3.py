@@ -75,6 +75,11 @@ def _with_added_rows(weights: Mapping[str, mx.array]) -> Arrays:
 config_alone = dict  # the published config.json has the native words
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return (*_TRANSFORMERS, *_FIRST)
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -63,6 +63,11 @@ def rename(weights: Mapping[str, mx.array]) -> Arrays:
     raise UsageError(f"no LLaVA layout has names such as {some(weights)}")
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return (*original_rules(tower_rules(ORIGINAL_TOWER)), *transformers_rules())
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

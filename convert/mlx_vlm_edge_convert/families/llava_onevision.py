@@ -77,6 +77,11 @@ def rename(weights: Mapping[str, mx.array]) -> Arrays:
     raise UsageError(f"no LLaVA-OneVision layout has names such as {some(weights)}")
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return (*_original_rules(), *transformers_rules())
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -49,6 +49,11 @@ def rules() -> tuple[Rule, ...]:
     )
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change, in every published spelling."""
+    return rules()
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

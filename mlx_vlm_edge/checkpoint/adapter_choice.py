@@ -1,0 +1,62 @@
+"""What a user says of adapters -> folders and how much of each one's update counts."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """A folder and how much of its update counts."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, named: Any) -> "AdapterChoice":
+        """From "folder", "folder:0.5", or (folder, 0.5). Raises UsageError for anything else."""
+        if isinstance(named, cls):
+            return named
+        if isinstance(named, tuple) and len(named) == 2:
+            folder, scale = named
+        else:
+            folder, scale = _split(named) if isinstance(named, str) else (named, 1.0)
+        if not isinstance(folder, str | Path):
+            raise UsageError(f"adapter {named!r}: give a folder, or a folder and a scale")
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not -MAX_SCALE <= scale <= MAX_SCALE:
+            raise UsageError(
+                f"adapter {folder}: scale {scale!r} is no number from {-MAX_SCALE:g} to "
+                f"{MAX_SCALE:g}"
+            )
+        return cls(Path(folder).expanduser(), float(scale))
+
+    @property
+    def identity(self) -> str:
+        """A name that changes when a file of the folder does."""
+        files = sorted(path for path in self.path.iterdir() if path.is_file())
+        told = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _split(named: str) -> tuple[str, float]:
+    """ "folder:0.5" -> ("folder", 0.5), unless there is a folder of the whole name."""
+    match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", named)
+    if match is None or Path(named).expanduser().exists():
+        return named, 1.0
+    return match[1], float(match[2])
+
+
+def choices(named: Any) -> tuple[AdapterChoice, ...]:
+    """What `adapter` may be: one adapter, or several in a list. Raises UsageError for others."""
+    if named is None:
+        return ()
+    several = named if isinstance(named, list) else [named]
+    return tuple(map(AdapterChoice.of, several))

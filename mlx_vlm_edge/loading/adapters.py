@@ -1,0 +1,39 @@
+"""Adapters that a user named -> read, and taken up by a model's native weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.adapter import Adapter, read_adapter
+from ..checkpoint.adapter_choice import AdapterChoice
+from ..models.adapted import Adapted, adapt
+
+
+def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
+    """The adapters, each checked by itself before a model is looked for.
+
+    Evaluated: another thread takes them up, which cannot use an array that this one leaves lazy.
+    """
+    adapters = [read_adapter(choice.path, choice.scale, _read_torch) for choice in chosen]
+    mx.eval([array for adapter in adapters for array in adapter.arrays])
+    return adapters
+
+
+def _read_torch(path: Path) -> dict[str, mx.array]:
+    from mlx_vlm_edge_convert.torch_zip import read_torch
+
+    arrays: dict[str, mx.array] = read_torch(path)
+    return arrays
+
+
+def adapted(
+    config: Mapping[str, Any], arrays: Mapping[str, mx.array], adapters: Sequence[Adapter]
+) -> Adapted:
+    """Native weights with the adapters in them. Nothing is evaluated."""
+    if not adapters:
+        return Adapted(dict(arrays))
+    from mlx_vlm_edge_convert.adapters import native_names
+
+    return adapt(config, arrays, adapters, native_names)

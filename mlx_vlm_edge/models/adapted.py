@@ -1,0 +1,200 @@
+"""A model's native weights and adapters -> the weights with them, and what stays beside.
+
+Full-precision weights take an update up before anything is built, so that a fused model costs what
+it did. Packed ones cannot: their layers get it as a branch of low rank (kernels/low_rank.py).
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..checkpoint.adapter import Adapter, LowRank
+from ..checkpoint.quantization import PARTS, dequantized, form
+from ..errors import UsageError
+from ..kernels import low_rank
+from .build import TOWERS
+
+Arrays = dict[str, mx.array]
+EMBEDDING = "language_model.model.embed_tokens"
+HEAD = "language_model.lm_head"
+
+
+class Native(Protocol):
+    """A native name, and what the original's tensor becomes under it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def transform(self) -> Callable[[mx.array], mx.array]: ...
+
+
+# (config, published names of weights, the adapter for messages) -> their native names.
+NativeNames = Callable[[Mapping[str, Any], Iterable[str], str], Mapping[str, Native]]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Native weights with whatever could be merged.
+
+    branches: updates of packed layers, by name. changed: the layers that have any part of one.
+    """
+
+    arrays: Arrays
+    branches: Sequence[tuple[str, LowRank]] = ()
+    changed: Collection[str] = ()
+
+    @property
+    def tower_changed(self) -> bool:
+        """Whether pictures are encoded otherwise than by the base."""
+        return any(layer.startswith(TOWERS) for layer in self.changed)
+
+    def place(self, model: nn.Module, rename: Callable[[str], str]) -> None:
+        """Put the branches beside their layers; `rename` gives parameters' names of native ones."""
+        for name, update in self.branches:
+            path = rename(f"{name}.weight").removesuffix(".weight")
+            layer = dict(model.named_modules())[path]
+            model.update_modules(tree_unflatten([(path, branched(layer, update))]))
+
+
+def adapt(
+    config: Mapping[str, Any],
+    arrays: Mapping[str, mx.array],
+    adapters: Sequence[Adapter],
+    native_names: NativeNames,
+) -> Adapted:
+    """A model's native weights with adapters, one after the other. Nothing is evaluated.
+
+    native_names: what knows published names. Raises UsageError for layers that the model does not
+    have or that are shaped otherwise, and for two adapters that change one layer and do not add up.
+    """
+    base = _Base(config, dict(arrays))
+    for adapter in adapters:
+        base.take(adapter, native_names)
+    return Adapted(base.arrays, base.branches, base.changed)
+
+
+def _native(
+    config: Mapping[str, Any], adapter: Adapter, arrays: Arrays, native_names: NativeNames
+) -> tuple[dict[str, LowRank], Arrays]:
+    """Its updates and whole weights under native names. Raises UsageError where one has none."""
+    if not adapter.published:
+        return {_under(layer, arrays): update for layer, update in adapter.low_rank.items()}, {}
+    layers = native_names(config, [f"{layer}.weight" for layer in adapter.low_rank], adapter.called)
+    low = {
+        layers[f"{layer}.weight"].name.removesuffix(".weight"): update
+        for layer, update in adapter.low_rank.items()
+    }
+    names = native_names(config, adapter.whole, adapter.called)
+    whole = {names[name].name: names[name].transform(a) for name, a in adapter.whole.items()}
+    return low, whole
+
+
+def _under(layer: str, arrays: Arrays) -> str:
+    """mlx-lm's names are of a language model alone."""
+    inner = f"language_model.{layer}"
+    return inner if f"{layer}.weight" not in arrays and f"{inner}.weight" in arrays else layer
+
+
+class _Base:
+    """A model's native weights, which take adapters up one after the other."""
+
+    def __init__(self, config: Mapping[str, Any], arrays: Arrays) -> None:
+        self.config, self.arrays = config, arrays
+        self.branches: list[tuple[str, LowRank]] = []
+        self.changed: dict[str, bool] = {}  # layers by earlier adapters: whether more would add up
+
+    def take(self, adapter: Adapter, native_names: NativeNames) -> None:
+        low, whole = _native(self.config, adapter, self.arrays, native_names)
+        adding = {name.removesuffix(".weight"): False for name in whole}
+        adding |= {layer: update.magnitude is None for layer, update in low.items()}
+        self._check_apart(adding, adapter)
+        self._untie(adding)
+        for name, array in whole.items():
+            self._replace(name, array, adapter)
+        for layer, update in low.items():
+            self._update(layer, update, adapter)
+        self.changed |= adding
+
+    def _check_apart(self, adding: Mapping[str, bool], adapter: Adapter) -> None:
+        """Raises UsageError where an adapter and an earlier one do not add up."""
+        for layer, adds in adding.items():
+            if not (adds and self.changed.get(layer, True)) and layer in self.changed:
+                raise UsageError(
+                    f"{adapter.called}: another adapter changes {layer} too, and one of them "
+                    "replaces it; name one of the two"
+                )
+
+    def _untie(self, layers: Iterable[str]) -> None:
+        """Give a tied head its own weights where the table's or its own are to change.
+
+        PEFT trains one without the other. A packed table stays tied: its branch is none of the
+        head.
+        """
+        table, packed = self.arrays.get(f"{EMBEDDING}.weight"), f"{EMBEDDING}.scales" in self.arrays
+        tied = f"{HEAD}.weight" not in self.arrays and table is not None and not packed
+        if tied and {EMBEDDING, HEAD}.intersection(layers):
+            self.arrays[f"{HEAD}.weight"] = self.arrays[f"{EMBEDDING}.weight"]
+
+    def _replace(self, name: str, array: mx.array, adapter: Adapter) -> None:
+        layer = name.removesuffix(".weight")
+        self._check(name, tuple(array.shape), adapter)
+        like = self.arrays.get(f"{layer}.scales", self.arrays[name])
+        if layer != name:  # packed weights go as a whole
+            for part in PARTS:
+                self.arrays.pop(f"{layer}.{part}", None)
+        self.arrays[name] = array.astype(like.dtype)
+
+    def _update(self, layer: str, update: LowRank, adapter: Adapter) -> None:
+        self._check(f"{layer}.weight", update.shape, adapter)
+        if f"{layer}.scales" in self.arrays and not layer.startswith(TOWERS):
+            self.branches.append((layer, update))
+            return
+        self._unpack(layer)
+        self.arrays[f"{layer}.weight"] = update.merged(self.arrays[f"{layer}.weight"])
+
+    def _check(self, name: str, shape: tuple[int, ...], adapter: Adapter) -> None:
+        """Raises UsageError for a weight that is not there, or of another shape."""
+        if name not in self.arrays:
+            model_type = self.config.get("model_type")
+            raise UsageError(
+                f"{adapter.called}: this model ({model_type}) has no {name}; it is of another base"
+            )
+        own = self._shape(name)
+        if shape != own:
+            raise UsageError(
+                f"{adapter.called}: {name} is {shape}, {own} in this model; it is of another base"
+            )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight in numbers, packed or not."""
+        weight, layer = self.arrays[name], name.removesuffix(".weight")
+        scales = self.arrays.get(f"{layer}.scales")
+        if scales is None or layer == name:
+            return tuple(weight.shape)
+        kind = form(self.config.get("quantization") or {}, layer, weight, scales)
+        return weight.shape[0], scales.shape[-1] * kind.group_size
+
+    def _unpack(self, layer: str) -> None:
+        """One layer of a tower, which is never run packed."""
+        if f"{layer}.scales" in self.arrays:
+            names = [f"{layer}.{part}" for part in PARTS]
+            packed = {name: self.arrays.pop(name) for name in names if name in self.arrays}
+            self.arrays.update(dequantized(packed, self.config.get("quantization")))
+
+
+def branched(layer: nn.Module, update: LowRank) -> nn.Module:
+    """A packed layer with an update beside it."""
+    a, b = update.a.T, update.b.T * update.scale
+    if update.embedding:
+        return low_rank.Embedding(layer, a, b)
+    factor = None
+    if update.magnitude is not None:
+        packed = {f"x.{part}": layer[part] for part in PARTS if part in layer}
+        block = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
+        weight = dequantized(packed, block)["x.weight"].astype(mx.float32)
+        factor = update.factor(weight + update.delta)
+    return low_rank.Linear(layer, a, b, factor)

@@ -1,0 +1,379 @@
+"""Adapters at load: what PEFT, mlx-lm and LLaVA write -> the answers of theirs, or one line."""
+
+import copy
+import json
+import shutil
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_vlm_edge_convert import convert
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from mlx_vlm_edge import load
+from mlx_vlm_edge.checkpoint.adapter import LowRank
+from mlx_vlm_edge.checkpoint.quantization import dequantized
+from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.kernels import low_rank
+from mlx_vlm_edge.models.adapted import branched
+
+from ..parity import clip_pixels, distance
+from ..reference import llava, lora
+
+PARITY = 1e-5
+KINDS = {
+    "lora": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+    "rslora, patterns": {
+        "target_modules": r".*language_model.*\.(q_proj|up_proj)",
+        "use_rslora": True,
+        "rank_pattern": {r"layers.0.self_attn.q_proj": 5},
+        "alpha_pattern": {"up_proj": 9},
+    },
+    "dora": {"target_modules": r".*language_model.*\.(k_proj|o_proj)", "use_dora": True},
+    "biases and whole modules": {
+        "target_modules": r".*language_model.*\.gate_proj",
+        "modules_to_save": ["linear_1", "lm_head"],
+    },
+    "tower and connector": {"target_modules": r".*(vision_tower.*\.(v_proj|fc1)|linear_2)"},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"], "save_embedding_layers": False},
+    "embedding, the table too": {"target_modules": ["embed_tokens", "v_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return llava.build()
+
+
+@pytest.fixture(scope="module")
+def folders(reference, tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        layout: llava.save(reference, layout, root / layout.replace(" ", "-"))
+        for layout in ("original", "hub")
+    }
+
+
+@pytest.fixture(scope="module")
+def adapters(reference, tmp_path_factory):
+    """Each kind's folder and PEFT's model, made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("adapters"), {}
+
+    def of(kind):
+        if kind not in made:
+            folder = root / kind.replace(" ", "-").replace(",", "")
+            made[kind] = folder, lora.tuned(reference.model, folder, **KINDS[kind])
+        return made[kind]
+
+    return of
+
+
+def picture():
+    values = np.random.default_rng(1).integers(0, 256, (70, 90, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def whole(peft):
+    """The reference with PEFT's parts in it; its tower runs apart, so it is tuned as well."""
+    model = copy.deepcopy(peft).merge_and_unload().double()
+    config = llava.CLIPVisionConfig(**llava.VISION)
+    tower = llava.CLIPVisionModel(config).eval().double()
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower.set_attn_implementation("eager")
+    return llava.Reference(model, tower)
+
+
+def answers(model, processor, theirs):
+    """Our logits of a question about a picture, and PEFT's own (unmerged) model's."""
+    inputs = processor("What is it?", images=[picture()])
+    pixels = np.array(clip_pixels(inputs.pixels[0].data[None]))[0]
+    ids = inputs.input_ids[0].tolist()
+    ours = np.array(model(inputs)[0].astype(mx.float32))
+    return ours, theirs.logits(ids, inputs.visual, theirs.tokens(pixels))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*((kind, "hub") for kind in KINDS), ("lora", "original")]
+)
+def test_it_answers_as_pefts_own_model(folders, adapters, kind, layout):
+    """In transformers' names on a base in any published ones, merged into full precision."""
+    folder, peft = adapters(kind)
+    model, processor = load(str(folders[layout]), adapter=str(folder))
+    ours, want = answers(model, processor, whole(peft))
+    assert distance(ours, want) < PARITY
+    plain, _ = load(str(folders[layout]))
+    assert distance(answers(plain, processor, whole(peft))[0], want) > 100 * PARITY
+
+
+def parameters(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def equal(left, right):
+    left, right = parameters(left), parameters(right)
+    return left.keys() == right.keys() and all(
+        mx.array_equal(array, right[name]) for name, array in left.items()
+    )
+
+
+def test_a_converted_model_has_it_in_its_weights(folders, adapters, tmp_path):
+    folder, _ = adapters("biases and whole modules")
+    fused = convert(folders["hub"], tmp_path / "fused", adapter=str(folder), verify=True)
+    assert equal(load(str(fused))[0], load(str(folders["hub"]), adapter=str(folder))[0])
+
+
+@pytest.fixture(scope="module")
+def packed(folders, tmp_path_factory):
+    """A base in 4 bits, and the same numbers in full precision."""
+    root = tmp_path_factory.mktemp("packed")
+    folder = convert(folders["hub"], root / "4-bit", bits=4)
+    plain = shutil.copytree(folder, root / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    arrays = dequantized(mx.load(str(plain / "model.safetensors")), config.pop("quantization"))
+    config.pop("quantization_config")
+    (plain / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(plain / "model.safetensors"), arrays, {"format": "mlx"})
+    return folder, plain
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "biases and whole modules", "embedding"])
+def test_packed_weights_have_it_beside_them(packed, adapters, kind):
+    """Packed layers answer as their numbers in full precision do with the adapter merged."""
+    folder, _ = adapters(kind)
+    branched, processor = load(str(packed[0]), adapter=str(folder))
+    merged, _ = load(str(packed[1]), adapter=str(folder))
+    inputs = processor("What is it?", images=[picture()])
+    assert distance(branched(inputs)[0], merged(inputs)[0]) < PARITY
+    layers = [type(layer) for layer in branched.modules()]
+    assert low_rank.Linear in layers
+    assert (low_rank.Embedding in layers) == (kind == "embedding")
+    assert low_rank.Linear not in [type(layer) for layer in merged.modules()]
+
+
+def test_packed_weights_take_nothing_up_in_a_converted_model(packed, adapters, tmp_path):
+    folder, _ = adapters("lora")
+    with pytest.raises(UsageError, match="or say --bits to quantise these anew"):
+        convert(packed[0], tmp_path / "fused", adapter=str(folder))
+    assert not (tmp_path / "fused").exists()
+    again = convert(packed[0], tmp_path / "anew", adapter=str(folder), bits=8)
+    model, processor = load(str(again))
+    merged, _ = load(str(packed[1]), adapter=str(folder))
+    inputs = processor("What is it?", images=[picture()])
+    assert distance(model(inputs)[0], merged(inputs)[0]) < 0.05  # rounded to 8 bits
+
+
+def rewritten(folder, target, rename=str, config=None):
+    """A copy of a PEFT adapter with other names, and other words in its config."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_model.safetensors"
+    arrays = load_file(file)
+    save_file({rename(name): array for name, array in arrays.items()}, file)
+    path = target / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    return target
+
+
+def to_original(name):
+    """PEFT's names on transformers' model -> those on the original code's."""
+    inner = name.removeprefix("base_model.model.")
+    return f"base_model.model.{llava.to_original(llava.to_hub(inner))}"
+
+
+def test_llavas_folder_is_read_with_its_other_weights(folders, adapters, reference, tmp_path):
+    """adapter_model.bin and non_lora_trainables.bin, as its own training code writes them."""
+    folder = rewritten(adapters("lora")[0], tmp_path / "llava", to_original)
+    arrays = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+    connector = reference.model.model.multi_modal_projector
+    moved = {
+        f"base_model.model.model.mm_projector.{index}.{name}": 1.5 * tensor.float()
+        for index, layer in (("0", connector.linear_1), ("2", connector.linear_2))
+        for name, tensor in layer.state_dict().items()
+    }
+    torch.save(moved, folder / "non_lora_trainables.bin")
+    tuned = whole(adapters("lora")[1])
+    for parameter in tuned.model.model.multi_modal_projector.parameters():
+        parameter.data.mul_(1.5)
+    model, processor = load(str(folders["original"]), adapter=folder)
+    ours, theirs = answers(model, processor, tuned)
+    assert distance(ours, theirs) < PARITY
+
+
+def to_mlx(folder, target, old=False):
+    """A PEFT LoRA -> what mlx-vlm would have written of the same update."""
+    target.mkdir()
+    arrays = {}
+    for name, array in load_file(folder / "adapter_model.safetensors").items():
+        inner = llava.to_hub(name.removeprefix("base_model.model."))
+        first, second = (".A", ".B") if old else (".lora_a", ".lora_b")
+        inner = inner.replace(".lora_A.weight", first).replace(".lora_B.weight", second)
+        arrays[inner] = np.ascontiguousarray(array.T)
+    save_file(arrays, target / "adapters.safetensors")
+    config = {"rank": 3, "alpha": 6} if old else {"lora_parameters": {"rank": 3, "scale": 2.0}}
+    (target / "adapter_config.json").write_text(json.dumps({"num_layers": -1, **config}))
+    return target
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_mlx_folders_give_the_same_model(folders, adapters, tmp_path, old):
+    folder, _ = adapters("lora")
+    theirs = load(str(folders["hub"]), adapter=to_mlx(folder, tmp_path / "mlx", old))[0]
+    assert equal(theirs, load(str(folders["hub"]), adapter=folder)[0])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_update_is_merged_as_mlx_lm_fuses_it(kind):
+    mx.random.seed(3)
+    linear = nn.Linear(64, 48)
+    theirs = {"lora": LoRALinear, "dora": DoRALinear}[kind].from_base(linear, r=4, scale=1.7)
+    theirs.lora_b = 0.1 * mx.random.normal((4, 48))
+    magnitude = None
+    if kind == "dora":
+        theirs.m = theirs.m * (1 + 0.2 * mx.random.uniform(shape=(48,)))
+        magnitude = theirs.m
+    ours = LowRank(theirs.lora_a.T, theirs.lora_b.T, 1.7, magnitude)
+    assert mx.allclose(ours.merged(linear.weight), theirs.fuse().weight, atol=1e-6)
+    quantised = nn.QuantizedLinear.from_linear(linear, 32, 4)
+    x = mx.random.normal((2, 5, 64))
+    if kind == "dora":
+        theirs.set_linear(quantised)
+        theirs.m = magnitude
+    else:
+        theirs.linear = quantised
+    assert mx.allclose(branched(quantised, ours)(x), theirs(x), atol=1e-4)
+
+
+def test_a_scale_counts_a_part_of_it_and_several_add_up(folders, adapters, tmp_path):
+    folder, _ = adapters("lora")
+    base = str(folders["hub"])
+    whole_one = load(base, adapter=str(folder))[0]
+    halves = load(base, adapter=[f"{folder}:0.5", (folder, 0.5)])[0]
+    for name, array in parameters(whole_one).items():
+        assert mx.allclose(array, parameters(halves)[name], atol=1e-5), name
+    assert equal(load(base, adapter=f"{folder}:0")[0], load(base)[0])
+    odd = shutil.copytree(folder, tmp_path / "name:2")  # a folder of that name, not a scale
+    assert equal(load(base, adapter=str(odd))[0], whole_one)
+
+
+def test_the_prefix_cache_tells_models_with_other_adapters_apart(folders, adapters):
+    folder, _ = adapters("lora")
+    named = [None, folder, (folder, 0.5), adapters("dora")[0]]
+    identities = [load(str(folders["hub"]), adapter=one)[0].identify() for one in named]
+    assert len(set(identities)) == len(named)
+
+
+def broken(folder, target, change):
+    """An adapter with one thing wrong with it."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_model.safetensors"
+    arrays = load_file(file)
+    first = next(iter(sorted(arrays)))  # a lora_A
+    config = {}
+    if change == "no folder":
+        return target / "nowhere"
+    if change == "no config":
+        (target / "adapter_config.json").unlink()
+    elif change == "no weights":
+        file.unlink()
+    elif change == "truncated":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif change == "half of an update":
+        arrays.pop(first.replace("lora_A", "lora_B"))
+    elif change == "a tensor too many":
+        arrays["base_model.model.model.language_model.layers.0.x.weight"] = arrays[first]
+    elif change == "of another shape":
+        arrays[first] = np.ascontiguousarray(arrays[first][:, :-1])
+    elif change == "of another rank":
+        config = {"r": 4}
+    elif change == "of another base":
+        arrays = {name.replace("layers.", "blocks."): array for name, array in arrays.items()}
+    elif change == "deeper":
+        arrays = {name.replace("layers.0.", "layers.9."): array for name, array in arrays.items()}
+    elif change == "another kind":
+        config = {"peft_type": "IA3"}
+    elif change == "moves its base":
+        config = {"init_lora_weights": "pissa_niter_4"}
+    elif change == "unknown setting":
+        config = {"layer_replication": [[0, 2]]}
+    elif change == "no format":
+        (target / "adapter_config.json").write_text('{"x": 1}')
+    if file.is_file() and change != "truncated":
+        save_file(arrays, file)
+    if config:
+        path = target / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no folder", "no such folder"),
+        ("no config", "no adapter_config.json"),
+        ("no format", "neither PEFT's nor"),
+        ("no weights", "no weights in it"),
+        ("truncated", "truncated"),
+        ("half of an update", "lora_B.weight is missing"),
+        ("a tensor too many", "layers.0.x.weight is no weight of a llava model"),
+        ("of another shape", "it is of another base"),
+        ("of another rank", "has rank 3, 4 by its adapter_config.json"),
+        ("of another base", "it is of another base"),
+        ("deeper", "this model (llava) has no"),
+        ("another kind", "only LORA is known"),
+        ("moves its base", "moves the base's weights"),
+        ("unknown setting", "sets layer_replication"),
+    ],
+)
+def test_a_wrong_adapter_gets_one_line(folders, adapters, tmp_path, change, said):
+    folder = broken(adapters("lora")[0], tmp_path / "adapter", change)
+    with pytest.raises(UsageError) as refused:
+        load(str(folders["hub"]), adapter=folder)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("named", [3, ("x", "y"), ("x", 1e9), ("x", True), "folder:200", ["a", 4]])
+def test_what_is_no_adapter_is_refused_before_a_model_is_looked_for(named):
+    with pytest.raises(UsageError, match="adapter"):
+        load("no/such-model", adapter=named, offline=True)
+
+
+def test_two_that_do_not_add_up_are_refused(folders, adapters):
+    modules, _ = adapters("biases and whole modules")
+    dora, _ = adapters("dora")
+    for pair in ([modules, modules], [dora, dora]):
+        with pytest.raises(UsageError, match="another adapter changes"):
+            load(str(folders["hub"]), adapter=pair)
+    with pytest.raises(UsageError, match="no scale goes with"):
+        load(str(folders["hub"]), adapter=(modules, 0.5))
+
+
+def test_a_tower_that_is_changed_is_not_run_by_a_package_of_the_base(folders, adapters):
+    with pytest.raises(UsageError, match="changes the vision tower, which coreml would run"):
+        load(
+            str(folders["hub"]),
+            adapter=adapters("tower and connector")[0],
+            vision_backend="coreml",
+        )
+
+
+def test_a_hostile_bin_runs_nothing(folders, adapters, tmp_path):
+    folder = shutil.copytree(adapters("lora")[0], tmp_path / "hostile")
+    (folder / "adapter_model.safetensors").unlink()
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    torch.save({"x": Harm()}, folder / "adapter_model.bin")
+    with pytest.raises(UsageError):
+        load(str(folders["hub"]), adapter=folder)
+    assert not (tmp_path / "harm").exists()
