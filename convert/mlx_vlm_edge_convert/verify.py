@@ -143,10 +143,12 @@ def _stages(model: VisionLanguageModel, probe: Pixels) -> dict[str, mx.array]:
     parts = [name for name in model.children() if name != "language_model"]
     for part in parts:
         _float32(model[part])
-    outputs = {}
+    outputs: dict[str, mx.array] = {}
     for name, output in model.stages(probe):
         mx.eval(output)
-        outputs[_PARTS.get(name, name)] = output
+        part = _PARTS.get(name, name)
+        times = sum(other.startswith(part) for other in outputs)  # of several towers, say
+        outputs[f"{part} {times + 1}" if times else part] = output
     for part in parts:
         model.pop(part)
     return outputs

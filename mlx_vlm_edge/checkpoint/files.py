@@ -17,6 +17,7 @@ from ..errors import UsageError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"  # of a tower that open_clip published, in its place
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"  # transformers 5 has the preprocessor's content in it
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,14 +31,15 @@ QWEN, ARCADE = "qwen.tiktoken", "arcade100k.tiktoken"
 TIKTOKEN = ((QWEN,), (ARCADE,))
 TOKENIZERS = (TOKENIZER_JSON, VOCAB_AND_MERGES, TOKENIZER_MODEL, *TIKTOKEN)
 _BESIDE = frozenset((
-    GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "video_preprocessor_config.json",
+    GENERATION_CONFIG, PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, OPEN_CLIP_CONFIG,
+    "video_preprocessor_config.json",
     *(name for names in TOKENIZERS for name in names), TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP, ADDED_TOKENS, TEMPLATE, TEMPLATE_JSON,
 ))  # fmt: skip
 _LONGEST_NAME = 200  # characters; more than file systems bear are asked for by no index
 _DOCUMENTS = ("LICENSE", "NOTICE", "README")  # and what begins so
 # model_types that are a vision tower alone, and those whose pictures the config does not describe.
-_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "convnext")
+_TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "convnext", "dinov2")
 _PREPROCESSED = ("fast_vlm", "idefics2", "idefics3", "smolvlm")
 
 
@@ -201,7 +203,8 @@ def lacking(folder: Path, *, as_published: bool = False) -> str:
 
     as_published: it has all that its repository has, so that what not every one has is not missed.
     """
-    if not (folder / CONFIG).is_file():
+    open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
+    if not (folder / CONFIG).is_file() and not open_clip:
         return CONFIG
     try:
         model_type = read_json(folder / CONFIG).get("model_type")
@@ -212,7 +215,7 @@ def lacking(folder: Path, *, as_published: bool = False) -> str:
         return str(error)
     if dangling := [name for name in beside(folder) if not (folder / name).is_file()]:
         return dangling[0]
-    if model_type in _TOWERS:
+    if model_type in _TOWERS or open_clip:
         return ""
     if not tokenizer_files(folder):
         return "a tokenizer"

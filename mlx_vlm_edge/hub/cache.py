@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.files import CONFIG, lacking, read_json
+from ..checkpoint.files import CONFIG, OPEN_CLIP_CONFIG, lacking, read_json
 from ..errors import UsageError
 from . import published
 
@@ -96,8 +96,9 @@ def cached_models(named: Container[str] = ()) -> Iterator[CachedModel]:
 
 def remove(model: CachedModel) -> None:
     """Remove a model from the cache. Without configs first: nothing is whole from then on."""
-    for config in model.folder.glob(f"snapshots/*/{CONFIG}"):
-        config.unlink()
+    for name in (CONFIG, OPEN_CLIP_CONFIG):
+        for config in model.folder.glob(f"snapshots/*/{name}"):
+            config.unlink()
     shutil.rmtree(model.folder)
 
 

@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from .. import whole_file
-from ..checkpoint.files import CONFIG, FORMATS, lacking, needed
+from ..checkpoint.files import CONFIG, FORMATS, OPEN_CLIP_CONFIG, lacking, needed
 from ..errors import UsageError
 from ..wording import first_line, gigabytes
 from . import published
@@ -56,7 +56,8 @@ def describe(repo: str, revision: str | None = None) -> Remote:
         model = HfApi().model_info(repo, revision=revision, files_metadata=True)
         siblings = {item.rfilename: item for item in model.siblings or []}
         names = needed(siblings)
-        if CONFIG not in names or not any(form.among(names) for form in FORMATS):
+        described = {CONFIG, OPEN_CLIP_CONFIG} & {*names}
+        if not described or not any(form.among(names) for form in FORMATS):
             raise UsageError(f"{repo} is not a model: it has no {CONFIG} with weights beside it")
         files = {name: _published(siblings[name]) for name in names}
         if not _COMMIT.fullmatch(str(model.sha)):

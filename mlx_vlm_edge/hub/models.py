@@ -46,6 +46,9 @@ ALIASES: dict[str, str] = {
     "moe-llava-phi2-2.7b": "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
     "moe-llava-stablelm-1.6b-384": "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384",
     "moe-llava-phi2-2.7b-384": "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e-384",
+    "cambrian-8b": "nyu-visionx/cambrian-8b",
+    "cambrian-13b": "nyu-visionx/cambrian-13b",
+    "cambrian-34b": "nyu-visionx/cambrian-34b",
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"

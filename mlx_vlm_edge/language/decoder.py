@@ -5,8 +5,8 @@ projections. With `last_only` all positions enter the cache, and one comes out: 
 the others alone is computed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from ..kernels import tall_matmul
 from ..timings import Steps
 from .cache import Cache, KVCache, Mask, settle
 
+Layer = Callable[..., mx.array]
 PREFILL_STEP = 2048  # positions of a prompt that are computed together, as in mlx-lm
 
 
@@ -23,15 +24,26 @@ def chunks(length: int, step_size: int) -> Iterator[slice]:
     return (slice(at, min(at + step_size, length)) for at in range(0, length, step_size))
 
 
+def nothing(part: slice) -> Mapping[str, Any]:
+    return {}
+
+
 def prefill(
-    language_model: "LanguageModel", embeddings: mx.array, cache: Sequence[Cache], step_size: int
+    language_model: "LanguageModel",
+    embeddings: mx.array,
+    cache: Sequence[Cache],
+    step_size: int,
+    beside: Callable[[slice], Mapping[str, Any]] = nothing,
 ) -> Steps[mx.array]:
     """Input embeddings [1, L, D] into `cache`, at most `step_size` positions at a time; logits
-    [1, V] of the last one."""
+    [1, V] of the last one.
+
+    beside: what else the language model is told of a part's positions, by its keywords.
+    """
     for part in chunks(embeddings.shape[1], step_size):
         if part.start:
             settle(cache)
-        logits = language_model(embeddings[:, part], cache, last_only=True)
+        logits = language_model(embeddings[:, part], cache, last_only=True, **beside(part))
         yield "prefill", logits
     return logits[:, -1]
 
@@ -107,7 +119,7 @@ class LanguageModel(nn.Module):
 
     def run(
         self,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Layer],
         embeddings: mx.array,
         cache: Sequence[Cache] | None,
         last_only: bool,

@@ -13,9 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..timings import Steps
 from . import decoder, llama
-from .cache import Cache, Mask, settle
+from .cache import Cache, Mask
 from .llama import TextConfig
 
 
@@ -102,20 +101,3 @@ class LanguageModel(decoder.LanguageModel):
             xs = layer.both(xs, kinds, mask, cache[index] if cache else None)
         x = kinds.join(xs)
         return self.head(x[:, -1:] if last_only else x)
-
-
-def prefill(
-    language_model: LanguageModel,
-    embeddings: mx.array,
-    cache: Sequence[Cache],
-    step_size: int,
-    visual: np.ndarray,
-) -> Steps[mx.array]:
-    """`decoder.prefill` of a prompt whose positions `visual`, int[N], are visual tokens."""
-    for part in decoder.chunks(embeddings.shape[1], step_size):
-        if part.start:
-            settle(cache)
-        inside = visual[(part.start <= visual) & (visual < part.stop)] - part.start
-        logits = language_model(embeddings[:, part], cache, last_only=True, visual=inside)
-        yield "prefill", logits
-    return logits[:, -1]

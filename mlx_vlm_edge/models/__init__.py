@@ -26,6 +26,7 @@ FAMILIES = {
     "moe_llava_stablelm": "moe_llava",
     "moe_llava_qwen": "moe_llava",
     "moe_llava_phi": "moe_llava",
+    "cambrian_llama": "cambrian",
     "mobilevlm": "mobilevlm",
     "llava_onevision": "llava_onevision",
     "llava_qwen": "llava_onevision",
@@ -34,6 +35,8 @@ FAMILIES = {
 ARCHITECTURES = {"LlavaQwenForCausalLM": "llava_onevision"}
 # And those that share the architecture as well: what the name of LLaVA's tower has in it tells.
 TOWERS = {"convnext": "convllava"}
+# Cambrian-1-13B was LLaVA's too for a time; its connector's name tells.
+CONNECTORS = {"sva": "cambrian"}
 
 
 def family_name(config: Mapping[str, Any]) -> str:
@@ -47,6 +50,7 @@ def family_name(config: Mapping[str, Any]) -> str:
     if name == "llava":
         tower = str(config.get("mm_vision_tower")).lower()
         name = next((own for part, own in TOWERS.items() if part in tower), name)
+        name = CONNECTORS.get(str(config.get("mm_projector_type")), name)
     if name is None:
         known = ", ".join(sorted(FAMILIES))
         raise UsageError(f"config.json: model_type {kind!r} is not supported (known: {known})")

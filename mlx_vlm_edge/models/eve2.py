@@ -20,7 +20,8 @@ import numpy as np
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..language.cache import Cache
-from ..language.eve2 import LanguageModel, prefill
+from ..language.decoder import prefill
+from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
 from ..picture.image import MAX_PIXELS, Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
@@ -123,8 +124,13 @@ class Model(VisionLanguageModel):
         return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
 
     def prefilling(self, inputs: Inputs, cache: Sequence[Cache], step_size: int) -> Steps[mx.array]:
-        embeddings = self.embed(inputs)
-        return prefill(self.language_model, embeddings, cache, step_size, inputs.visual)
+        visual = inputs.visual
+
+        def inside(part: slice) -> dict[str, np.ndarray]:
+            here = visual[(part.start <= visual) & (visual < part.stop)]
+            return {"visual": here - part.start}
+
+        return prefill(self.language_model, self.embed(inputs), cache, step_size, inside)
 
     def __call__(self, inputs: Inputs) -> mx.array:
         """Logits [1, L, V] of the whole prompt, for tests and scoring."""

@@ -9,8 +9,7 @@ it, convolutions NHWC).
 Source: transformers, models/idefics2; arXiv 2405.02246.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from ..checkpoint.weights import Weights
 from ..connectors.perceiver import Perceiver
 from ..language.llama import LanguageModel
 from ..picture.image import Pixels
+from ..picture.pieces import cut_out, together
 from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..timings import Steps
@@ -63,13 +63,6 @@ def fold(weights: Weights, config: Config) -> dict[str, mx.array]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Pieces(Pixels):
-    """Pictures of different sizes, each in the upper left of its array; sizes: (height, width)."""
-
-    sizes: tuple[Size, ...] = ()
-
-
 class Model(VisionLanguageModel):
     tower_name, connector_name = "vision_model", "connector"
 
@@ -102,13 +95,6 @@ class Model(VisionLanguageModel):
         dtype = self.vision_model.position_embedding.dtype
         features: mx.array = self.vision_model(normalized(pictures, dtype, HALF, HALF), positions)
         return features
-
-
-def cut_out(pixels: Pixels) -> list[np.ndarray]:
-    """The pieces without what fills their arrays up."""
-    data = pixels.data if pixels.data.ndim == 4 else pixels.data[None]
-    sizes = pixels.sizes if isinstance(pixels, Pieces) else (data.shape[1:3],) * len(data)
-    return [piece[:height, :width] for piece, (height, width) in zip(data, sizes, strict=True)]
 
 
 def resized(size: Size, longest: int, shortest: int) -> Size:
@@ -165,7 +151,7 @@ class Processor(idefics3.Processor):
             )
             for part in parts
         ]
-        return Pieces(together(pieces), image.size, tuple(piece.shape[:2] for piece in pieces))
+        return together(pieces, image.size)
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         """Latents, which lie nowhere in the picture."""
@@ -177,15 +163,6 @@ class Processor(idefics3.Processor):
         for item, segment in zip(pixels, segments[1:], strict=True):
             text += f"{AROUND}{IMAGE}{AROUND}" * len(item.data) + segment
         return text.replace(AROUND * 2, AROUND)
-
-
-def together(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [h, w, 3] of several sizes -> [pieces, H, W, 3], zero where a piece is smaller."""
-    height, width = (max(piece.shape[axis] for piece in pieces) for axis in (0, 1))
-    data = np.zeros((len(pieces), height, width, 3), np.uint8)
-    for row, piece in zip(data, pieces, strict=True):
-        row[: piece.shape[0], : piece.shape[1]] = piece
-    return data
 
 
 FAMILY = Family(Config, Processor, Model, rename, fold, is_native)

@@ -19,8 +19,8 @@ SEED = 0  # of "random": the same picture gives the same tokens
 LEAST = 1e-6  # volume below which a token adds nothing but rounding
 
 
-def chosen(tokens: mx.array, reduction: Reduction, pick: Pick) -> mx.array:
-    """Tokens [N, D] -> those of each block that `pick` chooses by their cosine similarities."""
+def chosen(tokens: mx.array, reduction: Reduction, pick: Pick) -> np.ndarray:
+    """int32[K]: of [N, D] those of each block that `pick` chooses by their cosine similarities."""
     alike = groups(reduction)
     stacks = [
         tokens[mx.array(np.add.outer(starts, picture_places(part.block)))]
@@ -33,17 +33,17 @@ def chosen(tokens: mx.array, reduction: Reduction, pick: Pick) -> mx.array:
             start: picture_places(part.block)[pick(matrix, part.tokens)]
             for start, matrix in zip(starts, matrices, strict=True)
         }
-    return tokens[mx.array(remaining(reduction, places))]
+    return remaining(reduction, places)
 
 
-def random(tokens: mx.array, reduction: Reduction) -> mx.array:
-    """Tokens [N, D] -> as many as the others leave, drawn without looking."""
+def random(tokens: mx.array, reduction: Reduction) -> np.ndarray:
+    """int32[K]: as many of [N, D] as the others leave, drawn without looking."""
     draw = np.random.default_rng(SEED)
     places = {
         start: draw.permutation(picture_places(part.block))[: part.tokens]
         for start, part in blocks(reduction)
     }
-    return tokens[mx.array(remaining(reduction, places))]
+    return remaining(reduction, places)
 
 
 def remaining(reduction: Reduction, places: dict[int, np.ndarray]) -> np.ndarray:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-# CLIP's, and SigLIP's, by which pixels in 0..1 are normalised.
+# CLIP's, SigLIP's and DINOv2's, by which pixels in 0..1 are normalised.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalized(

@@ -3,12 +3,13 @@
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_vlm_edge_convert.families import decoder, llava
+from mlx_vlm_edge_convert.families import cambrian, decoder, llava
 from mlx_vlm_edge_convert.pipeline import source_family
 
 from mlx_vlm_edge.checkpoint import configs
@@ -44,6 +45,9 @@ LISTED = {
     "moe-llava-phi2-2.7b": "moe_llava_phi2_2.7b_4e",
     "moe-llava-stablelm-1.6b-384": "moe_llava_stablelm_1.6b_4e_384",
     "moe-llava-phi2-2.7b-384": "moe_llava_phi2_2.7b_4e_384",
+    "cambrian-8b": "cambrian_8b",
+    "cambrian-13b": "cambrian_13b",
+    "cambrian-34b": "cambrian_34b",
 }
 # alias: hidden, inner, layers, connector, vocabulary
 LLAMAS = {
@@ -65,9 +69,26 @@ COUNTED = {"llava-onevision-0.5b": 894, "eve-7b-hd-v2": 14_140}
 def nothing_is_allocated(monkeypatch):
     """And no head is compared with its embedding: these arrays have no values."""
     monkeypatch.setattr(decoder, "_equal", lambda *_: False)
+    monkeypatch.setattr(cambrian, "repository", lambda name: Path("/towers") / name)
+    monkeypatch.setattr(cambrian, "read_checkpoint", cambrian_tower)
     mx.reset_peak_memory()
     yield
     assert mx.get_peak_memory() < 10_000_000
+
+
+CAMBRIAN_TOWERS = ("SigLIP", "openai", "facebook", "laion")
+# What of the four is not run: pooling, CLIP's last layer and norm, what training masks with; and
+# what is folded: layer scales.
+CAMBRIAN_UNUSED = re.compile(
+    r"visual\.trunk\.(attn_pool|head)\..*|vision_model\.(encoder\.layers\.23\.|post_layernorm).*"
+    r"|.*(mask_token|lambda1|gamma)"
+)
+
+
+def cambrian_tower(folder):
+    """Names and shapes of the towers that Cambrian-1's checkpoints leave out."""
+    towers = zip(CAMBRIAN_TOWERS, listed("cambrian_towers"), strict=True)
+    return next(unallocated(shapes) for word, shapes in towers if word in str(folder))
 
 
 def unallocated(shapes):
@@ -130,6 +151,10 @@ def test_a_listed_checkpoint_fits_its_config(alias):
         last = config["vision_config"]["num_hidden_layers"] - 1
         unused = (f"vision_model.encoder.layers.{last}.", "post_layernorm", "vision_model.head.")
         shapes = {k: v for k, v in shapes.items() if not any(part in k for part in unused)}
+    if alias.startswith("cambrian"):
+        for tower in listed("cambrian_towers"):
+            shapes |= {name: at for name, at in tower.items() if not CAMBRIAN_UNUSED.match(name)}
+        shapes["embeddings.position_embeddings"] = (1 + 27 * 27, 1536)  # resized from 37 x 37
     if not alias.startswith("fastvlm"):  # whose tower is folded
         assert count(model) == sum(math.prod(shape) for shape in shapes.values())
     head = "language_model.lm_head.weight"
@@ -179,7 +204,7 @@ def test_a_wrong_size_is_found():
     ("name", "message"),
     [
         ("fastvlm-05b", "did you mean fastvlm-0.5b"),
-        ("", "known are convllava-7b"),
+        ("", "known are cambrian-13b"),
         ("../config", "no config is shipped"),
     ],
 )

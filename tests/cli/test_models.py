@@ -184,10 +184,12 @@ def test_show_of_an_alias_needs_nobody(cached, capsys, monkeypatch):
 
 # Of 640 x 480, 1920 x 1080 and 1024 x 1024 pixels; one number where they are the same.
 IDEFICS3, SMOLVLM, SMOLVLM_2B = (2197, 2197, 2873), (832, 832, 1088), (1053, 1053, 1377)
+CAMBRIAN = (450, 350, 600)
 TOKENS = {
     "fastvlm-0.5b": 256, "fastvlm-1.5b": 256, "fastvlm-7b": 256,
     "llava-1.5-7b": 576, "llava-1.5-13b": 576, "sharegpt4v-7b": 576, "sharegpt4v-13b": 576,
     "convllava-7b-768": 144, "convllava-7b-1024": 256, "convllava-7b-1536": 576,
+    "cambrian-8b": CAMBRIAN, "cambrian-13b": CAMBRIAN, "cambrian-34b": CAMBRIAN,
     "mobilevlm-1.7b": 144, "mobilevlm-3b": 144,
     "mobilevlm-v2-1.7b": 144, "mobilevlm-v2-3b": 144, "mobilevlm-v2-7b": 144,
     "moe-llava-stablelm-1.6b": 576, "moe-llava-qwen-1.8b": 576, "moe-llava-phi2-2.7b": 576,

@@ -55,6 +55,12 @@ def convllava(folder):
     return theirs.inside(folder)
 
 
+def cambrian(folder):
+    from ..reference import cambrian as theirs
+
+    return theirs.native(folder)
+
+
 def llava_onevision(folder):
     from ..reference import llava_onevision as theirs
 
@@ -71,6 +77,7 @@ FAMILIES = {
     "llava": llava,
     "llava_onevision": llava_onevision,
     "convllava": convllava,
+    "cambrian": cambrian,
     "idefics2": lambda _: GOLDEN.parent / "idefics2_tiny",
     "moe_llava": lambda _: GOLDEN.parent / "moe_llava_stablelm",
 }
@@ -217,8 +224,8 @@ def test_changed_text_before_the_image_prefills_it_again_but_does_not_encode_it(
 
 
 def test_two_images(family, ask):
-    if family[0] == "fuyu":
-        pytest.skip("Fuyu takes one image")
+    if family[0] in ("fuyu", "cambrian"):
+        pytest.skip("takes one image")
     first = ask("Which is red?", picture(1), picture(2))
     assert first.encoded == 2
     second = ask("Which is blue?", picture(1), picture(2))

@@ -18,6 +18,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.models import idefics2
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.picture.pieces import cut_out
 from mlx_vlm_edge.picture.video import Video
 
 from ..parity import FLOAT32, distance
@@ -65,7 +66,7 @@ def rows_of(pixels):
     """Our pieces as the original's normalised ones, float32 [3, H, W]."""
     return [
         ((piece / 255 - 0.5) / 0.5).transpose(2, 0, 1).astype(np.float32)
-        for piece in idefics2.cut_out(pixels)
+        for piece in cut_out(pixels)
     ]
 
 
@@ -132,7 +133,7 @@ def test_a_split_image_is_its_quarters_and_the_whole(splitting, loaded):
     quarters = [image[:85, :150], image[:85, 150:], image[85:, :150], image[85:, 150:], image]
     assert pixels.sizes == ((85, 150), (85, 151), (86, 150), (86, 151), (119, 210))
     alone = [loaded[1].preprocess(Image.fromarray(part)) for part in quarters]
-    for piece, part in zip(idefics2.cut_out(pixels), alone, strict=True):
+    for piece, part in zip(cut_out(pixels), alone, strict=True):
         assert np.array_equal(piece, part.data[0])
     want = mx.concatenate([loaded[0].encode_image(part) for part in alone])
     assert distance(model.encode_image(pixels), want) < 1e-6
@@ -184,9 +185,7 @@ def test_a_published_picture_costs_what_the_original_does():
         plan = cost.blueprint(configs.read("idefics2-8b"), asked=preprocessing)
         pixels = plan.pixels((640, 480))
         assert plan.processor.visual_tokens(pixels) == tokens
-        assert sum((p.shape[0] // 14) * (p.shape[1] // 14) for p in idefics2.cut_out(pixels)) == (
-            patches
-        )
+        assert sum((p.shape[0] // 14) * (p.shape[1] // 14) for p in cut_out(pixels)) == (patches)
 
 
 def test_the_longest_edge_can_be_chosen(folder):

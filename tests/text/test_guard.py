@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from mlx_vlm_edge.models import (
+    cambrian,
     convllava,
     eve,
     eve2,
@@ -29,6 +30,7 @@ WORDS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<image>", "<fake_token_ar
          "<end_of_utterance>", "<global-img>", "|ENDOFTEXT|", "|SPEAKER|", "|NEWLINE|", "<0x04>",
          "☃")  # fmt: skip
 FAMILIES = (
+    cambrian,
     convllava,
     eve,
     eve2,

@@ -31,7 +31,7 @@ _CONSTANTS = {
     "hidden_act": KINDS[_KIND].hidden_act,
     "layer_norm_eps": KINDS[_KIND].layer_norm_eps,
 }
-_NOT_VISION = Rule(
+NOT_VISION = Rule(
     r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
     None,
     why="CLIP's text side and the projection into their common space",
@@ -56,7 +56,7 @@ def published_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def fetch_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
     """`vision_config` and native weights of the tower that a config's mm_vision_tower names."""
     name, folder = tower_folder(config)
-    rules = (*tower_rules("vision_model."), _NOT_VISION)
+    rules = (*tower_rules("vision_model."), NOT_VISION)
     weights = apply(rules, read_checkpoint(folder), f"{name}, a CLIP model")
     whole = read_config(folder)
     return complete(whole.get("vision_config") or whole, weights, name), weights
@@ -70,33 +70,39 @@ def tower_folder(config: Mapping[str, Any]) -> tuple[str, Path]:
     name = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     if not name:
         raise UsageError("the checkpoint has no vision tower and its config names none")
-    folder = expanded(name)
-    if not folder.is_dir():
-        snapshot = local_snapshot(repo_id(name))
-        if snapshot is None:
-            raise UsageError(
-                f"the checkpoint has no vision tower; it was trained with {name}, which is not on "
-                f"this machine: `mlx-vlm-edge models pull {name}` gets it"
-            )
-        folder = snapshot
+    folder = repository(name)
+    if folder is None:
+        raise UsageError(
+            f"the checkpoint has no vision tower; it was trained with {name}, which is not on "
+            f"this machine: `mlx-vlm-edge models pull {name}` gets it"
+        )
     return name, folder
 
 
-def complete(given: Mapping[str, Any], weights: Arrays, name: str) -> dict[str, Any]:
+def repository(name: str) -> Path | None:
+    """The folder of a tower, which is one itself or the Hub's name of it; None where it is not on
+    this machine."""
+    folder = expanded(name)
+    return folder if folder.is_dir() else local_snapshot(repo_id(name))
+
+
+def complete(
+    given: Mapping[str, Any], weights: Arrays, name: str, prefix: str = TOWER
+) -> dict[str, Any]:
     """A native `vision_config`: what a source says, the geometry of the weights, CLIP's constants.
 
-    name: of the tower's repository. Raises UsageError where the two disagree, and for a tower
-    that is not OpenAI's, whose activation nothing says.
+    name: of the tower's repository. prefix: of the weights. Raises UsageError where the two
+    disagree, and for a tower that is not OpenAI's, whose activation nothing says.
     """
-    patch = weights.get(f"{TOWER}embeddings.patch_embedding.weight")
-    positions = weights.get(f"{TOWER}embeddings.position_embedding.weight")
-    inner = weights.get(f"{TOWER}encoder.layers.0.mlp.fc1.bias")
+    patch = weights.get(f"{prefix}embeddings.patch_embedding.weight")
+    positions = weights.get(f"{prefix}embeddings.position_embedding.weight")
+    inner = weights.get(f"{prefix}encoder.layers.0.mlp.fc1.bias")
     if patch is None or positions is None or inner is None:
         raise UsageError("the checkpoint's vision tower is incomplete: fetch it again")
     if "hidden_act" not in given and name.startswith("laion/"):
         raise UsageError(f"vision tower {name!r}: its config is needed; only OpenAI's are known")
     layers = 0
-    while f"{TOWER}encoder.layers.{layers}.mlp.fc1.bias" in weights:
+    while f"{prefix}encoder.layers.{layers}.mlp.fc1.bias" in weights:
         layers += 1
     width, side = patch.shape[0], patch.shape[1]
     derived = {

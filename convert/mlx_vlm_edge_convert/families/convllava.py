@@ -31,7 +31,7 @@ from .vit import TOWER
 Config = dict[str, Any]
 
 ORIGINAL_TOWER = "model.vision_tower.vision_tower."
-PATCHES = f"{TOWER}embeddings.patch_embeddings.weight"
+PATCHES = "embeddings.patch_embeddings.weight"
 PUBLISHED = {  # the geometry of ConvLLaVA-ConvNeXt-{768,1024,1536}
     "hidden_sizes": [192, 384, 768, 1536, 3072],
     "depths": [3, 3, 27, 3, 6],
@@ -90,7 +90,7 @@ def to_native(
         native |= tower
         vision, pixels = {**own, **vision}, pixels or beside_it
     translated["vision_config"] = {
-        **_geometry(vision, native),
+        **geometry(vision, native, TOWER),
         "image_size": image_size(config, vision, pixels),
     }
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
@@ -150,16 +150,19 @@ def _fetch_tower(config: Mapping[str, Any]) -> tuple[Config, Mapping[str, Any], 
     return read, preprocessor, weights
 
 
-def _geometry(said: Mapping[str, Any], weights: Mapping[str, mx.array]) -> Config:
-    """A native `vision_config` by the weights. Raises UsageError where the source says another."""
-    if PATCHES not in weights:
+def geometry(said: Mapping[str, Any], weights: Mapping[str, mx.array], prefix: str) -> Config:
+    """A ConvNeXt's native config by its native weights, which are under `prefix`.
+
+    Raises UsageError where the source says another.
+    """
+    if (patches := f"{prefix}{PATCHES}") not in weights:
         raise UsageError("the checkpoint's vision tower is incomplete: fetch it again")
     widths: list[int] = []
     depths: list[int] = []
-    while (stage := f"{TOWER}encoder.stages.{len(depths)}.layers.") + "0.dwconv.bias" in weights:
+    while (stage := f"{prefix}encoder.stages.{len(depths)}.layers.") + "0.dwconv.bias" in weights:
         widths.append(weights[f"{stage}0.dwconv.bias"].size)
         depths.append(sum(n.startswith(stage) and n.endswith("dwconv.bias") for n in weights))
-    derived = {"hidden_sizes": widths, "depths": depths, "patch_size": weights[PATCHES].shape[1]}
+    derived = {"hidden_sizes": widths, "depths": depths, "patch_size": weights[patches].shape[1]}
     for key, value in derived.items():
         if said.get(key, value) != value:
             raise UsageError(f"vision_config says {key} {said[key]}, but the weights have {value}")
