@@ -116,7 +116,7 @@ class Model(VisionLanguageModel):
         return super().encode_image(pixels)[:, : self.config.text.hidden_size]
 
     def encode(self, images: Sequence[Pixels]) -> Steps[list[mx.array]]:
-        """Visual tokens and beside each what it sees; which of them stay, the tokens alone decide."""
+        """Visual tokens and beside each what it sees; the tokens alone decide which stay."""
         encoded = []
         for pixels in images:
             rows = yield from self.stages(pixels)
