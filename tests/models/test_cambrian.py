@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from queue import SimpleQueue
 
 import mlx.core as mx
@@ -23,6 +24,9 @@ from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.counting import counted
 from mlx_vlm_edge.models import cambrian, family_name
 from mlx_vlm_edge.picture.pieces import cut_out
+from mlx_vlm_edge.picture.token_budget import TokenBudget
+from mlx_vlm_edge.reduction import places
+from mlx_vlm_edge.timings import result
 from mlx_vlm_edge.vision import dinov2, several
 from mlx_vlm_edge.vision.pixels import normalized
 
@@ -153,6 +157,27 @@ def test_prompts_that_are_answered_together_are_as_each_alone(loaded):
     for name in PICTURES:
         alone = list(stream_generate(model, processor, ASKED, picture(name), max_tokens=6))
         assert [p.token for p in answers[name]] == [p.token for p in alone[:6]]
+
+
+def test_chosen_tokens_look_at_what_is_theirs(loaded):
+    model, processor = loaded
+    budget = TokenBudget(14, "random")
+    inputs = processor(ASKED, images=picture("landscape"), budget=budget)
+    every = result(model.stages(replace(inputs.pixels[0], reduction=None)))
+    inputs = replace(inputs, tokens=result(model.encode(inputs.pixels)))
+    (rows,), views = inputs.tokens, model.views(inputs)
+    assert len(rows) == len(inputs.visual) == 14
+    where = places(every[:, :64], inputs.pixels[0].reduction)
+    assert mx.array_equal(rows, every[mx.array(where)])
+    assert views.looking.tolist() == [bool(at % 7 != 6) for at in where]  # 6 columns and a newline
+    assert mx.array_equal(views.seen, every[mx.array(where), 64:])
+    assert not views.looking.all()
+    bare = looking.Views(views.positions, views.seen)  # newlines look as well
+    without, wanted = (
+        model.language_model(model.embed(inputs), views=one) for one in (bare, views)
+    )
+    assert mx.isfinite(wanted).all()
+    assert not mx.allclose(without, wanted, equal_nan=False)
 
 
 # Planted faults.
