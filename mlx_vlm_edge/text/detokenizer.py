@@ -32,7 +32,7 @@ class Detokenizer:
 
 
 @cache
-def _byte_of() -> dict[str, int]:
+def byte_of() -> dict[str, int]:
     """Byte-level BPE's alphabet -> the bytes: printable Latin-1 stands for itself, the rest
     for 256 onwards in order (Ġ, U+0120, is the space)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -56,7 +56,7 @@ class ByteLevelText:
     def add(self, token: int) -> str:
         if (literal := self._literal.get(token)) is not None:
             return self._decoder.decode(literal.encode())
-        text, table = self._token(token) or "", _byte_of()
+        text, table = self._token(token) or "", byte_of()
         if all(character in table for character in text):
             return self._decoder.decode(bytes(table[character] for character in text))
         return self._decoder.decode(text.encode())

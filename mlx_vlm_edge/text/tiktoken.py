@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import files
 from ..errors import Refusing
+from .detokenizer import byte_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -69,18 +70,11 @@ def merges(ranked: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
                 yield left, right
 
 
-def alphabet() -> list[str]:
-    """The character that byte-level tokenizers write each byte as: alphabet()[32] -> "Ġ"."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    return [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
-
-
 def _built(ranked: Mapping[bytes, int], first: int, special: tuple[str, ...]) -> "Backend":
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    letters = alphabet()
+    letters = {byte: letter for letter, byte in byte_of().items()}
     words = {token: "".join(map(letters.__getitem__, token)) for token in ranked}
     vocab = {words[token]: rank for token, rank in ranked.items()}
     vocab |= {token: first + place for place, token in enumerate(special)}

@@ -100,10 +100,3 @@ def test_a_damaged_file_is_one_line(tmp_path, content):
     with pytest.raises(UsageError, match=r"qwen\.tiktoken: is damaged.*fetch it again") as caught:
         Tokenizer.from_folder(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_the_alphabet_is_the_byte_level_ones():
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    assert sorted(tiktoken.alphabet()) == sorted(ByteLevel.alphabet())
-    assert tiktoken.alphabet()[32] == "Ġ"
