@@ -34,7 +34,8 @@ def digest(pixels: Pixels, settings: str) -> bytes:
     whole = blake2b(settings.encode(), digest_size=16)
     for field in fields(pixels):
         value = getattr(pixels, field.name)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray | mx.array):
+            value = np.asarray(value)
             whole.update(f"|{field.name} {value.dtype} {value.shape}|".encode())
             whole.update(np.ascontiguousarray(value).data)
         else:

@@ -44,6 +44,11 @@ def forms() -> ModuleType:
     return cpu if on_cpu() and not _plain.get() else gpu
 
 
+def pictures_on_device() -> bool:
+    """Whether pictures are resized by `banded.py` on the device, rather than by Pillow."""
+    return forms() is gpu
+
+
 def compiled(function: Activation, state: nn.Module) -> Activation:
     """`function` as one graph for each shape, where MLX compiles; `state` has what it reads.
 

@@ -11,6 +11,7 @@ from ..checkpoint.weights import Weights
 from ..language.cache import Cache
 from ..language.decoder import LanguageModel, prefill
 from ..picture.image import Pixels
+from ..picture.resize import Levels
 from ..text.prompt import Inputs
 from ..timings import Steps, result
 
@@ -123,11 +124,13 @@ class VisionLanguageModel(nn.Module):
         yield "connector", tokens
         return tokens
 
-    def image_features(self, pictures: np.ndarray) -> mx.array:
+    def image_features(self, pictures: Levels) -> mx.array:
         """`features` of the same, by `encoder` where there is one."""
-        return (self.encoder or self.features)(pictures)
+        if self.encoder is not None:
+            return self.encoder(np.asarray(pictures))
+        return self.features(pictures)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C] by the tower."""
         raise NotImplementedError
 

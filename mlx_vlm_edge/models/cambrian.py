@@ -13,7 +13,7 @@ Source: cambrian-mllm/cambrian; arXiv 2406.16860.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,7 @@ from ..language.decoder import prefill
 from ..language.looking import LanguageModel, Views
 from ..picture.image import Pixels, fit
 from ..picture.pieces import cut_out, together
+from ..picture.resize import Picture, levels
 from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..text.prompt import Inputs
@@ -38,9 +39,6 @@ from . import llava
 from .base import VisionLanguageModel, replace_prefix
 from .cambrian_config import Config
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 BEGIN, HEADER, HEADER_END, TURN_END = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -207,7 +205,7 @@ class Processor(llava.Processor):
     def draft_side(self) -> int:
         return max(view.tower.image_size for view in self.config.views)
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [towers, H, W, 3]: the padded picture at each tower's size.
 
         Raises UsageError for an image so elongated that nothing of it is left.
@@ -215,7 +213,7 @@ class Processor(llava.Processor):
         pieces = []
         for view in self.config.views:
             side = view.tower.image_size
-            pieces.append(np.asarray(fit(image, (side, side), "pad", view.fill)))
+            pieces.append(levels(fit(image, (side, side), "pad", view.fill)))
         pixels = together(pieces, image.size)
         if not all(grid(pixels, self.config)):
             raise UsageError(

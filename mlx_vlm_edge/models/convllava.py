@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import mlx.core as mx
-import numpy as np
 
 from ..checkpoint.config import first
 from ..checkpoint.configs.defaults import LLAMA
@@ -27,6 +26,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.resize import Levels
 from ..picture.token_budget import Block
 from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.convnext import fold as fold_vision
@@ -103,7 +103,7 @@ class Model(VisionLanguageModel):
         self.mm_projector = MLP(config.vision.out_dim, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, H/64 * W/64, C]."""
         dtype = self.vision_tower.norm.weight.dtype
         features: mx.array = self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))

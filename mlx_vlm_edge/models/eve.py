@@ -11,10 +11,9 @@ Source: baaivision/EVE, EVEv1.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..checkpoint.config import first
 from ..checkpoint.weights import Weights
@@ -23,15 +22,13 @@ from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
+from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import Block
 from ..vision.eve import PatchConfig, PatchEmbedding
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from . import llava
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PARTS = ("vision_tower.", "mm_projector.", "language_model.")
 PATCH, WINDOW = 14, 2
@@ -141,7 +138,7 @@ class Model(VisionLanguageModel):
         self.mm_projector = MLP(config.vision.width, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [1, H, W, 3] -> image features [1, 1 + h * (w + 1), C]."""
         dtype = self.vision_tower.class_embedding.dtype
         return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
@@ -155,13 +152,13 @@ class Processor(llava.Processor):
     def draft_side(self) -> int:
         return self.config.image_size
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [H, W, 3]: the longer side is `image_size`, both are multiples of `step`."""
         size, step = self.config.image_size, self.config.step
         longer, shorter = max(image.size), min(image.size)
         other = -(-size * shorter // (longer * step)) * step
         target = (size, other) if image.width > image.height else (other, size)
-        return Pixels(np.asarray(fit(image, target, "stretch")), image.size)
+        return Pixels(levels(fit(image, target, "stretch")), image.size)
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         """1 + h * (w + 1): the class token, then rows that each end in a split token."""

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,7 @@ from ..language.eve2 import LanguageModel
 from ..language.llama import TextConfig
 from ..picture.image import MAX_PIXELS, Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
+from ..picture.resize import Levels, Picture, levels
 from ..text import prompt
 from ..text.prompt import Inputs
 from ..timings import Steps
@@ -33,9 +34,6 @@ from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from . import eve
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PATCH, WINDOW = 16, 2
 MOE_PART = "layernorm-self_attn-mlp"
@@ -118,7 +116,7 @@ class Model(VisionLanguageModel):
         yield "vision", tokens
         return tokens
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [1, H, W, 3] -> visual tokens [1, 1 + h * (w + 1), D]."""
         dtype = self.vision_tower.class_embedding.dtype
         return self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))[None]
@@ -143,7 +141,7 @@ class Processor(eve.Processor):
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     answer_end = "<|im_end|>"
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [H, W, 3] of about `image_size` squared pixels, sides rounded up to whole tokens.
 
         Raises UsageError for an image so elongated that this takes too much memory.
@@ -156,7 +154,7 @@ class Processor(eve.Processor):
             raise UsageError(
                 f"an image of {image.width:,} x {image.height:,} pixels is too elongated: crop it"
             )
-        return Pixels(np.asarray(fit(image, (width, height), "stretch")), image.size)
+        return Pixels(levels(fit(image, (width, height), "stretch")), image.size)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         counts = [self.visual_tokens(image) for image in pixels]

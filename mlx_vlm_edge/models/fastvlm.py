@@ -8,7 +8,7 @@ Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import Block
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
@@ -32,9 +33,6 @@ from ..vision.fastvit_fold import fold as fold_vision
 from ..vision.pixels import normalized
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
 ONLY = {  # settings of LLaVA that FastVLM has one value of
@@ -125,7 +123,7 @@ class Model(VisionLanguageModel):
         self.mm_projector = MLP(config.vision.out_dim, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, H / 64 * W / 64, C]."""
         return self.vision_tower(normalized(pictures, self.vision_tower.stem.conv.weight.dtype))
 
@@ -138,11 +136,11 @@ class Processor(prompt.Processor):
     def draft_side(self) -> int:
         return self.config.image_size
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
         side = self.config.image_size
         fitted = fit(image, (side, side), self.config.image_strategy)
-        return Pixels(np.asarray(fitted), image.size)
+        return Pixels(levels(fitted), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
         return prompt.chatml(messages, SYSTEM)

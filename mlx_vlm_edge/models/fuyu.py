@@ -11,7 +11,7 @@ Source: transformers, models/fuyu (image_processing_pil_fuyu.py, processing_fuyu
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..language.persimmon import LanguageModel, TextConfig
 from ..picture.image import Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing, refuse_max_tiles
+from ..picture.resize import Picture, levels, padded, resized
 from ..picture.tiling import fit_within
 from ..picture.token_budget import Block, bounds
 from ..text import prompt
@@ -31,9 +32,6 @@ from ..timings import Steps
 from ..vision.pixels import HALF, normalized
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SIZE = (1920, 1080)  # what larger pictures are scaled down to fit, where no file says another
 PATCH, CHANNELS = 30, 3
@@ -220,16 +218,13 @@ class Processor(prompt.Processor):
     def draft_side(self) -> int:
         return min(self.config.image_size)
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [H, W, 3], scaled down with PIL's bilinear filter, padded to whole patches."""
         from PIL.Image import Resampling
 
         size, patch = fit_within(image.size, self.config.image_size), self.config.patch_size
-        picture = np.asarray(
-            image if size == image.size else image.resize(size, Resampling.BILINEAR)
-        )
-        right, below = -size[0] % patch, -size[1] % patch
-        data = np.pad(picture, ((0, below), (0, right), (0, 0)), constant_values=PADDING)
+        picture = levels(resized(image, size, Resampling.BILINEAR))
+        data = padded(picture, -size[0] % patch, -size[1] % patch, PADDING)
         return Patches(data, image.size, self.newline_id)
 
     def render(self, messages: list[prompt.Message]) -> str:

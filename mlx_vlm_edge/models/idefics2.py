@@ -10,16 +10,16 @@ Source: transformers, models/idefics2; arXiv 2405.02246.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
 from ..checkpoint.weights import Weights
 from ..connectors.perceiver import Perceiver
 from ..language.llama import LanguageModel
 from ..picture.image import Pixels
 from ..picture.pieces import cut_out, together
+from ..picture.resize import Levels, Picture, levels
+from ..picture.resize import resized as resized_picture
 from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..timings import Steps
@@ -32,9 +32,6 @@ from .base import VisionLanguageModel, replace_prefix
 from .contract import Family
 from .idefics2_config import Config
 from .idefics3 import AROUND, IMAGE
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Size = tuple[int, int]
 PARAMETERS = {
@@ -87,7 +84,7 @@ class Model(VisionLanguageModel):
             yield "connector", tokens[-1]
         return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C]; what fills no patch is not seen."""
         vision = self.config.vision
         rows, columns = (edge // vision.patch_size for edge in pictures.shape[1:3])
@@ -135,7 +132,7 @@ class Processor(idefics3.Processor):
         edge: int = self.config.longest_edge
         return 2 * edge if self.config.strategy == "split" else edge
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [pieces, H, W, 3]: the quarters, cut before they are resized, and the whole."""
         from PIL.Image import Resampling
 
@@ -143,8 +140,9 @@ class Processor(idefics3.Processor):
         split = config.strategy == "split" and min(image.size) > 1
         parts = [image.crop(box) for box in quarters(image.size)] if split else [image]
         pieces = [
-            np.asarray(
-                part.resize(
+            levels(
+                resized_picture(
+                    part,
                     resized(part.size, config.longest_edge, config.shortest_edge),
                     Resampling.BILINEAR,
                 )

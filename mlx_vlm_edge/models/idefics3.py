@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..language.llama import LanguageModel
 from ..picture.image import Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..picture.resize import Levels, Picture
 from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
 from ..picture.token_budget import Block
 from ..picture.video import Video, number_in_words, read_video
@@ -36,9 +37,6 @@ from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, replace_prefix
 from .contract import Family
 from .idefics3_config import MARKED, Config
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 END = "<end_of_utterance>"
@@ -105,7 +103,7 @@ class Model(VisionLanguageModel):
             yield "connector", tokens[-1]
         return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
 
-    def features(self, tiles: np.ndarray) -> mx.array:
+    def features(self, tiles: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C]."""
         config = self.config.vision
         rows, columns = (edge // config.patch_size for edge in tiles.shape[1:3])
@@ -163,7 +161,7 @@ class Processor(prompt.Processor):
     def draft_side(self) -> int:
         return self.config.longest_edge
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [tiles, tile, tile, 3]."""
         config, longest = self.config, self.config.longest_edge
         if config.strategy == "stretch":

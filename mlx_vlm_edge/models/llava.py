@@ -10,7 +10,7 @@ Source: haotian-liu/LLaVA, llava/model/llava_arch.py, conversation.py (vicuna_v1
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,7 @@ from ..picture.preprocessing import (
     image_strategy,
     refuse_max_tiles,
 )
+from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import Block
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
@@ -38,9 +39,6 @@ from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
 FILL = (122, 116, 104)  # CLIP's mean in uint8
@@ -144,7 +142,7 @@ class Model(VisionLanguageModel):
     def make_connector(self, config: Config) -> nn.Module:
         return MLP(config.vision.hidden_size, config.text.hidden_size)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C]."""
         dtype = self.vision_tower.position_embedding.dtype
         features = self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))
@@ -171,11 +169,11 @@ class Processor(prompt.Processor):
     def draft_side(self) -> int:
         return self.config.vision.image_size
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
         side = self.config.vision.image_size
         fitted = fit(image, (side, side), self.config.image_strategy, FILL)
-        return Pixels(np.asarray(fitted), image.size)
+        return Pixels(levels(fitted), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
         template = self.tokenizer.chat_template

@@ -11,7 +11,7 @@ Source: LLaVA-VL/LLaVA-NeXT, llava/model/llava_arch.py, llava/mm_utils.py, llava
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,7 @@ from ..kernels import resize_bilinear
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing
+from ..picture.resize import Levels, Picture, levels
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..picture.token_budget import Block
 from ..text import prompt
@@ -32,9 +33,6 @@ from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 VISION = "vision_tower.vision_model."
 PATCHES = f"{VISION}embeddings.patch_embedding.weight"
@@ -234,7 +232,7 @@ class Model(VisionLanguageModel):
         yield "connector", tokens
         return tokens
 
-    def features(self, tiles: np.ndarray) -> mx.array:
+    def features(self, tiles: Levels) -> mx.array:
         """uint8 [tiles, side, side, 3] -> image features [tiles, N, C], a few tiles at a time."""
         dtype = self.vision_tower.position_embedding.dtype
         features: list[mx.array] = []
@@ -269,7 +267,7 @@ class Processor(prompt.Processor):
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
 
-    def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
+    def preprocessor(self, images: int) -> Callable[[Picture], Pixels]:
         """A lone image is tiled, one of several is not, as in training (unless told otherwise)."""
         strategy = self.config.image_strategy or ("anyres" if images == 1 else "pad")
         return self.preprocess if strategy == "anyres" else self.single_tile
@@ -277,17 +275,17 @@ class Processor(prompt.Processor):
     def draft_side(self) -> int:
         return max(max(size) for size in self.config.resolutions)
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [1 + tiles, side, side, 3]: the whole image, then its parts."""
         side, resolutions = self.config.vision.image_size, self.config.resolutions
         width, height = best_resolution(image.size, resolutions)
         tiles = anyres_tiles(image, side, resolutions)
         return Tiles(tiles, image.size, rows=height // side, columns=width // side)
 
-    def single_tile(self, image: "Image") -> Pixels:
+    def single_tile(self, image: Picture) -> Pixels:
         """uint8 [1, side, side, 3]: padded to a square with grey."""
         side = self.config.vision.image_size
-        return Pixels(np.asarray(fit(image, (side, side), "pad", PADDING))[None], image.size)
+        return Pixels(levels(fit(image, (side, side), "pad", PADDING))[None], image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
         return prompt.chatml(messages, SYSTEM)

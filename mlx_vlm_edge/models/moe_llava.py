@@ -11,7 +11,7 @@ Source: PKU-YuanGroup/MoE-LLaVA, moellava/model, moellava/conversation.py.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -23,15 +23,13 @@ from ..errors import UsageError
 from ..language.moe_llava import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import image_strategy
+from ..picture.resize import Levels, Picture, levels
 from ..text import prompt
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
 from ..vision.vit import ViT, ViTConfig
 from . import llava
 from .base import VisionLanguageModel, eos_ids
 from .contract import Family
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 BASES = {f"moe_llava_{base}": base for base in ("stablelm", "qwen", "phi")}
 PROJECTOR = "mlp2x_gelu"
@@ -113,7 +111,7 @@ class Model(llava.Model):
         self.mm_projector = MLP(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def features(self, pictures: np.ndarray) -> mx.array:
+    def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, N, C], the first row left out with either
         tower."""
         clip, dtype = self.config.vision.class_token, self.vision_tower.position_embedding.dtype
@@ -129,12 +127,12 @@ class Processor(llava.Processor):
     stop_tokens = ("<|endoftext|>",)
     answer_end = "<|endoftext|>"
 
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded with the tower's mean."""
         vision = self.config.vision
         fill = llava.FILL if vision.class_token else GREY
         fitted = fit(image, (vision.image_size,) * 2, self.config.image_strategy, fill)
-        return Pixels(np.asarray(fitted), image.size)
+        return Pixels(levels(fitted), image.size)
 
     def visual_tokens(self, pixels: Pixels) -> int:
         vision = self.config.vision

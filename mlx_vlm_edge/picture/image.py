@@ -1,4 +1,4 @@
-"""A picture from anywhere -> an upright RGB image -> the model's size, in uint8 throughout.
+"""A picture from anywhere -> an upright RGB image in 8 bits, on the device where that is a GPU.
 
 Pillow is imported at first use. Sizes are (width, height), arrays are (H, W, 3).
 """
@@ -8,32 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
+from ..kernels import pictures_on_device
 from ..wording import first_line
+from . import jpeg
+from .geometry import Color as Color
+from .geometry import Strategy as Strategy
 from .pdf import Page, page_image
+from .resize import DRAFTED, Levels, Picture
+from .resize import fit as fit
 from .rgb import DAMAGED, to_rgb, upright
 from .token_budget import Reduction
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image, Resampling
-
-    from .resample import Axis
-
-Strategy = Literal["pad", "center_crop", "stretch"]
-Color = tuple[int, int, int]
+    from PIL.Image import Image
 
 # Pillow's own hard limit (two times its MAX_IMAGE_PIXELS): 13,377 x 13,377, or 0.7 GB as Pillow
 # holds it, and as much again where it has to be converted to RGB or turned. Both limits are
 # checked on the header, before anything is decoded.
 MAX_PIXELS = 178_956_970
 MAX_SIDE = 1 << 20  # pixels; Pillow's table of weights for a longer side would fill the memory
-STRIP = 256  # rows resized at a time when padding
-ELONGATED = 4  # times more work than a part of the outputs costs: then it is that part alone
 SHOWN = 80  # characters of a source's name in an error
-DRAFTED = "decoded at a part of its size"  # key of a picture's info
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # What is read. Pillow knows more, such as EPS, for which it would start Ghostscript on the file's
 # program. The first are there at once, the others when Pillow imports all it has.
@@ -45,14 +42,25 @@ FORMATS = ("WEBP", "TIFF", "HEIF", "AVIF", "JPEG2000", "TGA", "ICO", "DIB", "PCX
 class Pixels:
     """One image, ready for the model.
 
-    data: uint8 [H, W, 3], or [tiles, H, W, 3] in the families that tile. size: the original
-    (width, height). reduction: how its visual tokens become fewer; None leaves all of them.
+    data: uint8 [H, W, 3], or [tiles, H, W, 3] in the families that tile, on the host or, being
+    computed perhaps, on the device. size: the original (width, height). reduction: how its visual
+    tokens become fewer; None leaves all of them.
     """
 
     kind: ClassVar[str] = "image"  # the type of its part in a chat message
-    data: "np.ndarray"
+    data: Levels
     size: tuple[int, int]
     reduction: Reduction | None = field(default=None, kw_only=True)
+
+
+def open_picture(source: Any, draft_side: int | None = None) -> Picture:
+    """`open_image`, on the device where pictures are resized there."""
+    if not pictures_on_device():
+        return open_image(source, draft_side)
+    from .device import DeviceImage
+
+    image = _open(source, draft_side, on_device=True)
+    return image if isinstance(image, DeviceImage) else DeviceImage.of(image)
 
 
 def open_image(source: Any, draft_side: int | None = None) -> "Image":
@@ -66,6 +74,12 @@ def open_image(source: Any, draft_side: int | None = None) -> "Image":
     Raises UsageError naming the source when it can't be read, isn't an image, is damaged, or has
     more than MAX_PIXELS pixels.
     """
+    image: Image = _open(source, draft_side)
+    return image
+
+
+def _open(source: Any, draft_side: int | None, on_device: bool = False) -> Any:
+    """`open_image`; on_device: a DeviceImage of what is decoded straight into one."""
     from PIL import Image
 
     page = None
@@ -79,17 +93,17 @@ def open_image(source: Any, draft_side: int | None = None) -> "Image":
         name = "the data: URI" if source[:5].lower() == "data:" else shown(source)
         content = fetch(source, name)
         if isinstance(content, bytes):
-            return _decode(content, name, draft_side, page)
+            return _decode(content, name, draft_side, page, on_device)
         source = content  # a file's path
     if isinstance(source, str | Path):
-        return _decode(_checked_path(source), shown(str(source)), draft_side, page)
+        return _decode(_checked_path(source), shown(str(source)), draft_side, page, on_device)
     if callable(getattr(source, "read", None)):
         with finding("the open file"):
             source = source.read()
         if isinstance(source, str):
             raise UsageError("the open file gives text: open pictures with mode 'rb'")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the image data", draft_side, page)
+        return _decode(bytes(source), "the image data", draft_side, page, on_device)
     if hasattr(source, "__array_interface__"):
         return _from_array(source)
     raise UsageError(
@@ -171,8 +185,8 @@ def reading(name: str) -> Iterator[None]:
 
 
 def _decode(
-    source: Path | bytes, name: str, draft_side: int | None = None, page: int | None = None
-) -> "Image":
+    source: Path | bytes, name: str, draft_side: int | None, page: int | None, on_device: bool
+) -> Picture:
     head = _head(source, name)
     if head.startswith(b"%PDF-"):
         return page_image(source, name, page)
@@ -182,11 +196,17 @@ def _decode(
         whole = image.size
         if draft_side:
             image.draft(None, (draft_side, draft_side))
-        drafted = image.size != whole
-        rgb = upright(image, release=True)
-        if drafted:
+        if image.size != whole:
+            rgb = upright(image, release=True)
             rgb.info[DRAFTED] = True
-        return rgb
+            return rgb
+        if (content := jpeg.content_of(image, source)) is None:
+            return upright(image, release=True)
+        if on_device:
+            from .device import decoded
+
+            return decoded(content, image) or upright(image, release=True)
+        return upright(image, jpeg.pillow_image(content, image), release=True)
 
 
 def check_header(source: Any) -> None:
@@ -285,112 +305,3 @@ def _from_array(source: Any) -> "Image":
         )
     check_size((array.shape[1], array.shape[0]), "the image array")
     return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
-
-
-def fit(
-    image: "Image", size: tuple[int, int], strategy: Strategy, fill: Color = (0, 0, 0)
-) -> "Image":
-    """Bring an RGB image to `size` (width, height) with Pillow's bicubic filter, as the references.
-
-    A picture read by JPEG draft, which is not theirs anyway, is resized by a cheaper filter.
-
-    pad: centred on a canvas of the target's shape filled with `fill`, then resized (LLaVA's
-    expand2square). center_crop: resized to cover the target, then cropped (CLIPImageProcessor).
-    stretch: resized without keeping the shape.
-    """
-    if strategy == "stretch":
-        return image.resize(size, _filter(image))
-    return _pad(image, size, fill) if strategy == "pad" else _center_crop(image, size)
-
-
-def _filter(image: "Image") -> "Resampling":
-    """Bicubic, or Hamming's window: nearly as sharp when it shrinks, by half as many pixels."""
-    from PIL.Image import Resampling
-
-    return Resampling.HAMMING if DRAFTED in image.info else Resampling.BICUBIC
-
-
-def _pad(image: "Image", size: tuple[int, int], fill: Color) -> "Image":
-    """Pad, then resize, without ever holding the padded canvas.
-
-    Pillow resizes rows first, then columns, rounding to uint8 in between. So the rows can be
-    padded and resized a strip at a time, and the rest of the canvas added after that.
-    """
-    from PIL import Image
-
-    kind = _filter(image)
-    (width, height), (w, h) = image.size, size
-    canvas_width, canvas_height = max(width, -(-height * w // h)), max(height, -(-width * h // w))
-    left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
-    if max(canvas_width // width, canvas_height // height) > ELONGATED:
-        return _pad_thin(image, size, fill, (canvas_width, canvas_height))
-    narrow = Image.new("RGB", (w, canvas_height), fill)
-    if canvas_width == width:
-        narrow.paste(image.resize((w, height), kind), (0, top))
-        return narrow.resize(size, kind)
-    for start in range(0, height, STRIP):
-        rows = image.crop((0, start, width, min(start + STRIP, height)))
-        padded = Image.new("RGB", (canvas_width, rows.height), fill)
-        padded.paste(rows, (left, 0))
-        narrow.paste(padded.resize((w, rows.height), kind), (0, top + start))
-    return narrow.resize(size, kind)
-
-
-def _pad_thin(
-    image: "Image", size: tuple[int, int], fill: Color, canvas: tuple[int, int]
-) -> "Image":
-    """The same for a long thin picture: only what its pixels touch is computed."""
-    import numpy as np
-    from PIL import Image
-
-    (width, height), (w, h), kind = image.size, size, _filter(image)
-    result = Image.new("RGB", size, fill)
-    if canvas[0] > width:
-        axis, lead = _axis(kind, canvas[0], w), (canvas[0] - width) // 2
-        first, last = axis.touched(lead, width)
-        columns = np.asarray(image).swapaxes(0, 1)
-        part = axis.resized(columns, lead, first, last, fill).swapaxes(0, 1)
-        result.paste(Image.fromarray(part).resize((last - first, h), kind), (first, 0))
-    else:
-        axis, lead = _axis(kind, canvas[1], h), (canvas[1] - height) // 2
-        first, last = axis.touched(lead, height)
-        rows = np.asarray(image.resize((w, height), kind))
-        result.paste(Image.fromarray(axis.resized(rows, lead, first, last, fill)), (0, first))
-    return result
-
-
-def _axis(kind: "Resampling", total: int, size: int) -> "Axis":
-    from PIL.Image import Resampling
-
-    from .resample import Axis, bicubic, hamming
-
-    kernel, reach = (hamming, 1.0) if kind == Resampling.HAMMING else (bicubic, 2.0)
-    return Axis(total, size, kernel, reach)
-
-
-def _center_crop(image: "Image", size: tuple[int, int]) -> "Image":
-    (width, height), (w, h) = image.size, size
-    wide = width * h > height * w
-    cover = (int(h * width / height), h) if wide else (w, int(w * height / width))
-    left, top = (cover[0] - w) // 2, (cover[1] - h) // 2
-    if cover[0] * cover[1] > ELONGATED * w * h:
-        return _crop_thin(image, size, cover)
-    return image.resize(cover, _filter(image)).crop((left, top, left + w, top + h))
-
-
-def _crop_thin(image: "Image", size: tuple[int, int], cover: tuple[int, int]) -> "Image":
-    """The same for a long thin picture: only what is left of it is computed."""
-    import numpy as np
-    from PIL import Image
-
-    (width, height), (w, h), kind = image.size, size, _filter(image)
-    if cover[0] > w:
-        axis, first = _axis(kind, width, cover[0]), (cover[0] - w) // 2
-        lead, end = axis.window(first)[0], axis.window(first + w - 1)[1]
-        columns = np.asarray(image.crop((lead, 0, end, height))).swapaxes(0, 1)
-        part = axis.resized(columns, lead, first, first + w, (0, 0, 0)).swapaxes(0, 1)
-        return Image.fromarray(part).resize(size, kind)
-    axis, first = _axis(kind, height, cover[1]), (cover[1] - h) // 2
-    lead, end = axis.window(first)[0], axis.window(first + h - 1)[1]
-    rows = np.asarray(image.crop((0, lead, width, end)).resize((w, end - lead), kind))
-    return Image.fromarray(axis.resized(rows, lead, first, first + h, (0, 0, 0)))

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from .image import Pixels
+from .resize import Levels, joined, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,17 +14,18 @@ class Pieces(Pixels):
     sizes: tuple[tuple[int, int], ...] = ()
 
 
-def together(pieces: Sequence[np.ndarray], size: tuple[int, int]) -> Pieces:
+def together(pieces: Sequence[Levels], size: tuple[int, int]) -> Pieces:
     """uint8 [h, w, 3] of several sizes, made of an image of `size` (width, height); zero where a
     piece is smaller than the largest."""
     sizes = tuple((piece.shape[0], piece.shape[1]) for piece in pieces)
-    data = np.zeros((len(pieces), *np.max(sizes, axis=0), 3), np.uint8)
-    for row, piece in zip(data, pieces, strict=True):
-        row[: piece.shape[0], : piece.shape[1]] = piece
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    data = joined(
+        [padded(one, width - one.shape[1], height - one.shape[0], 0)[None] for one in pieces]
+    )
     return Pieces(data, size, sizes)
 
 
-def cut_out(pixels: Pixels) -> list[np.ndarray]:
+def cut_out(pixels: Pixels) -> list[Levels]:
     """The pieces without what fills their arrays up."""
     data = pixels.data if pixels.data.ndim == 4 else pixels.data[None]
     sizes = pixels.sizes if isinstance(pixels, Pieces) else (data.shape[1:3],) * len(data)

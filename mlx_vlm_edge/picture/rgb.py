@@ -20,10 +20,20 @@ DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Typ
            AttributeError, OverflowError, RuntimeError, struct.error, zlib.error)  # fmt: skip
 
 
-def upright(image: "Image", *, release: bool = False) -> "Image":
+def orientation(image: "Image") -> int:
+    """How a picture lies, by EXIF's number; 1 is upright."""
+    try:
+        number = image.getexif().get(ORIENTATION)
+    except DAMAGED:  # damaged EXIF does not spoil the picture
+        return 1
+    return number if isinstance(number, int) and 1 <= number <= 8 else 1
+
+
+def upright(image: "Image", decoded: "Image | None" = None, *, release: bool = False) -> "Image":
     """The whole picture in RGB, turned as its EXIF orientation says.
 
-    release: let go of the picture's own pixels as soon as they are not needed.
+    decoded: its pixels, where they are here already. release: let go of the picture's own pixels
+    as soon as they are not needed.
     """
     from PIL.Image import Transpose
 
@@ -36,15 +46,13 @@ def upright(image: "Image", *, release: bool = False) -> "Image":
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    image.load()
-    rgb = to_rgb(image)
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except DAMAGED:
-        orientation = None  # damaged EXIF does not spoil the picture
+    rgb = decoded
+    if rgb is None:
+        image.load()
+        rgb = to_rgb(image)
+    turn = turns.get(orientation(image))
     if release and rgb is not image:
         image.close()
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
     return rgb if turn is None else rgb.transpose(turn)
 
 

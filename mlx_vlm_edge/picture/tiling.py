@@ -12,16 +12,12 @@ models/idefics3/image_processing_idefics3.py (its Pillow form).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
+from .geometry import Size as Size
 from .image import Pixels
+from .resize import Levels, Picture, joined, levels, padded, resized
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Size = tuple[int, int]
 MAX_EDGE = 4096  # pixels, of an image that Idefics3 cuts up
 SHRINK_ABOVE = 1.1  # of the allowed length of a side; below it, features are left as they are
 
@@ -71,7 +67,7 @@ def scaled_size(size: Size, target: Size) -> Size:
     return min(math.ceil(width * down), w), h
 
 
-def cut(pixels: np.ndarray, side: int) -> np.ndarray:
+def cut(pixels: Levels, side: int) -> Levels:
     """uint8 [rows * side, columns * side, 3] -> tiles [rows * columns, side, side, 3], row by row.
 
     A picture of 2 x 3 tiles gives (row 0, column 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2).
@@ -81,22 +77,22 @@ def cut(pixels: np.ndarray, side: int) -> np.ndarray:
     return tiles.reshape(rows * columns, side, side, 3)
 
 
-def anyres_tiles(image: "Image", side: int, candidates: Iterable[Size]) -> np.ndarray:
+def anyres_tiles(image: Picture, side: int, candidates: Iterable[Size]) -> Levels:
     """uint8 [1 + rows * columns, side, side, 3]: the whole image, then the parts of the best fit.
 
     The first tile is the image stretched to a square, as the original has it. Candidates are
     multiples of `side`.
     """
-    from PIL import Image
     from PIL.Image import Resampling
 
     target = best_resolution(image.size, candidates)
     scaled = scaled_size(image.size, target)
-    canvas = Image.new("RGB", target)
-    corner = ((target[0] - scaled[0]) // 2, (target[1] - scaled[1]) // 2)
-    canvas.paste(image.resize(scaled, Resampling.BICUBIC), corner)
-    whole = image.resize((side, side), Resampling.BICUBIC)
-    return np.concatenate([np.asarray(whole)[None], cut(np.asarray(canvas), side)])
+    left, top = (target[0] - scaled[0]) // 2, (target[1] - scaled[1]) // 2
+    right, below = target[0] - scaled[0] - left, target[1] - scaled[1] - top
+    picture = levels(resized(image, scaled, Resampling.BICUBIC))
+    canvas = padded(picture, right, below, 0, left, top)
+    whole = levels(resized(image, (side, side), Resampling.BICUBIC))
+    return joined([whole[None], cut(canvas, side)])
 
 
 def unpad(size: Size, grid: Size) -> Box:
@@ -203,7 +199,7 @@ def affordable_edge(size: Size, longest: int, tile: int, limit: int) -> int:
     return longest
 
 
-def split(image: "Image", longest: int, tile: int) -> np.ndarray:
+def split(image: Picture, longest: int, tile: int) -> Levels:
     """Tiles uint8 [rows * columns + 1, tile, tile, 3] of `split_grid`, row by row, the whole last.
 
     Lanczos on uint8, twice, as the original; the whole image is made of the second result.
@@ -211,17 +207,17 @@ def split(image: "Image", longest: int, tile: int) -> np.ndarray:
     from PIL.Image import Resampling
 
     lanczos = Resampling.LANCZOS
-    first = image.resize(longest_edge_size(image.size, longest), lanczos)
-    large = first.resize(whole_tiles_size(first.size, tile), lanczos)
-    whole = np.asarray(large.resize((tile, tile), lanczos))[None]
+    first = resized(image, longest_edge_size(image.size, longest), lanczos)
+    large = resized(first, whole_tiles_size(first.size, tile), lanczos)
+    whole = levels(resized(large, (tile, tile), lanczos))[None]
     if large.size == (tile, tile):
         return whole
-    return np.concatenate([cut(np.asarray(large), tile), whole])
+    return joined([cut(levels(large), tile), whole])
 
 
-def single(image: "Image", longest: int, tile: int) -> np.ndarray:
+def single(image: Picture, longest: int, tile: int) -> Levels:
     """The whole image as one tile, uint8 [1, tile, tile, 3], by way of its longest edge."""
     from PIL.Image import Resampling
 
-    first = image.resize(longest_edge_size(image.size, longest), Resampling.LANCZOS)
-    return np.asarray(first.resize((tile, tile), Resampling.LANCZOS))[None]
+    first = resized(image, longest_edge_size(image.size, longest), Resampling.LANCZOS)
+    return levels(resized(first, (tile, tile), Resampling.LANCZOS))[None]

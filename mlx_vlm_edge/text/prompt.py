@@ -15,8 +15,9 @@ import numpy as np
 
 from ..errors import UsageError
 from ..picture.check import refuse_remote
-from ..picture.image import Pixels, open_image
+from ..picture.image import Pixels, open_picture
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
+from ..picture.resize import Picture, begin
 from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method, planned
 from ..picture.video import Video
 from ..timings import Steps, result
@@ -28,7 +29,6 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
-    from PIL.Image import Image
 
 MARKER = "<image>"
 PLACES = unmarked([MARKER])
@@ -36,7 +36,7 @@ PLACES = unmarked([MARKER])
 CONTROL = re.compile(r"<\|[^<>|\s]+\|>|</?s>|<end_of_utterance>")
 # The longest token of the vocabularies we know, 128 spaces of Qwen2's.
 CHARACTERS_PER_TOKEN = 128
-Preprocess = Callable[["Image"], Pixels]
+Preprocess = Callable[[Picture], Pixels]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +156,11 @@ class Processor(ABC):
             )
         if self.offline:
             refuse_remote(source)
-        image = open_image(source, self.draft_side() if self.jpeg_draft else None)
+        image = open_picture(source, self.draft_side() if self.jpeg_draft else None)
         yield "image decode", image
         pixels = preprocess(image)
-        yield "preprocess", pixels
+        begin(pixels.data)
+        yield "preprocess", pixels.data
         return pixels
 
     def _text(
@@ -207,7 +208,7 @@ class Processor(ABC):
             )
         return segments
 
-    def preprocessor(self, images: int) -> Callable[["Image"], Pixels]:
+    def preprocessor(self, images: int) -> Callable[[Picture], Pixels]:
         """What prepares each of a prompt's images; `preprocess`, however many there are."""
         return self.preprocess
 
@@ -253,7 +254,7 @@ class Processor(ABC):
         )
 
     @abstractmethod
-    def preprocess(self, image: "Image") -> Pixels:
+    def preprocess(self, image: Picture) -> Pixels:
         """An upright RGB image -> what `Model.encode_image` takes."""
 
     @abstractmethod

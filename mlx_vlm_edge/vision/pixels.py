@@ -6,7 +6,8 @@ In bfloat16 1/255 is 0.39 % too large, and so would every pixel be.
 from collections.abc import Sequence
 
 import mlx.core as mx
-import numpy as np
+
+from ..picture.resize import Levels
 
 # CLIP's, SigLIP's and DINOv2's, by which pixels in 0..1 are normalised.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalized(
-    pictures: np.ndarray,
+    pictures: Levels,
     dtype: mx.Dtype,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),

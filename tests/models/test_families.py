@@ -1,10 +1,14 @@
 """What every family offers: one function says which it is, and its parts go by the same names."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_vlm_edge import kernels
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES
@@ -15,6 +19,7 @@ from mlx_vlm_edge.models.contract import Family
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.text.prompt import Processor
+from mlx_vlm_edge.timings import result
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -120,6 +125,23 @@ def test_pixels_are_rounded_once_after_they_are_scaled(name, dtype):
     got = np.sort(np.array(x.astype(mx.float32)).ravel())
     nearest = np.array(mx.array(wanted.astype(np.float32)).astype(dtype).astype(mx.float32))
     assert np.abs(got - nearest).mean() < 1e-6
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("size", [(700, 333), (90, 412)])
+def test_pixels_made_on_the_device_are_the_host_s(name, size):
+    """Every family's, in every byte, with what else it knows of a picture."""
+    plan = cost.blueprint(configs.read(FIRST[name]))
+    picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    made = []
+    for place in (nullcontext, kernels.plain):
+        with place():
+            processor = plan.processor
+            made.append(result(processor.read(picture, processor.preprocessor(1))))
+    host, there = made
+    assert isinstance(there.data, mx.array)
+    assert np.array_equal(np.array(there.data), host.data)
+    assert replace(there, data=None).__dict__ == replace(host, data=None).__dict__
 
 
 @pytest.mark.parametrize(

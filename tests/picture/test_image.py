@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.picture import fetch, image
+from mlx_vlm_edge.picture import fetch, image, resize
 from mlx_vlm_edge.picture.image import fit, open_image
 
 from ..reference import torchvision_shim
@@ -288,7 +288,7 @@ def expand2square(picture, color):
 @pytest.mark.parametrize("fill", [(0, 0, 0), CLIP_FILL])
 def test_pad_equals_padding_the_whole_canvas_first(size, fill, monkeypatch):
     picture = Image.fromarray(noise(*size))
-    monkeypatch.setattr(image, "STRIP", 50)
+    monkeypatch.setattr(resize, "STRIP", 50)
     for side in (64, 96, 336):
         reference = expand2square(picture, fill).resize((side, side), Image.Resampling.BICUBIC)
         ours = fit(picture, (side, side), "pad", fill)
