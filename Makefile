@@ -6,6 +6,7 @@
 #   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
 #   make test-kills  kill every command at every operation on files (ARGS="convert pull")
+#   make docs   build the site of the documents in build/site, strictly
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
 
@@ -22,7 +23,7 @@ IMAGE ?= examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
+.PHONY: docs demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
@@ -60,6 +61,9 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/tools/code_figures.py --limits $(CODE)
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f docs/site/mkdocs.yml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format

@@ -1,5 +1,6 @@
 """What the documents tell a reader to type: it parses, it runs, and its links lead somewhere."""
 
+import argparse
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mlx_vlm_edge.cli import Parser
+from mlx_vlm_edge.cli import VERBS, Parser
 
 from .demo import KNOWN, ROOT
 
@@ -25,6 +26,7 @@ DOCUMENTS = [
       for path in sorted((ROOT / folder).rglob("*.md"))),
 ]  # fmt: skip
 WORKFLOW = ROOT / ".github" / "workflows" / "macos.yml"
+TROUBLES = ROOT / "docs" / "troubleshooting.md"
 PICTURES = ("photo.jpg", "before.jpg", "after.jpg")
 
 
@@ -173,13 +175,50 @@ def test_the_demo_s_figures_are_the_recorded_ones(monkeypatch):
         assert record.put(path.read_text(), figures) == path.read_text(), path
 
 
-def test_the_python_of_the_readme_runs(native_folder, pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/python.md"])
+def test_the_python_of_a_document_runs(native_folder, pictures, monkeypatch, capsys, name):
     """With the tiny model and small pictures in the place of the real ones."""
     monkeypatch.chdir(pictures)
-    code = "\n".join(blocks(ROOT / "README.md", "python"))
-    assert '"fastvlm-0.5b"' in code
-    exec(code.replace('"fastvlm-0.5b"', repr(str(native_folder))), {})
+    code = "\n".join(blocks(ROOT / name, "python"))
+    assert re.search(r'load\("(fastvlm-0.5b|demo)"\)', code)
+    exec(re.sub(r'"(fastvlm-0.5b|demo)"', repr(str(native_folder)), code), {})
     assert capsys.readouterr().out
+
+
+def test_the_errors_that_troubleshooting_explains_are_said():
+    """Each phrase of its first column stands in the sources, but for pip's own."""
+    rows = re.findall(r"^\| `(.*?)` \|", TROUBLES.read_text(), re.MULTILINE)
+    rows += [part for row in re.findall(r"^\| (`.*?) \|", TROUBLES.read_text(), re.MULTILINE)
+             for part in re.findall(r"`(.*?)`", row)]  # fmt: skip
+    phrases = {part.strip(" :") for row in rows for part in row.split("...") if "`" not in part}
+    phrases -= {"", "externally-managed-environment"}
+    folders = ("mlx_vlm_edge", "convert/mlx_vlm_edge_convert")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    # A message may be broken over lines of source.
+    sources = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
+    assert len(phrases) > 10
+    assert [phrase for phrase in phrases if phrase not in sources] == []
+
+
+def test_the_site_s_reference_has_every_verb_and_flag(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    import hooks
+
+    text = hooks.command_line()
+    for verb in VERBS:
+        parser = Parser(prog=verb)
+        import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
+        assert f"## {verb}" in text
+        for action in parser._actions:
+            if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
+                assert all(f"`{flag}`" in text for flag in action.option_strings)
+
+
+def test_every_page_that_the_site_takes_from_elsewhere_is_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    import hooks
+
+    assert [name for name in hooks.DOCUMENTS.values() if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize(
