@@ -389,6 +389,12 @@ def test_towers_that_no_model_has_are_counted_as_published():
     assert claim_counts.macs(huge) / 1e9 == pytest.approx(791.86, rel=1e-3)
     assert claim_counts.parameters(huge) == pytest.approx(843.4e6, rel=1e-3)
     assert claim_counts.tokens(huge) == 256
+    paper, released = (
+        sum(claim_counts.macs(Part("vision", f"tower:{name}", side)) for name, side in towers)
+        for towers in ([("dinov2-l-518", 518)], [("dinov2-g-378", 378)])
+    )
+    assert paper / 1e9 == pytest.approx(506.8, rel=0.01)
+    assert released > paper
     with pytest.raises(UsageError, match="no tower is called 'other'"):
         claim_counts.tokens(Part("vision", "tower:other", 320))
     with pytest.raises(UsageError, match="needs a resolution"):
