@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv; only python3 >= 3.11 and make must be there.
-#   make demo   ask the bundled model about a picture
+#   make demo   ask the bundled model about two pictures
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
 #   make test-coreml test-swift test-server test-page
 #   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
@@ -19,14 +19,16 @@ COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchm
 	tests/interruption/test_export.py
 SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py
 PAGE := tests/server/test_page.py
-IMAGE ?= examples/images/shapes.png
+IMAGE ?= examples/images/hello.png examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
 .PHONY: docs demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/mlx-vlm-edge generate --model demo --image $(IMAGE) --prompt "$(QUESTION)"
+	@for image in $(IMAGE); do \
+		$(BIN)/mlx-vlm-edge generate --model demo --image $$image --prompt "$(QUESTION)" || exit; \
+	done
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(COREML) $(SWIFT) tests/server) $(ARGS)

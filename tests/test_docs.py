@@ -170,7 +170,7 @@ def test_the_demo_s_figures_are_the_recorded_ones(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo_model"))
     import record
 
-    figures = record.table(json.loads(record.EVALUATION.read_text()))
+    figures = record.figures(json.loads(record.EVALUATION.read_text()))
     for path in record.READMES:
         assert record.put(path.read_text(), figures) == path.read_text(), path
 

@@ -127,7 +127,7 @@ class DemoModel(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight)
 
     def merge(self, visual: Tensor, ids: Tensor, start: int) -> Tensor:
-        """Embeddings of ids[B, L] with the visual tokens in place of ids[:, start : start + 4]."""
+        """Embeddings of ids[B, L]; visual[B, V, hidden] in place of ids[:, start : start + V]."""
         text = self.model.embed_tokens(ids)
         return torch.cat([text[:, :start], visual, text[:, start + visual.shape[1] :]], 1)
 

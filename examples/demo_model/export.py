@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from decoder import DemoModel
-from draw import draw, scene
-from language import VISUAL
 from network import Shape
 from PIL import Image
+from plain import draw, scene
 from prompts import Prompter, save_tokenizer
+from settle import VISUAL
 from vision import pixels_of, to_float
 
 

@@ -1,4 +1,4 @@
-"""Stages 2, 3 and 5: questions and answers about drawn scenes, packed several to a picture.
+"""Stage 3: questions and answers about drawn scenes, packed several to a picture.
 
 A row holds the prompt up to the image, the visual tokens, and then one branch per question; a
 branch sees the shared beginning and itself, at the positions it would have alone.
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from decoder import DemoModel
-from draw import KINDS, draw, reading_scene, scene
+from draw import KINDS, asked_scene, scene
 from prompts import Prompter
 from questions import answers, pairs, phrase
+from render import draw
+from settle import VISUAL
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from vision import DRAWN_AT, cells, facts, pixels_of, to_float
+from vision import cells, drawn_at, facts, pixels_of, to_float, yielding
 
-VISUAL = 4
 Sample = dict[str, np.ndarray]
 
 
@@ -34,21 +35,20 @@ class Questions(IterableDataset[Sample]):
         index, before = self.start, self.prompter.before
         while True:
             seed = f"{self.stage}-{index}"
-            one = reading_scene(seed) if self.stage == "polish" else scene(seed)
+            one = asked_scene(seed)
             rng = Random(f"{seed}-questions")
             ids, branch = before + [0] * VISUAL, [0] * (len(before) + VISUAL)
             positions, targets = list(range(len(ids))), [-100] * len(ids)
             shared = len(ids)
             for number, (question, answer) in enumerate(pairs(one, rng, self.count), 1):
                 ask = self.prompter.after(question)
-                say = [*self.prompter.ids(answer), self.prompter.end]
+                say = self.prompter.spelled(answer, one.text)
                 ids += ask + say[:-1]
                 branch += [number] * (len(ask) + len(say) - 1)
                 positions += range(shared, shared + len(ask) + len(say) - 1)
                 targets += [-100] * (len(ask) - 1) + say
-            image = draw(one, DRAWN_AT[index % len(DRAWN_AT)])
             yield {
-                "pixels": pixels_of(image),
+                "pixels": pixels_of(draw(one, drawn_at(seed))),
                 "tokens": np.array([ids, branch, positions, targets], np.int64),
                 "cells": cells(one),
                 "facts": facts(one),
@@ -73,7 +73,10 @@ def question_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of `size` pictures with `count` questions each, drawn by a background process."""
     data = Questions(prompter, stage, start, count)
-    return iter(DataLoader(data, size, num_workers=1, prefetch_factor=4, collate_fn=collate))
+    loader = DataLoader(
+        data, size, num_workers=1, prefetch_factor=4, collate_fn=collate, worker_init_fn=yielding
+    )
+    return iter(loader)
 
 
 def answer_loss(
@@ -93,13 +96,6 @@ def answer_loss(
     return loss, (logits.argmax(1) == targets[asked]).float().mean()
 
 
-def ask(model: DemoModel, prompter: Prompter, pixels: Tensor, question: str, most: int = 40) -> str:
-    """The greedy answer to a question about uint8 pixels[128, 128, 3]."""
-    with torch.no_grad():
-        visual = model.connect(model.tower(to_float(pixels[None]))[0])
-    return say(model, prompter, visual, question, most)
-
-
 def say(model: DemoModel, prompter: Prompter, visual: Tensor, question: str, most: int = 40) -> str:
     before = prompter.before
     ids = torch.tensor([before + [0] * VISUAL + prompter.after(question)])
@@ -112,13 +108,17 @@ def exact_match(model: DemoModel, prompter: Prompter, scenes: int) -> dict[str, 
     model.eval()
     right: dict[str, list[bool]] = {}
     for index in range(scenes):
-        one = scene(f"held-out-{index}", KINDS[index % len(KINDS)])
-        rng = Random(f"held-out-{index}-questions")
+        seed, kind = f"held-out-{index}", KINDS[index % len(KINDS)]
+        one = asked_scene(seed) if index % 2 else scene(seed, kind)
+        rng = Random(f"{seed}-questions")
         with torch.no_grad():
-            pixels = torch.from_numpy(pixels_of(draw(one, 256)))[None]
+            pixels = torch.from_numpy(pixels_of(draw(one, drawn_at(seed))))[None]
             visual = model.connect(model.tower(to_float(pixels))[0])
-        for category, answer in answers(one).items():
-            said = say(model, prompter, visual, phrase(category, one, rng))
+        for category in answers(one):
+            question, answer = phrase(category, one, rng)
             name = "no text" if category == "read" and not one.text else category
-            right.setdefault(name, []).append(said == answer)
-    return {name: sum(hits) / len(hits) for name, hits in right.items()}
+            if category == "read" and one.text:
+                name = "read short" if len(one.text) < 7 else "read long"
+            name = "decline" if one.kind == "unknown" else name
+            right.setdefault(name, []).append(say(model, prompter, visual, question) == answer)
+    return {name: sum(hits) / len(hits) for name, hits in sorted(right.items())}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from changes import ASKED, pair
 from draw import KINDS, scene
 from questions import answers, phrase
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPLIT = r"[A-Z0-9]| ?[^\sA-Z0-9\p{P}\p{S}]+| ?[\p{P}\p{S}]+|\s+"
 BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER = "\n{question}<|im_end|>\n<|im_start|>assistant\n"
+AGAIN = "\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"  # after an answer
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -35,9 +37,11 @@ def corpus(scenes: int) -> list[str]:
     rng, lines = Random("tokenizer"), []
     for index in range(scenes):
         one = scene(f"tokenizer-{index}", KINDS[index % len(KINDS)])
-        for category, answer in answers(one).items():
-            lines += [phrase(category, one, rng), answer]
+        for category in answers(one):
+            lines += [*phrase(category, one, rng)]
         lines += ["system\n", "You are a helpful assistant.", "user\n", "assistant\n"]
+        if index % 4 == 0:
+            lines += [rng.choice(ASKED), pair(f"tokenizer-{index}")[2]]
     return lines
 
 
@@ -79,6 +83,15 @@ class Prompter:
 
     def after(self, question: str) -> list[int]:
         return self.ids(AFTER.format(question=question))
+
+    def again(self, question: str) -> list[int]:
+        return self.ids(AGAIN.format(question=question))
+
+    def spelled(self, answer: str, text: str) -> list[int]:
+        """An answer's ids and the end's; the printed text in it is a token for each character."""
+        before, printed, rest = answer.partition(text) if text else (answer, "", "")
+        characters = [i for char in printed for i in self.ids(char)]
+        return [*self.ids(before), *characters, *self.ids(rest), self.end]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

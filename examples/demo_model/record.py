@@ -130,6 +130,23 @@ def table(evaluation: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def others_table(evaluation: dict[str, Any]) -> str:
+    """The shares of right answers about what other programs draw, beside the targets."""
+    from evaluate import DECLINED, target
+
+    lines = ["| drawn by others, never trained on | right | target |", "| --- | --- | --- |"]
+    for group, row in evaluation["others"].items():
+        sign = "at most " if group == DECLINED else ""
+        share = percent(row["right"], row["of"])
+        lines.append(f"| {group} | {share} of {row['of']} | {sign}{target(group):.0%} |")
+    return "\n".join(lines).replace("%", " %").replace("  %", " %")
+
+
+def figures(evaluation: dict[str, Any]) -> str:
+    """What stands between the marks of the READMEs."""
+    return f"{table(evaluation)}\n\n{others_table(evaluation)}"
+
+
 def put(readme: str, text: str) -> str:
     """The README with `text` between its two marks."""
     before, _, rest = readme.partition(BEGIN)
@@ -145,9 +162,9 @@ def main() -> int:
     rows = known()
     ANSWERS.write_text(json.dumps(rows, indent=1) + "\n")
     ship(rows)
-    figures = table(json.loads(EVALUATION.read_text()))
+    text = figures(json.loads(EVALUATION.read_text()))
     for readme in READMES:
-        readme.write_text(put(readme.read_text(), figures))
+        readme.write_text(put(readme.read_text(), text))
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from draw import COLOURS, Scene, draw, position_scene, shapes_scene, text_scene
+from plain import COLOURS, Scene, draw, position_scene, shapes_scene, text_scene
 
 
 def paint(scene: Scene, colour: str, background: str) -> Scene:

@@ -7,60 +7,91 @@ them can read the same facts), and dense heads on the stride-16 map: which mark 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from draw import ALPHABET, COLOURS, MAX_COUNT, MAX_TEXT, PLACES, SHAPES, Scene, draw, scene
+from colours import COLOURS
+from draw import MAX_COUNT, PLACES, SHAPES, Scene, scene
 from network import Shape, VisionTower
 from PIL import Image
+from render import draw, padded
+from texts import ALPHABET, MAX_SLOTS, MAX_TEXT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 SIDE = 128
 CELLS = 16
-DRAWN_AT = (192, 256, 320)
+SMALLEST, LARGEST = 72, 360  # pixels of the longer side that pictures are drawn at
 LABELS = {label: i + 1 for i, label in enumerate((*ALPHABET, *SHAPES))}
 HEADS = {
-    "background": len(COLOURS), "colour": len(COLOURS), "shape": len(SHAPES) + 1,
+    "background": len(COLOURS), "colour": len(COLOURS), "shape": len(SHAPES) + 2,
     "count": MAX_COUNT + 1, "place": len(PLACES),
 }  # fmt: skip
+TEXT, UNKNOWN = len(SHAPES), len(SHAPES) + 1  # of the shape head
+CHARACTERS = " " + ALPHABET  # of a slot of the text head, after 0: none
+SHORT_TEXT = 4  # characters at most, for this many pictures; then one more for each so many
+SHORT_PICTURES = 90_000
+LENGTHEN_EVERY = 20_000
+NEVER = -100  # a class that is not asked
 Sample = dict[str, np.ndarray]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8[128, 128, 3] of a square picture, resized as the runtime does."""
-    return np.array(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.uint8)
+    """uint8[128, 128, 3] of a picture, padded and resized as the runtime does."""
+    square = padded(image)
+    return np.array(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.uint8)
+
+
+def drawn_at(seed: int | str) -> int:
+    """The longer side of the picture of a seed, in pixels."""
+    return Random(f"{seed}-size").randint(SMALLEST, LARGEST)
 
 
 def cells(scene: Scene) -> np.ndarray:
     """int64[2, 16, 16]: label of the mark over each cell (0: none), and its number in the text."""
     grid = np.zeros((2, CELLS, CELLS), np.int64)
-    for number, mark in enumerate(scene.marks):
-        left, top, right, bottom = (v * CELLS - 0.5 for v in mark.box)
+    x_pad, y_pad = (1 - scene.width) / 2, (1 - scene.height) / 2
+    for mark in scene.marks:
+        left, top, right, bottom = mark.box
+        left, right = (left + x_pad) * CELLS - 0.5, (right + x_pad) * CELLS - 0.5
+        top, bottom = (top + y_pad) * CELLS - 0.5, (bottom + y_pad) * CELLS - 0.5
         x0, x1 = np.ceil(left), np.floor(right)
         if x1 < x0:
             x0 = x1 = np.round((left + right) / 2)
         y0, y1 = np.ceil(top), np.floor(bottom)
+        if y1 < y0:
+            y0 = y1 = np.round((top + bottom) / 2)
         x0, x1, y0, y1 = (int(min(CELLS - 1, max(0, v))) for v in (x0, x1, y0, y1))
         grid[0, y0 : y1 + 1, x0 : x1 + 1] = LABELS[mark.label]
-        grid[1, y0 : y1 + 1, x0 : x1 + 1] = number + 1 if scene.text else 0
+        grid[1, y0 : y1 + 1, x0 : x1 + 1] = mark.number
     return grid
 
 
 def facts(scene: Scene) -> np.ndarray:
-    """int64[5 + 6]: the classes of HEADS, then the characters (0: none); -100: not asked."""
+    """int64[5 + 14]: the classes of HEADS, then the characters (0: none); -100: not asked."""
     colours = list(COLOURS)
-    text = [ALPHABET.index(c) + 1 for c in scene.text]
+    shape = {"unknown": UNKNOWN, "text": TEXT, "page": NEVER}.get(scene.kind, NEVER)
+    text = [CHARACTERS.index(c) + 1 for c in scene.text]
     return np.array([
-        colours.index(scene.background),
-        colours.index(scene.colour),
-        SHAPES.index(scene.shape) if scene.shape else len(SHAPES),
-        scene.count,
-        PLACES.index(scene.place) if scene.place else -100,
-        *text, *[0] * (MAX_TEXT - len(text)),
+        colours.index(scene.background) if scene.background else NEVER,
+        colours.index(scene.colour) if scene.colour else NEVER,
+        SHAPES.index(scene.shape) if scene.shape else shape,
+        scene.count if scene.kind != "page" else NEVER,
+        PLACES.index(scene.place) if scene.place else NEVER,
+        *text, *[0] * (MAX_SLOTS - len(text)),
     ], np.int64)  # fmt: skip
+
+
+def longest(index: int) -> int:
+    """How many characters picture number `index` of the training may have.
+
+    The first characters of a text are learned first; longer texts come by and by.
+    """
+    return min(MAX_TEXT, SHORT_TEXT + max(0, index - SHORT_PICTURES) // LENGTHEN_EVERY)
 
 
 class Pictures(IterableDataset[Sample]):
@@ -73,15 +104,22 @@ class Pictures(IterableDataset[Sample]):
         index = self.start
         while True:
             seed = f"{self.name}-{index}"
-            one = scene(seed)
-            image = draw(one, DRAWN_AT[index % len(DRAWN_AT)])
-            yield {"pixels": pixels_of(image), "cells": cells(one), "facts": facts(one)}
+            one = scene(seed, most=longest(index) if self.name == "train" else MAX_TEXT)
+            pixels = pixels_of(draw(one, drawn_at(seed)))
+            yield {"pixels": pixels, "cells": cells(one), "facts": facts(one)}
             index += 1
+
+
+def yielding(worker: int) -> None:
+    """A drawing process lets the training go first."""
+    os.nice(5)
 
 
 def batches(name: str, start: int, size: int) -> Iterator[dict[str, Tensor]]:
     """Batches drawn by one background process."""
-    loader = DataLoader(Pictures(name, start), size, num_workers=1, prefetch_factor=8)
+    loader = DataLoader(
+        Pictures(name, start), size, num_workers=1, prefetch_factor=12, worker_init_fn=yielding
+    )
     return iter(loader)
 
 
@@ -96,12 +134,12 @@ class Heads(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attributes = nn.Linear(shape.vision_dim, sum(HEADS.values()))
-        self.text = nn.Linear(shape.vision_dim, MAX_TEXT * (len(ALPHABET) + 1))
-        self.cells = nn.Linear(shape.dims[2], 4 * (len(LABELS) + 1 + MAX_TEXT + 1))
+        self.text = nn.Linear(shape.vision_dim, MAX_SLOTS * (len(CHARACTERS) + 1))
+        self.cells = nn.Linear(shape.dims[2], 4 * (len(LABELS) + 1 + MAX_SLOTS + 1))
 
     def forward(self, features: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = features.mean((2, 3))
-        text = self.text(mean).view(len(mean), MAX_TEXT, -1)
+        text = self.text(mean).view(len(mean), MAX_SLOTS, -1)
         dense = self.cells(middle.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.attributes(mean), text, F.pixel_shuffle(dense, 2)
 
@@ -124,10 +162,14 @@ def losses(
         name: F.cross_entropy(logits, batch["facts"][:, i], label_smoothing=0.02)
         for i, (name, logits) in enumerate(zip(HEADS, split, strict=True))
     }
-    printed = batch["facts"][:, 2] == len(SHAPES)
-    parts["text"] = MAX_TEXT * F.cross_entropy(
-        text[printed].flatten(0, 1), batch["facts"][printed, 5:].flatten(), label_smoothing=0.02
-    )
+    printed = batch["facts"][:, 2] == TEXT
+    slots = batch["facts"][printed, 5:]
+    each = F.cross_entropy(
+        text[printed].flatten(0, 1), slots.flatten(), reduction="none", label_smoothing=0.02
+    ).view(slots.shape)
+    asked = torch.cat([torch.ones_like(slots[:, :1]), (slots > 0).long()[:, :-1]], 1)  # and the end
+    weight = torch.where(asked > 0, 1.0, 0.1)
+    parts["text"] = 6 * (each * weight).sum() / weight.sum()
     parts["cells"] = balanced(dense[:, : len(LABELS) + 1], batch["cells"][:, 0])
     parts["order"] = balanced(dense[printed, len(LABELS) + 1 :], batch["cells"][printed, 1])
     return parts
@@ -146,12 +188,15 @@ def accuracy(
         for i, (name, logits) in enumerate(zip(HEADS, split, strict=True)):
             target = batch["facts"][:, i]
             right.setdefault(name, []).append((logits.argmax(1) == target)[target >= 0])
-        hit = text.argmax(2) == batch["facts"][:, 5:]
-        printed = batch["facts"][:, 2] == len(SHAPES)
-        right.setdefault("text", []).append(hit[printed].all(1))
-        right.setdefault("chars", []).append(hit[printed & (batch["facts"][:, 5] > 0)].flatten())
+        printed = batch["facts"][:, 2] == TEXT
+        slots = batch["facts"][printed, 5:]
+        hit = text[printed].argmax(2) == slots
+        short = (slots > 0).sum(1) <= 6
+        right.setdefault("short", []).append(hit[short].all(1))
+        right.setdefault("long", []).append(hit[~short].all(1))
+        right.setdefault("chars", []).append(hit[slots > 0])
         covered = batch["cells"] > 0
-        split_dense = dense.split([len(LABELS) + 1, MAX_TEXT + 1], 1)
+        split_dense = dense.split([len(LABELS) + 1, MAX_SLOTS + 1], 1)
         for i, (name, logits) in enumerate(zip(("cells", "order"), split_dense, strict=True)):
             same = logits.argmax(1) == batch["cells"][:, i]
             right.setdefault(name, []).append(same[covered[:, i]])

@@ -1,0 +1,92 @@
+"""One stage of training: optimiser, averaged weights, and a checkpoint file to go on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine down to 2 %."""
+    warmup = min(300, steps // 12)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
+
+
+def groups(module: nn.Module, peak: float, decay: float) -> list[dict[str, object]]:
+    """Parameter groups: matrices and kernels decay; norms, biases and layer scales do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.squeeze().ndim > 1], "peak": peak,
+         "weight_decay": decay},
+        {"params": [p for p in trained if p.squeeze().ndim <= 1], "peak": peak,
+         "weight_decay": 0.0},
+    ]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One stage: its modules, optimiser, averaged weights, step, and their checkpoint file."""
+
+    path: Path
+    module: nn.ModuleDict
+    tuner: torch.optim.Optimizer
+    steps: int
+    decay: float = 0.998
+    step: int = 0
+    average: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
+    started: tuple[float, int] = (0.0, 0)
+
+    def __post_init__(self) -> None:
+        self.average = {k: v.clone() for k, v in self.module.state_dict().items()}
+        if self.path.exists():
+            saved = torch.load(self.path)
+            self.module.load_state_dict(saved["model"])
+            self.tuner.load_state_dict(saved["tuner"])
+            self.average, self.step = saved["average"], saved["step"]
+        self.started = time.time(), self.step
+
+    def save(self) -> None:
+        """Write under a temporary name, then rename."""
+        part = self.path.with_suffix(".part")
+        state = {"model": self.module.state_dict(), "tuner": self.tuner.state_dict()}
+        torch.save(state | {"average": self.average, "step": self.step}, part)
+        part.rename(self.path)
+
+    def update(self, loss: Tensor, parts: dict[str, float]) -> None:
+        """One step of the optimiser and of the averaged weights."""
+        for group in self.tuner.param_groups:
+            group["lr"] = group["peak"] * rate(self.step, self.steps)
+        self.tuner.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
+        self.tuner.step()
+        self.step += 1
+        decay = min(self.decay, self.step / (self.step + 9))
+        with torch.no_grad():
+            for key, value in self.module.state_dict().items():
+                if value.is_floating_point():
+                    self.average[key].lerp_(value, 1 - decay)
+                else:
+                    self.average[key].copy_(value)
+        for name, part in parts.items():
+            self.means[name] = 0.95 * self.means.get(name, part) + 0.05 * part
+        if self.step % 50 == 0:
+            pace = (time.time() - self.started[0]) / (self.step - self.started[1])
+            figures = " ".join(f"{k} {v:.3f}" for k, v in self.means.items())
+            print(f"{self.path.stem} {self.step} {pace:.2f} s/step | {figures}", flush=True)
+
+    def averaged(self, name: str, target: nn.Module) -> nn.Module:
+        """`target` filled with the averaged weights of the module `name`."""
+        start = len(name) + 1
+        state = {k[start:]: v for k, v in self.average.items() if k.startswith(f"{name}.")}
+        target.load_state_dict(state)
+        return target
