@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..kernels import cpu, forms
 
 CHOICES = 2  # experts of a token
+MAX_EXPERTS = 1000
 SORTED = 64  # rows from which on MLX's kernel gains from having each expert's together
 _ONLY = {"top_k_experts": CHOICES, "use_residual": False, "moe_enable": True}
 
@@ -38,6 +39,10 @@ class MixtureConfig:
         check(self)
         if any(0 < count < CHOICES for count in self.experts) or self.eval_capacity_factor <= 0:
             raise UsageError("config.json: moe: a gate that chooses two experts has two or more")
+        if max(self.experts, default=0) > MAX_EXPERTS:
+            raise UsageError(
+                f"config.json: moe: {max(self.experts):,} experts are more than any has"
+            )
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any], layers: int) -> "MixtureConfig":

@@ -22,14 +22,15 @@ TEXTS = (
 
 
 def prepare_tokenizers(folder: Path) -> Attempt:
-    sources = [GOLDEN / "eve_tiny", GOLDEN / "mobilevlm_v1"]
+    sources = [GOLDEN / name for name in ("eve_tiny", "mobilevlm_v1", "moe_llava_phi", "tiktoken")]
 
     def attempt(rng: random.Random) -> None:
         for path in folder.iterdir():
             path.unlink()
         source = rng.choice(sources)
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                     "special_tokens_map.json"):  # fmt: skip
+                     "special_tokens_map.json", "vocab.json", "merges.txt",
+                     rng.choice(["qwen.tiktoken", "arcade100k.tiktoken"])):  # fmt: skip
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
         if rng.random() < 0.3:

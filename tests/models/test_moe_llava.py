@@ -284,6 +284,7 @@ def test_verify_sees_a_wrong_gate_and_a_wrong_expert(models):
         ("stablelm", {"moe_layers_idx": [0, 9]}, r"layers \[0, 9\] of 4"),
         ("stablelm", {"num_experts": [4, 4, 4]}, r"experts \[4, 4, 4\]"),
         ("stablelm", {"num_experts": [1, 4]}, "two or more"),
+        ("stablelm", {"num_experts": [4, 10**9]}, "1,000,000,000 experts are more"),
         ("stablelm", {"eval_capacity_factor": "2"}, "eval_capacity_factor cannot be '2'"),
         ("stablelm", {"moe": {}}, "lacks 'moe_layers_idx'"),
         ("stablelm", {"hidden_act": "relu"}, "hidden_act 'relu'"),
