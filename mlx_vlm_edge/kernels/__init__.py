@@ -9,6 +9,7 @@ in memory.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from types import ModuleType
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from .dense import by_output as by_output
 from .gpu import Activation as Activation
 from .gpu import Mask as Mask
 
+LINES = 64  # lengths of a bilinear resize whose tables are remembered
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 
@@ -151,8 +153,10 @@ def resize_bilinear(x: mx.array, height: int, width: int) -> mx.array:
     return mixed.astype(x.dtype)
 
 
+@lru_cache(LINES)
 def _neighbours(size: int, out: int) -> tuple[mx.array, mx.array, mx.array]:
-    """For each of `out` samples of a line of `size`: the one before, the one after, its weight.
+    """For each of `out` samples of a line of `size`: the one before, the one after, its weight;
+    made once for each shape.
 
     _neighbours(4, 2) -> [0, 2], [1, 3], [0.5, 0.5]: samples lie at (i + 0.5) * 4 / 2 - 0.5.
     """

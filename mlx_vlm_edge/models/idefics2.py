@@ -24,7 +24,7 @@ from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..timings import Steps
 from ..vision.pixels import HALF, normalized
-from ..vision.positions import position_ids
+from ..vision.positions import positions as grid_positions
 from ..vision.vit import ViT
 from ..vision.vit import fold as fold_vision
 from . import idefics3
@@ -88,7 +88,7 @@ class Model(VisionLanguageModel):
         """uint8 [B, H, W, 3] -> image features [B, N, C]; what fills no patch is not seen."""
         vision = self.config.vision
         rows, columns = (edge // vision.patch_size for edge in pictures.shape[1:3])
-        positions = mx.array(position_ids(rows, columns, vision.grid))[None]
+        positions = grid_positions(rows, columns, vision.grid)
         dtype = self.vision_model.position_embedding.dtype
         features: mx.array = self.vision_model(normalized(pictures, dtype, HALF, HALF), positions)
         return features

@@ -31,7 +31,7 @@ from ..text import prompt
 from ..text.tokenizer import Tokenizer
 from ..timings import Steps
 from ..vision.pixels import normalized
-from ..vision.positions import position_ids
+from ..vision.positions import positions as grid_positions
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, replace_prefix
@@ -109,7 +109,7 @@ class Model(VisionLanguageModel):
         rows, columns = (edge // config.patch_size for edge in tiles.shape[1:3])
         positions = None
         if (rows, columns) != (config.grid, config.grid):
-            positions = mx.array(position_ids(rows, columns, config.grid))[None]
+            positions = grid_positions(rows, columns, config.grid)
         dtype = self.vision_model.position_embedding.dtype
         x = normalized(tiles, dtype, self.config.mean, self.config.std)
         return self.vision_model(x, positions)

@@ -3,7 +3,18 @@
 SigLIP's table is for one size; Idefics3 stretches it over whatever size its tiles have.
 """
 
+from functools import lru_cache
+
+import mlx.core as mx
 import numpy as np
+
+SHAPES = 64  # of grids whose tables are remembered
+
+
+@lru_cache(SHAPES)
+def positions(rows: int, columns: int, side: int) -> mx.array:
+    """`position_ids` as a tower takes them, int[1, rows * columns]; made once for each shape."""
+    return mx.array(position_ids(rows, columns, side)[None])
 
 
 def position_ids(rows: int, columns: int, side: int) -> np.ndarray:

@@ -207,3 +207,32 @@ def test_another_back_end_stands_in_for_the_tower():
     model.encoder = None
     with pytest.raises(UsageError, match="multiples of 64"):
         model.image_features(pictures)
+
+
+EXPERTS = {"moe_llava": 4}  # between which a gate chooses in float32, as the original's
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_no_product_of_a_bfloat16_model_is_in_float32(name, monkeypatch):
+    """A GPU's matrix units take bfloat16; float32 takes them twice as long, or as TF32.
+
+    The forms for GPUs, each product asked what it was called with, down to the first token.
+    """
+    products = {}
+    for product in ("matmul", "gathered", "convolution", "scaled_attention"):
+
+        def note(self, out, x, *rest, product=product, **named):
+            if out.shape[-1] != experts:
+                products.setdefault(product, set()).update({out.dtype, x.dtype, rest[0].dtype})
+
+        monkeypatch.setattr(Counter, product, note)
+    plan = cost.blueprint(configs.read(FIRST[name]), dtype="bfloat16", fused=True)
+    experts = EXPERTS.get(name)
+    inputs = cost.question(plan, (640, 480))
+    with counting():
+        tokens = result(plan.model.encode(inputs.pixels))
+        plan.model.prefill(replace(inputs, tokens=tokens), plan.model.make_cache(), 2048)
+    assert {product: kinds - {mx.bfloat16} for product, kinds in products.items()} == {
+        product: set() for product in products
+    }
+    assert {"matmul", "scaled_attention"} <= set(products)

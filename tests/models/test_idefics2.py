@@ -271,11 +271,11 @@ def widened(folder):
 def _late(rows, columns, side):
     """Every patch but the first takes the position before its own, as transformers 4.55 did."""
     down, across = (np.maximum(np.arange(n) * side // n - 1, 0) for n in (rows, columns))
-    return (down[:, None] * side + across).reshape(-1)
+    return mx.array((down[:, None] * side + across).reshape(1, -1))
 
 
 def _unstretched(rows, columns, side):
-    return (np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1)
+    return mx.array((np.arange(rows)[:, None] * side + np.arange(columns)).reshape(1, -1))
 
 
 def _turned_context(real):
@@ -283,8 +283,8 @@ def _turned_context(real):
 
 
 FAULTS = {
-    "late positions": ("position_ids", idefics2, _late),
-    "positions that do not stretch": ("position_ids", idefics2, _unstretched),
+    "late positions": ("grid_positions", idefics2, _late),
+    "positions that do not stretch": ("grid_positions", idefics2, _unstretched),
     "no latents among the keys": (
         "attention", perceiver, lambda q, k, v, scale: perceiver_attention(q, k, v, scale, 8)
     ),

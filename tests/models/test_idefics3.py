@@ -282,7 +282,7 @@ def test_the_published_sizes_go_through_the_tower_in_small_batches():
 def _late_positions(rows, columns, side):
     """transformers 4.55's in float32: every patch but the first takes the entry before its own."""
     down, across = (np.maximum(np.arange(n) * side // n - 1, 0) for n in (rows, columns))
-    return (down[:, None] * side + across).reshape(-1)
+    return mx.array((down[:, None] * side + across).reshape(1, -1))
 
 
 def _columns_first(x, scale):
@@ -337,7 +337,7 @@ def test_late_positions_are_caught(built, theirs, monkeypatch):
     import torch
 
     _, reference, folder = built("smolvlm")
-    monkeypatch.setattr(idefics3, "position_ids", _late_positions)
+    monkeypatch.setattr(idefics3, "grid_positions", _late_positions)
     model, _ = load(str(folder))
     ours = Pixels(theirs.picture(7, 16, 16)[None], (16, 16))
     whole = torch.ones((1, 16, 16), dtype=torch.int64)
