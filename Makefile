@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv; only python3 >= 3.11 and make must be there.
 #   make demo   ask the bundled model about two pictures
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
-#   make test-coreml test-swift test-server test-page
+#   make test-coreml test-swift test-server test-page     (test-swift fetches Debian's Swift, once)
 #   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
 #   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 CODE := mlx_vlm_edge convert benchmarks/mlx_vlm_edge_bench
 COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchmarks/test_coreml_on_mac.py \
 	tests/interruption/test_export.py
-SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py
+SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py tests/examples/test_app_runs.py
 PAGE := tests/server/test_page.py
 IMAGE ?= examples/images/hello.png examples/images/shapes.png
 QUESTION ?= Describe the image.
@@ -37,6 +37,7 @@ test-coreml: $(VENV)/.dev
 	$(BIN)/python -m pytest $(COREML) $(ARGS)
 
 test-swift: $(VENV)/.dev
+	tests/examples/swift_toolchain.sh >/dev/null
 	$(BIN)/python -m pytest $(SWIFT) $(ARGS)
 
 test-server: $(VENV)/.dev

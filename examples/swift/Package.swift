@@ -1,5 +1,5 @@
 // swift-tools-version: 6.0
-// The library EdgeVLM, which an app takes over, and edge-ask, a command line around it.
+// The library EdgeVLM, which an app takes in, and edge-ask, a command line around it.
 // A bundle comes from `mlx-vlm-edge export MODEL -o DIR`.
 
 import PackageDescription
@@ -11,15 +11,9 @@ let package = Package(
         .library(name: "EdgeVLM", targets: ["EdgeVLM"]),
         .executable(name: "edge-ask", targets: ["edge-ask"]),
     ],
-    dependencies: [
-        .package(url: "https://github.com/huggingface/swift-transformers", from: "1.3.0")
-    ],
     targets: [
-        .target(
-            name: "EdgeVLM",
-            dependencies: [.product(name: "Tokenizers", package: "swift-transformers")]
-        ),
+        .target(name: "EdgeVLM"),
         .executableTarget(name: "edge-ask", dependencies: ["EdgeVLM"]),
     ],
-    swiftLanguageModes: [.v5]
+    swiftLanguageModes: [.v6]
 )

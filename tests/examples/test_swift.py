@@ -19,7 +19,9 @@ from . import swift
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "swift"
 LIBRARY = PACKAGE / "Sources" / "EdgeVLM"
-FILES = sorted(PACKAGE.rglob("*.swift"))
+MANIFEST = "Models/Manifest.swift"
+APP = PACKAGE.parent / "app"
+FILES = sorted(path for folder in (PACKAGE, APP) for path in folder.rglob("*.swift"))
 NUMBERS = {"Int": int, "Double": (int, float), "String": str, "Bool": bool}
 PORTS = ("inputs", "outputs", "states")
 
@@ -43,8 +45,9 @@ def test_what_must_not_be_is_seen(source):
 
 
 def test_the_files_are_those_that_the_readme_names():
-    told = (PACKAGE / "README.md").read_text()
-    assert [path.name for path in FILES if path.name not in told] == []
+    for folder, sources in ((PACKAGE, "Sources"), (APP, "Logic/Sources")):
+        told, files = (folder / "README.md").read_text(), (folder / sources).rglob("*.swift")
+        assert [path.name for path in files if path.name not in told] == []
 
 
 def test_every_file_says_what_it_is_for():
@@ -84,7 +87,7 @@ def decoded(value: Any, kind: str, structs: dict[str, swift.Struct], seen: set, 
 
 def check_manifest(library: Path, manifests: list[dict[str, Any]]) -> list[str]:
     """Where the Swift structs and the manifests differ."""
-    structs, seen = swift.structs(library / "Manifest.swift"), set()
+    structs, seen = swift.structs(library / MANIFEST), set()
     if found := [f"{name}: CodingKeys" for name, each in structs.items() if not each.whole()]:
         return found
     for number, content in enumerate(manifests):
@@ -116,7 +119,7 @@ def values(content: Any) -> set[str]:
 
 def check_names(library: Path, manifests: list[dict[str, Any]]) -> list[str]:
     """Names of functions, inputs and outputs in the Swift code that no package has."""
-    enums = swift.enums(library / "Manifest.swift")
+    enums = swift.enums(library / MANIFEST)
     every = ("vision", "connector", "decoder")
     _, vision = names(manifests, every[:2])
     _, decoder = names(manifests, every[2:])
@@ -132,7 +135,7 @@ def check_names(library: Path, manifests: list[dict[str, Any]]) -> list[str]:
     rest -= {*enums["VisionName"].values(), *enums["DecoderName"].values()}
     found += [name for name in rest if not name.startswith((*enums["DecoderPrefix"].values(),))]
     told = {text for content in manifests for text in values(content)}
-    for file in ("Decoder.swift", "VisionEncoder.swift"):
+    for file in ("Models/Decoder.swift", "Models/VisionEncoder.swift"):
         found += sorted(swift.literals(library / file) - told)
     return found
 
@@ -148,13 +151,14 @@ def test_every_name_is_one_of_a_package(manifests):
 def test_the_choices_are_those_of_the_exporter():
     from mlx_vlm_edge_convert.coreml import manifest
 
-    assert {*get_args(Strategy)} <= swift.literals(LIBRARY / "Picture.swift")
-    assert {*manifest.UNITS.values()} <= swift.literals(LIBRARY / "ModelBundle.swift")
-    assert f"known = {manifest.FORMAT}\n" in (LIBRARY / "Manifest.swift").read_text()
+    assert {*get_args(Strategy)} <= swift.literals(LIBRARY / "Pictures" / "Resampling.swift")
+    units = swift.enums(LIBRARY / "Models" / "Packages.swift")["ComputeUnits"]
+    assert {*manifest.UNITS.values()} <= units.keys()
+    assert f"known = {manifest.FORMAT}\n" in (LIBRARY / MANIFEST).read_text()
 
 
 def test_the_embeddings_file_has_what_is_read_of_it(bundles):
-    entry = swift.structs(LIBRARY / "Embeddings.swift")["Entry"]
+    entry = swift.structs(LIBRARY / "Models" / "Embeddings.swift")["Entry"]
     raw = (bundles["stateful"] / "embeddings.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert decoded(header["embeddings"], "Entry", {"Entry": entry}, set(), "header") == []
@@ -162,18 +166,18 @@ def test_the_embeddings_file_has_what_is_read_of_it(bundles):
 
 
 PLANTED = [
-    ("Manifest.swift", '"kv_heads"', '"kv_head"'),
-    ("Manifest.swift", '"minimum_os"', '"minimumOS"'),
-    ("Manifest.swift", "let chunk: Int", "let chunk: String"),
-    ("Manifest.swift", "let eos: [Int]", "let eos: Int?"),
-    ("Manifest.swift", "        public let resample: String\n", ""),
-    ("Manifest.swift", "public let context: Int?", "public let context: Int?\n let more: Int?"),
-    ("Manifest.swift", '"visual_tokens"', '"visual_token"'),
-    ("Manifest.swift", "case main, prefill, decode", "case main, prefill, generate"),
-    ("Manifest.swift", "position, pick", "positions, pick"),
-    ("Manifest.swift", '"keys_"', '"key_"'),
-    ("Decoder.swift", '"stateful"', '"states"'),
-    ("VisionEncoder.swift", "VisionName.visualTokens.rawValue", '"tokens"'),
+    (MANIFEST, '"kv_heads"', '"kv_head"'),
+    (MANIFEST, '"minimum_os"', '"minimumOS"'),
+    (MANIFEST, "let chunk: Int", "let chunk: String"),
+    (MANIFEST, "let eos: [Int]", "let eos: Int?"),
+    (MANIFEST, "        public let resample: String\n", ""),
+    (MANIFEST, "public let context: Int?", "public let context: Int?\n let more: Int?"),
+    (MANIFEST, '"visual_tokens"', '"visual_token"'),
+    (MANIFEST, "case main, prefill, decode", "case main, prefill, generate"),
+    (MANIFEST, "position, pick", "positions, pick"),
+    (MANIFEST, '"keys_"', '"key_"'),
+    ("Models/Decoder.swift", '"stateful"', '"states"'),
+    ("Models/VisionEncoder.swift", "VisionName.visualTokens.rawValue", '"tokens"'),
 ]
 
 

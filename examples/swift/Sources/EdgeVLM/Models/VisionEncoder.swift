@@ -1,73 +1,80 @@
 // A picture -> visual tokens, as they stand among the input embeddings: the vision part, and behind
 // it the connector where that is a package of its own.
 
-import CoreGraphics
 import CoreML
 import Foundation
 
-public final class VisionEncoder {
+final class VisionEncoder {
     private let vision: MLModel
     private let connector: MLModel?
     private let input: Manifest.Port
-    private let preprocessing: Manifest.Preprocessing
+    let preprocessing: Manifest.Preprocessing
 
-    init(bundle: ModelBundle) async throws {
+    init(bundle: ModelBundle, packages: Packages) throws {
         let manifest = bundle.manifest
         guard let entry = manifest.parts.vision, let preprocessing = manifest.preprocessing else {
-            throw EdgeVLMError("the bundle has no vision part; export it with --part all")
+            throw EdgeVLMError("the bundle has no vision part", "export it with --part all")
         }
         guard entry.tiles != true else {
-            throw EdgeVLMError("this model takes pictures in tiles, which this code does not cut")
+            throw EdgeVLMError(
+                "this model takes pictures in tiles, which EdgeVLM does not cut",
+                "export a FastVLM, MobileVLM or LLaVA model")
         }
-        let main = try VisionEncoder.main(entry)
-        guard let input = main.inputs.first(where: { $0.name == VisionName.image.rawValue }) else {
-            throw EdgeVLMError("manifest.json: the vision part takes no picture; export it again")
+        guard let main = entry.functions[FunctionName.main.rawValue],
+            let input = main.inputs.first(where: { $0.name == VisionName.image.rawValue })
+        else {
+            throw EdgeVLMError("manifest.json: the vision part takes no picture", exportAgain)
         }
         self.input = input
         self.preprocessing = preprocessing
-        vision = try await bundle.load(entry.package, units: entry.computeUnits)
+        vision = try packages[entry.package, .main]
         if main.outputs.contains(where: { $0.name == VisionName.visualTokens.rawValue }) {
             connector = nil
             return
         }
         guard let behind = manifest.parts.connector else {
-            throw EdgeVLMError("the bundle has no connector; export it with --part all")
+            throw EdgeVLMError("the bundle has no connector", "export it with --part all")
         }
-        connector = try await bundle.load(behind.package, units: behind.computeUnits)
+        connector = try packages[behind.package, .main]
     }
 
-    private static func main(_ entry: Manifest.EncoderPart) throws -> Manifest.Function {
-        guard let main = entry.functions[FunctionName.main.rawValue] else {
-            throw EdgeVLMError("manifest.json: \(entry.package) has no function main")
-        }
-        return main
-    }
-
-    /// Visual tokens of a picture, a row each.
-    public func encode(_ image: CGImage) throws -> Rows {
-        let pixels = try Picture.pixelBuffer(image, preprocessing)
+    /// Visual tokens of a picture in the model's size, a row each.
+    func encode(_ raster: Raster) throws -> Rows {
         let picture: MLFeatureValue
         if input.kind == "image" {
-            picture = MLFeatureValue(pixelBuffer: pixels)
+            picture = MLFeatureValue(pixelBuffer: try PixelReader.buffer(raster))
         } else {
-            picture = MLFeatureValue(multiArray: try tensor(try Picture.planes(pixels)))
+            picture = MLFeatureValue(multiArray: try tensor(Self.planes(raster)))
         }
-        var found = try run(vision, [VisionName.image.rawValue: picture])
+        var outputs = try run(vision, [VisionName.image.rawValue: picture])
         if let connector {
-            let features = try Self.array(found, VisionName.imageFeatures)
+            let features = try Self.array(outputs, VisionName.imageFeatures)
             let value = MLFeatureValue(multiArray: features)
-            found = try run(connector, [VisionName.imageFeatures.rawValue: value])
+            outputs = try run(connector, [VisionName.imageFeatures.rawValue: value])
         }
-        let tokens = try Self.array(found, VisionName.visualTokens)
+        let tokens = try Self.array(outputs, VisionName.visualTokens)
         guard let width = tokens.shape.last?.intValue else {
-            throw EdgeVLMError("the vision part gave no visual tokens")
+            throw EdgeVLMError("the vision part gave no visual tokens", exportAgain)
         }
         return Rows(width: width, values: try tokens.halves(VisionName.visualTokens.rawValue))
     }
 
+    /// Red, green and blue planes of 0..255, one after the other.
+    private static func planes(_ raster: Raster) -> [Float] {
+        let count = raster.width * raster.height
+        var planes = [Float](repeating: 0, count: 3 * count)
+        for pixel in 0..<count {
+            for channel in 0..<3 {
+                planes[channel * count + pixel] = Float(raster.rgb[3 * pixel + channel])
+            }
+        }
+        return planes
+    }
+
     private func tensor(_ planes: [Float]) throws -> MLMultiArray {
         guard planes.count == input.shape.reduce(1, *) else {
-            throw EdgeVLMError("manifest.json: the preprocessing's size is not the vision part's")
+            throw EdgeVLMError(
+                "manifest.json: the preprocessing's size is not the vision part's", exportAgain)
         }
         if input.dtype == "fp16" {
             return try MLMultiArray.half(input.shape) { values in
@@ -91,7 +98,8 @@ public final class VisionEncoder {
             return try model.prediction(from: MLDictionaryFeatureProvider(dictionary: inputs))
         } catch {
             throw EdgeVLMError(
-                "Core ML could not encode the picture: \(error.localizedDescription)")
+                "Core ML could not encode the picture: \(error.localizedDescription)",
+                "close other apps, or export for other compute units with --compute")
         }
     }
 
@@ -99,7 +107,7 @@ public final class VisionEncoder {
         _ outputs: MLFeatureProvider, _ name: VisionName
     ) throws -> MLMultiArray {
         guard let array = outputs.featureValue(for: name.rawValue)?.multiArrayValue else {
-            throw EdgeVLMError("the package gave no \(name.rawValue)")
+            throw EdgeVLMError("the package gave no \(name.rawValue)", exportAgain)
         }
         return array
     }

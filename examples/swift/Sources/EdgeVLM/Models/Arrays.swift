@@ -28,25 +28,35 @@ extension MLMultiArray {
     func halves(_ name: String) throws -> [Float16] {
         let sizes = shape.map(\.intValue)
         let steps = strides.map(\.intValue)
-        var result = [Float16]()
-        result.reserveCapacity(count)
         switch dataType {
         case .float16:
-            withUnsafeBytes { bytes in
-                let values = bytes.bindMemory(to: Float16.self)
-                for number in 0..<count {
-                    result.append(values[MLMultiArray.place(number, sizes, steps)])
-                }
+            return withUnsafeBytes { bytes in
+                Self.ordered(bytes.bindMemory(to: Float16.self), sizes, steps)
             }
         case .float32:
-            withUnsafeBytes { bytes in
-                let values = bytes.bindMemory(to: Float.self)
-                for number in 0..<count {
-                    result.append(Float16(values[MLMultiArray.place(number, sizes, steps)]))
-                }
+            return withUnsafeBytes { bytes in
+                Self.ordered(bytes.bindMemory(to: Float.self), sizes, steps).map { Float16($0) }
             }
         default:
-            throw EdgeVLMError("\(name): neither float16 nor float32")
+            throw EdgeVLMError("\(name): neither float16 nor float32", exportAgain)
+        }
+    }
+
+    /// A row of the last axis at a time.
+    private static func ordered<Value>(
+        _ values: UnsafeBufferPointer<Value>, _ sizes: [Int], _ steps: [Int]
+    ) -> [Value] {
+        guard let width = sizes.last, let step = steps.last, !sizes.contains(0) else { return [] }
+        let rows = sizes.dropLast().reduce(1, *)
+        var result: [Value] = []
+        result.reserveCapacity(rows * width)
+        for row in 0..<rows {
+            let start = place(row, Array(sizes.dropLast()), steps)
+            if step == 1 {
+                result += values[start..<start + width]
+            } else {
+                for index in 0..<width { result.append(values[start + index * step]) }
+            }
         }
         return result
     }
@@ -72,7 +82,8 @@ extension MLMultiArray {
         guard dataType == .float16, new.dataType == .float16, sizes.count == 4, from.count == 4,
             new.shape[3].intValue >= count, offset + count <= sizes[3]
         else {
-            throw EdgeVLMError("the decoder's new keys and values do not fit its cache")
+            throw EdgeVLMError(
+                "the decoder's new keys and values do not fit its cache", exportAgain)
         }
         withUnsafeMutableBytes { own, to in
             new.withUnsafeBytes { other in

@@ -5,9 +5,9 @@
 import CoreML
 import Foundation
 
-public final class LanguageDecoder {
-    public private(set) var offset = 0
-    public let geometry: Manifest.Geometry
+final class LanguageDecoder {
+    private(set) var offset = 0
+    let geometry: Manifest.Geometry
     let embeddings: Embeddings
 
     private let models: [FunctionName: MLModel]
@@ -19,22 +19,23 @@ public final class LanguageDecoder {
     /// Added to the scores of what a position does not see; finite, as devices want it.
     private static let hidden: Float16 = -1e4
 
-    init(bundle: ModelBundle) async throws {
+    init(bundle: ModelBundle, packages: Packages) throws {
         guard let entry = bundle.manifest.parts.decoder else {
-            throw EdgeVLMError("the bundle has no decoder; export it with --part all")
+            throw EdgeVLMError("the bundle has no decoder", "export it with --part all")
         }
         let geometry = entry.geometry
         guard geometry.dtype == "float16" else {
             throw EdgeVLMError(
-                "the decoder is in \(geometry.dtype); export it with --precision fp16")
+                "the decoder is in \(geometry.dtype)", "export it with --precision fp16")
         }
         guard ["stateful", "readonly"].contains(geometry.form),
             geometry.headDim == 2 * geometry.periods.count, geometry.chunk > 1
         else {
-            throw EdgeVLMError("manifest.json: the decoder's geometry is not known to this code")
+            throw EdgeVLMError(
+                "manifest.json: the decoder's geometry is not known", "update EdgeVLM")
         }
         guard let decode = entry.functions[FunctionName.decode.rawValue] else {
-            throw EdgeVLMError("manifest.json: the decoder has no function decode")
+            throw EdgeVLMError("manifest.json: the decoder has no function decode", exportAgain)
         }
         self.geometry = geometry
         embeddings = try Embeddings(bundle: bundle, described: entry.embeddings)
@@ -45,13 +46,11 @@ public final class LanguageDecoder {
         logitsNames = decode.outputs.map(\.name)
             .filter { $0.hasPrefix(DecoderPrefix.logits.rawValue) }
             .sorted { LanguageDecoder.number($0) < LanguageDecoder.number($1) }
-        var loaded: [FunctionName: MLModel] = [:]
-        for function in [FunctionName.prefill, .decode] {
-            loaded[function] = try await bundle.load(
-                entry.package, function: function, units: entry.computeUnits)
-        }
-        models = loaded
-        try reset()
+        models = [
+            .prefill: try packages[entry.package, .prefill],
+            .decode: try packages[entry.package, .decode],
+        ]
+        try clear()
     }
 
     /// The part of "logits_2" behind its underscore, 0 without one.
@@ -61,9 +60,7 @@ public final class LanguageDecoder {
 
     private var stateful: Bool { geometry.form == "stateful" }
 
-    /// Forget everything.
-    public func reset() throws {
-        offset = 0
+    private func clear() throws {
         if stateful {
             state = try model(.prefill).makeState()
             return
@@ -74,23 +71,35 @@ public final class LanguageDecoder {
         }
     }
 
+    /// Go on behind the first `offset` positions; no mask shows what is behind them.
+    func rewind(to offset: Int) {
+        self.offset = min(offset, self.offset)
+    }
+
+    /// Bytes of keys and values.
+    var cacheBytes: Int {
+        2 * 2 * geometry.layers * geometry.kvHeads * geometry.headDim * geometry.context
+    }
+
     private func model(_ function: FunctionName) throws -> MLModel {
         guard let model = models[function] else {
-            throw EdgeVLMError("the decoder has no function \(function.rawValue)")
+            throw EdgeVLMError("the decoder has no function \(function.rawValue)", exportAgain)
         }
         return model
     }
 
     /// Run a prompt behind what is cached; the logits of its last position.
-    public func prefill(_ prompt: Rows) throws -> [Float16] {
+    func prefill(_ prompt: Rows) throws -> [Float16] {
         guard prompt.count > 0, prompt.width == embeddings.width else {
             throw EdgeVLMError(
-                "the prompt's embeddings are \(prompt.width) wide, not \(embeddings.width)")
+                "the prompt's embeddings are \(prompt.width) wide, not \(embeddings.width)",
+                exportAgain)
         }
         guard offset + prompt.count <= geometry.context else {
             throw EdgeVLMError(
-                "the prompt takes \(offset + prompt.count) positions of the context's "
-                    + "\(geometry.context); shorten it or export with a larger --context")
+                "the conversation takes \(offset + prompt.count) positions of the context's "
+                    + "\(geometry.context)",
+                "begin a new one, or export with a larger --context")
         }
         var logits: [Float16] = []
         var first = 0
@@ -107,16 +116,17 @@ public final class LanguageDecoder {
     }
 
     /// The logits behind one more token.
-    public func step(_ token: Int) throws -> [Float16] {
+    func step(_ token: Int) throws -> [Float16] {
         guard hasRoom else {
             throw EdgeVLMError(
-                "the context of \(geometry.context) is full; export with a larger --context")
+                "the context of \(geometry.context) is full",
+                "begin a new conversation, or export with a larger --context")
         }
         return try run(.decode, try embeddings.rows([token]).values, 1)
     }
 
     /// Whether one more token fits.
-    public var hasRoom: Bool { offset < geometry.context }
+    var hasRoom: Bool { offset < geometry.context }
 
     private func run(
         _ function: FunctionName, _ values: [Float16], _ count: Int
@@ -158,7 +168,9 @@ public final class LanguageDecoder {
             }
             return try model.prediction(from: inputs)
         } catch {
-            throw EdgeVLMError("Core ML could not run the decoder: \(error.localizedDescription)")
+            throw EdgeVLMError(
+                "Core ML could not run the decoder: \(error.localizedDescription)",
+                "close other apps, or export for other compute units with --compute")
         }
     }
 
@@ -166,7 +178,7 @@ public final class LanguageDecoder {
         _ outputs: MLFeatureProvider, _ name: String
     ) throws -> MLMultiArray {
         guard let array = outputs.featureValue(for: name)?.multiArrayValue else {
-            throw EdgeVLMError("the decoder gave no \(name)")
+            throw EdgeVLMError("the decoder gave no \(name)", exportAgain)
         }
         return array
     }

@@ -4,16 +4,16 @@
 import Foundation
 
 /// Input embeddings of some positions, one row of `width` after the other.
-public struct Rows {
-    public let width: Int
-    public var values: [Float16]
+struct Rows: Sendable {
+    let width: Int
+    var values: [Float16]
 
-    public var count: Int { width == 0 ? 0 : values.count / width }
+    var count: Int { width == 0 ? 0 : values.count / width }
 }
 
-public final class Embeddings {
-    public let width: Int
-    public let vocabulary: Int
+final class Embeddings {
+    let width: Int
+    let vocabulary: Int
     private let data: Data
     private let start: Int
 
@@ -31,11 +31,11 @@ public final class Embeddings {
     init(bundle: ModelBundle, described: Manifest.EmbeddingsFile) throws {
         let url = bundle.folder.appending(path: described.file)
         guard let data = try? Data(contentsOf: url, options: .alwaysMapped), data.count > 8 else {
-            throw EdgeVLMError("\(url.path): cannot be read; copy or export the bundle again")
+            throw EdgeVLMError("\(url.path): cannot be read", "copy or export the bundle again")
         }
         let length = data.prefix(8).reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
         guard length <= UInt64(data.count - 8) else {
-            throw EdgeVLMError("\(described.file): is damaged; copy or export the bundle again")
+            throw EdgeVLMError("\(described.file): is damaged", "copy or export the bundle again")
         }
         let header = data.subdata(in: 8..<8 + Int(length))
         guard
@@ -48,7 +48,8 @@ public final class Embeddings {
             entry.offsets[1] - entry.offsets[0] == 2 * entry.shape[0] * entry.shape[1],
             8 + Int(length) + entry.offsets[1] <= data.count
         else {
-            throw EdgeVLMError("\(described.file): not float16 embeddings as the manifest says")
+            throw EdgeVLMError(
+                "\(described.file): not float16 embeddings as the manifest says", exportAgain)
         }
         self.data = data
         start = 8 + Int(length) + entry.offsets[0]
@@ -57,13 +58,14 @@ public final class Embeddings {
     }
 
     /// The embeddings of ids, in their order.
-    public func rows(_ ids: [Int]) throws -> Rows {
+    func rows(_ ids: [Int]) throws -> Rows {
         var values = [Float16](repeating: 0, count: ids.count * width)
         let size = 2 * width
         try values.withUnsafeMutableBytes { out in
             for (index, id) in ids.enumerated() {
                 guard id >= 0, id < vocabulary else {
-                    throw EdgeVLMError("token \(id) is not one of the model's \(vocabulary)")
+                    throw EdgeVLMError(
+                        "token \(id) is not one of the model's \(vocabulary)", exportAgain)
                 }
                 let place = out[index * size..<(index + 1) * size]
                 let from = start + id * size

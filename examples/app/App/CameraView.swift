@@ -1,0 +1,100 @@
+// The camera with captions that go on and on, and how many a second.
+
+import AVFoundation
+import AppLogic
+import EdgeVLM
+import SwiftUI
+
+struct CameraView: View {
+    let host: Host
+    @Environment(\.dismiss) private var dismiss
+    @State private var caption: Captions<Picture>.Caption?
+    @State private var mistake: String?
+    @State private var camera = Camera()
+
+    var body: some View {
+        VStack {
+            Text(caption?.text ?? "Looking …").font(.title2).padding()
+                .accessibilityAddTraits(.updatesFrequently)
+            if let caption {
+                Text("\(caption.rate, specifier: "%.1f") captions per second")
+                    .font(.caption)
+            }
+            if let mistake { Text(mistake).foregroundStyle(.red) }
+            Button("Done") { dismiss() }
+        }
+        .task { await watch() }
+    }
+
+    /// Until the view goes.
+    private func watch() async {
+        guard let model = host.session else { return }
+        let question = host.chat.settings.cameraQuestion
+        let start = ContinuousClock.now
+        let captions = Captions<Picture>(
+            now: { (ContinuousClock.now - start) / .seconds(1) },
+            describe: { try await AppLogic.caption($0, by: model, question: question) },
+            tell: { told in await MainActor.run { caption = told } })
+        do {
+            let pictures = try await camera.pictures()
+            for try await picture in pictures {
+                await captions.slow(to: host.captionInterval)
+                await captions.take(picture)
+                mistake = await captions.mistake
+            }
+        } catch {
+            mistake = error.localizedDescription
+        }
+        await captions.stop()
+        await model.reset()
+    }
+}
+
+/// The back camera, or the one there is.
+final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unchecked Sendable {
+    private let session = AVCaptureSession()
+    private let queue = DispatchQueue(label: "camera")
+    private var put: AsyncThrowingStream<Picture, Error>.Continuation?
+
+    func pictures() async throws -> AsyncThrowingStream<Picture, Error> {
+        guard await AVCaptureDevice.requestAccess(for: .video) else {
+            throw EdgeVLMError("the camera may not be used", "allow it in the system's settings")
+        }
+        guard let device = AVCaptureDevice.default(for: .video) else {
+            throw EdgeVLMError("there is no camera", "choose a picture instead")
+        }
+        let input = try AVCaptureDeviceInput(device: device)
+        let output = AVCaptureVideoDataOutput()
+        output.videoSettings = [
+            kCVPixelBufferPixelFormatTypeKey as String: kCVPixelFormatType_32BGRA
+        ]
+        output.alwaysDiscardsLateVideoFrames = true
+        output.setSampleBufferDelegate(self, queue: queue)
+        session.beginConfiguration()
+        session.sessionPreset = .vga640x480
+        if session.canAddInput(input) { session.addInput(input) }
+        if session.canAddOutput(output) { session.addOutput(output) }
+        if let connection = output.connection(with: .video),
+            connection.isVideoRotationAngleSupported(90)
+        {
+            connection.videoRotationAngle = 90
+        }
+        session.commitConfiguration()
+        let (stream, put) = AsyncThrowingStream<Picture, Error>.makeStream(
+            bufferingPolicy: .bufferingNewest(1))
+        put.onTermination = { [self] _ in queue.async { self.session.stopRunning() } }
+        queue.async {
+            self.put = put
+            self.session.startRunning()
+        }
+        return stream
+    }
+
+    func captureOutput(
+        _ output: AVCaptureOutput, didOutput sample: CMSampleBuffer,
+        from connection: AVCaptureConnection
+    ) {
+        guard let buffer = CMSampleBufferGetImageBuffer(sample) else { return }
+        if let picture = try? Picture(buffer) { put?.yield(picture) }
+    }
+}

@@ -1,0 +1,114 @@
+// The app's one window, and what the system tells it of heat and memory.
+
+import AppLogic
+import EdgeVLM
+import SwiftUI
+
+@main
+struct EdgeApp: App {
+    @State private var host = Host()
+
+    var body: some Scene {
+        WindowGroup {
+            ChatView(host: host)
+                .task { await host.start() }
+        }
+    }
+}
+
+/// The chat, the bundles, and the way between them.
+@MainActor
+@Observable
+final class Host {
+    let chat = Chat(settings: .kept(in: .standard))
+    private(set) var library: Library?
+    private(set) var session: Session?
+    private(set) var notice: String?
+    private(set) var download: DownloadProgress?
+    private(set) var captionInterval: Double? = 0
+    private var pressure = Pressure()
+    private var memory: (any DispatchSourceMemoryPressure)?
+
+    func start() async {
+        do {
+            let folder = URL.applicationSupportDirectory.appending(path: "Bundles")
+            library = try Library(folder: folder)
+        } catch {
+            chat.failed(error)
+        }
+        watch()
+        if let name = chat.settings.bundle ?? library?.entries.first?.name { await load(name) }
+    }
+
+    func load(_ name: String) async {
+        guard let library else { return }
+        await chat.unload()
+        chat.settings.bundle = name
+        chat.settings.keep(in: .standard)
+        chat.loading(done: 0, total: 1)
+        do {
+            let loaded = try await library.load(name, settings: chat.settings) { step in
+                Task { @MainActor [chat = self.chat] in
+                    if step.done < step.total { chat.loading(done: step.done, total: step.total) }
+                }
+            }
+            session = loaded
+            chat.loaded(loaded)
+        } catch {
+            chat.failed(error)
+        }
+    }
+
+    func fetch(_ address: String) async {
+        guard let library, let url = URL(string: address), url.scheme?.hasPrefix("http") == true
+        else {
+            notice = "An address begins with https://"
+            return
+        }
+        do {
+            let downloader = Downloader(transport: URLSessionTransport(), folder: library.folder)
+            let target = try await downloader.download(url, as: url.lastPathComponent) { progress in
+                Task { @MainActor in self.download = progress }
+            }
+            download = nil
+            await load(target.lastPathComponent)
+        } catch {
+            download = nil
+            notice = error.localizedDescription
+        }
+    }
+
+    private func watch() {
+        let center = NotificationCenter.default
+        let heat = ProcessInfo.thermalStateDidChangeNotification
+        _ = center.addObserver(forName: heat, object: nil, queue: .main) { [weak self] _ in
+            Task { @MainActor in
+                let state = ProcessInfo.processInfo.thermalState.rawValue
+                await self?.apply { $0.became(Heat(rawValue: state) ?? .nominal) }
+            }
+        }
+        let source = DispatchSource.makeMemoryPressureSource(
+            eventMask: [.warning, .critical], queue: .main)
+        source.setEventHandler { [weak self] in
+            Task { @MainActor in
+                let busy = self?.chat.isBusy ?? false
+                await self?.apply { $0.memoryWarning(busy: busy) }
+            }
+        }
+        source.resume()
+        memory = source
+    }
+
+    private func apply(_ change: (inout Pressure) -> [Pressure.Step]) async {
+        for step in change(&pressure) {
+            switch step {
+            case .captions(let every): captionInterval = every
+            case .forgetPictures: await session?.forgetPictures()
+            case .unload:
+                await chat.unload()
+                session = nil
+            case .tell(let text): notice = text
+            }
+        }
+    }
+}

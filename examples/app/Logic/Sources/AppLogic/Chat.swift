@@ -1,0 +1,174 @@
+// Questions, pictures and answers as a screen shows them. What answers is a protocol, so that all
+// of it runs without a model.
+
+import EdgeVLM
+import Foundation
+import Observation
+
+/// What a chat asks; `Session` is one.
+public protocol Answering: Sendable {
+    func ask(
+        _ question: String, pictures: [Picture], options: AnswerOptions
+    ) -> AsyncThrowingStream<AnswerEvent, Error>
+    func reset() async
+    func forgetPictures() async
+    func unload() async
+}
+
+extension Session: Answering {}
+
+public struct Message: Identifiable, Equatable, Sendable {
+    public enum Author: Sendable { case user, model }
+
+    public let id: Int
+    public let author: Author
+    public var text: String
+    public let pictures: Int
+    public var report: AnswerReport?
+    /// What went wrong: cause and remedy.
+    public var mistake: String?
+}
+
+@MainActor
+@Observable
+public final class Chat {
+    public enum State: Equatable, Sendable {
+        case noModel
+        case loading(done: Int, total: Int)
+        case idle
+        /// Up to the first token.
+        case thinking
+        case answering
+    }
+
+    public private(set) var state = State.noModel
+    public private(set) var messages: [Message] = []
+    /// Pictures of the next question.
+    public private(set) var attached: [Picture] = []
+    public private(set) var stages: [StageTime] = []
+    public var settings: Settings
+
+    private var model: (any Answering)?
+    private var task: Task<Void, Never>?
+    private var next = 0
+    /// Pieces are shown a few at a time: a view drawn for each costs speed.
+    private var unshown = ""
+    private var pieces = 0
+    private static let shownAtOnce = 4
+
+    public init(settings: Settings = Settings()) { self.settings = settings }
+
+    public func loading(done: Int, total: Int) { state = .loading(done: done, total: total) }
+
+    public func loaded(_ model: any Answering) {
+        self.model = model
+        state = .idle
+    }
+
+    public func failed(_ error: any Error) {
+        model = nil
+        state = .noModel
+        append(.model, "", mistake: error.localizedDescription)
+    }
+
+    /// Let go of the model, as when the app is asked for memory; what was said stays.
+    public func unload() async {
+        await stop()
+        await model?.unload()
+        model = nil
+        state = .noModel
+    }
+
+    public func attach(_ picture: Picture) { attached.append(picture) }
+
+    public func detach(_ place: Int) {
+        if attached.indices.contains(place) { attached.remove(at: place) }
+    }
+
+    public var canAsk: Bool { state == .idle && model != nil }
+
+    public var isBusy: Bool { state == .thinking || state == .answering }
+
+    /// Ask about what is attached. An empty question is not asked.
+    public func ask(_ question: String) {
+        let words = question.trimmingCharacters(in: .whitespacesAndNewlines)
+        guard canAsk, !words.isEmpty, let model else { return }
+        let pictures = attached
+        attached = []
+        append(.user, words, pictures: pictures.count)
+        append(.model, "")
+        stages = []
+        state = .thinking
+        let stream = model.ask(words, pictures: pictures, options: settings.options)
+        task = Task { [weak self] in
+            do {
+                for try await event in stream {
+                    self?.take(event)
+                }
+            } catch {
+                self?.mistake(error.localizedDescription)
+            }
+            self?.end()
+        }
+    }
+
+    /// Break off the answer; what was said stays.
+    public func stop() async {
+        task?.cancel()
+        await task?.value
+    }
+
+    /// Wait for the answer's end.
+    public func finish() async { await task?.value }
+
+    public func newConversation() async {
+        await stop()
+        await model?.reset()
+        messages = []
+        stages = []
+        attached = []
+    }
+
+    private func take(_ event: AnswerEvent) {
+        switch event {
+        case .stage(let time): stages.append(time)
+        case .text(let piece):
+            state = .answering
+            unshown += piece
+            pieces += 1
+            if pieces % Self.shownAtOnce == 1 { show() }
+        case .done(let report):
+            show()
+            last { $0.report = report }
+        }
+    }
+
+    private func show() {
+        let text = unshown
+        unshown = ""
+        last { $0.text += text }
+    }
+
+    private func mistake(_ text: String) { last { $0.mistake = text } }
+
+    private func last(_ change: (inout Message) -> Void) {
+        if !messages.isEmpty { change(&messages[messages.count - 1]) }
+    }
+
+    private func end() {
+        show()
+        pieces = 0
+        task = nil
+        if isBusy { state = model == nil ? .noModel : .idle }
+    }
+
+    private func append(
+        _ author: Message.Author, _ text: String, pictures: Int = 0, mistake: String? = nil
+    ) {
+        messages.append(
+            Message(
+                id: next, author: author, text: text, pictures: pictures, report: nil,
+                mistake: mistake))
+        next += 1
+    }
+}

@@ -1,0 +1,40 @@
+// What a user sets -> options of a question; kept as JSON under one key.
+
+import EdgeVLM
+import Foundation
+
+public struct Settings: Codable, Equatable, Sendable {
+    public var bundle: String?
+    public var maxTokens = 240
+    public var temperature = 0.0
+    public var topP = 1.0
+    /// Instructions in the place of the model's own; empty is none.
+    public var system = ""
+    /// Questions a tap away, and what the camera asks.
+    public var presets = [
+        "Describe the picture in one sentence.", "What is written here?", "What is this?",
+    ]
+    public var cameraQuestion = "Describe what is to be seen, in at most ten words."
+
+    public init() {}
+
+    public var options: AnswerOptions {
+        AnswerOptions(
+            maxTokens: max(1, maxTokens), temperature: Float(max(0, temperature)),
+            topP: Float(min(1, max(0, topP))))
+    }
+
+    private static let key = "settings"
+
+    /// What was kept, or the defaults where it cannot be read.
+    public static func kept(in defaults: UserDefaults) -> Settings {
+        guard let data = defaults.data(forKey: key),
+            let settings = try? JSONDecoder().decode(Settings.self, from: data)
+        else { return Settings() }
+        return settings
+    }
+
+    public func keep(in defaults: UserDefaults) {
+        if let data = try? JSONEncoder().encode(self) { defaults.set(data, forKey: Self.key) }
+    }
+}

@@ -1,0 +1,157 @@
+// A bundle's packages -> compiled for this device (once: what Core ML compiled is kept in the
+// caches folder) and loaded, in no actor, so that none waits for it.
+
+import CoreML
+import Foundation
+
+/// A model that crosses to the one actor which uses it from then on, and nothing else does.
+struct LoadedModel: @unchecked Sendable {
+    let model: MLModel
+}
+
+/// A step of loading, which may take minutes the first time.
+public struct LoadStep: Sendable {
+    public let package: String
+    /// Packages and their functions that are loaded already, and all of them.
+    public let done: Int
+    public let total: Int
+}
+
+/// Every model of a bundle, by its package and function.
+struct Packages: Sendable {
+    private let models: [String: LoadedModel]
+
+    subscript(package: String, function: FunctionName) -> MLModel {
+        get throws {
+            guard let loaded = models[Self.key(package, function)] else {
+                throw EdgeVLMError("\(package) has no function \(function.rawValue)", exportAgain)
+            }
+            return loaded.model
+        }
+    }
+
+    private static func key(_ package: String, _ function: FunctionName) -> String {
+        "\(package) \(function.rawValue)"
+    }
+
+    /// units: in the place of those that the manifest asks for.
+    static func load(
+        _ bundle: ModelBundle, units: ComputeUnits?, progress: (@Sendable (LoadStep) -> Void)?
+    ) async throws -> Packages {
+        var wanted: [(package: String, function: FunctionName, units: String)] = []
+        let parts = bundle.manifest.parts
+        for part in [parts.vision, parts.connector].compactMap({ $0 }) {
+            wanted.append((part.package, .main, part.computeUnits))
+        }
+        if let part = parts.decoder {
+            wanted.append((part.package, .prefill, part.computeUnits))
+            wanted.append((part.package, .decode, part.computeUnits))
+        }
+        var models: [String: LoadedModel] = [:]
+        for (done, entry) in wanted.enumerated() {
+            progress?(LoadStep(package: entry.package, done: done, total: wanted.count))
+            let units = try units ?? ComputeUnits(manifest: entry.units)
+            models[key(entry.package, entry.function)] = try await model(
+                bundle, entry.package, entry.function, units)
+        }
+        progress?(LoadStep(package: "", done: wanted.count, total: wanted.count))
+        return Packages(models: models)
+    }
+
+    private static func model(
+        _ bundle: ModelBundle, _ package: String, _ function: FunctionName, _ units: ComputeUnits
+    ) async throws -> LoadedModel {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = units.coreML
+        // A package of one function is loaded without a name.
+        if function != .main {
+            configuration.functionName = function.rawValue
+        }
+        let compiled = try await compile(bundle, package)
+        do {
+            return LoadedModel(
+                model: try await MLModel.load(contentsOf: compiled, configuration: configuration))
+        } catch {
+            throw EdgeVLMError(
+                "\(package): Core ML cannot load it: \(error.localizedDescription)",
+                "close other apps, or export for other compute units with --compute")
+        }
+    }
+
+    /// What Core ML compiled of a package, from the caches folder where it is there.
+    private static func compile(_ bundle: ModelBundle, _ package: String) async throws -> URL {
+        let hashes = bundle.manifest.files.filter { $0.key.hasPrefix(package + "/") }
+            .sorted { $0.key < $1.key }
+        guard !hashes.isEmpty else {
+            throw EdgeVLMError("manifest.json: no files of \(package) are in it", exportAgain)
+        }
+        let key = ModelBundle.digest(hashes.map(\.value).joined())
+        let kept = bundle.caches.appending(path: "\(key).mlmodelc")
+        let files = FileManager.default
+        if files.fileExists(atPath: kept.path) {
+            return kept
+        }
+        do {
+            let compiled = try await MLModel.compileModel(
+                at: bundle.folder.appending(path: package))
+            try files.moveItem(at: compiled, to: kept)
+        } catch {
+            if files.fileExists(atPath: kept.path) { return kept }  // by another session meanwhile
+            throw EdgeVLMError(
+                "\(package): cannot be compiled: \(error.localizedDescription)",
+                "free some storage, or export the bundle again")
+        }
+        return kept
+    }
+}
+
+/// Where Core ML may run a model.
+public enum ComputeUnits: String, Sendable, CaseIterable, Codable {
+    case cpuOnly, cpuAndGPU, cpuAndNeuralEngine, all
+
+    init(manifest name: String) throws {
+        guard let units = ComputeUnits(rawValue: name) else {
+            throw EdgeVLMError(
+                "manifest.json: compute units \(name) are not known", "update EdgeVLM")
+        }
+        self = units
+    }
+
+    var coreML: MLComputeUnits {
+        switch self {
+        case .cpuOnly: return .cpuOnly
+        case .cpuAndGPU: return .cpuAndGPU
+        case .cpuAndNeuralEngine: return .cpuAndNeuralEngine
+        case .all: return .all
+        }
+    }
+}
+
+/// What was found out on this device of a bundle's compute units. A trial that ends the process
+/// leaves its mark, so that the next start does not run into the same.
+struct Trial {
+    private let mark, verdict: URL
+
+    init(_ bundle: ModelBundle) {
+        let key = ModelBundle.digest(
+            bundle.manifest.files.sorted { $0.key < $1.key }.map(\.value).joined())
+        mark = bundle.caches.appending(path: "\(key).trying")
+        verdict = bundle.caches.appending(path: "\(key).units")
+    }
+
+    /// The units that a trial, finished or not, has left in the place of the manifest's.
+    var remembered: ComputeUnits? {
+        if FileManager.default.fileExists(atPath: mark.path) { return .cpuAndGPU }
+        let text = try? String(contentsOf: verdict, encoding: .utf8)
+        return text.flatMap { ComputeUnits(rawValue: $0) }
+    }
+
+    func begin() { try? Data().write(to: mark) }
+
+    func end() { try? FileManager.default.removeItem(at: mark) }
+
+    func remember(_ units: ComputeUnits) {
+        try? Data(units.rawValue.utf8).write(to: verdict)
+        end()
+    }
+}

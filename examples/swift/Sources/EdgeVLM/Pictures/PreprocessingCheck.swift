@@ -1,0 +1,92 @@
+// The test vectors that a bundle carries -> how far this device's pictures are from Python's.
+// Nothing but Apple's own decoding can make them differ, so that an app may check it once.
+
+import Foundation
+
+/// The largest difference of any colour of any pixel, in 255ths, by what was read.
+public struct PreprocessingCheck: Sendable {
+    public let differences: [String: Int]
+
+    public var largest: Int { differences.values.max() ?? 0 }
+
+    private struct Vectors: Decodable {
+        let format: Int
+        let resized: [Resized]
+        let files: [File]
+    }
+
+    /// samples: x, y, red, green, blue.
+    private struct Resized: Decodable {
+        let width, height: Int
+        let samples: [[Int]]
+    }
+
+    private struct File: Decodable {
+        let name: String
+        let file: Data
+        let width, height: Int
+        let rgb: Data
+    }
+
+    /// Raises EdgeVLMError for a bundle without vectors, or of another size.
+    public init(_ bundle: ModelBundle) throws {
+        guard let wanted = bundle.manifest.preprocessing else {
+            throw EdgeVLMError("the bundle takes no pictures", "export it with --part all")
+        }
+        let url = bundle.folder.appending(path: wanted.vectors)
+        guard let data = try? Data(contentsOf: url),
+            let vectors = try? JSONDecoder().decode(Vectors.self, from: data), vectors.format == 1
+        else {
+            throw EdgeVLMError("\(wanted.vectors): cannot be read", exportAgain)
+        }
+        var differences: [String: Int] = [:]
+        for entry in vectors.resized {
+            let fitted = try Self.source(entry.width, entry.height).fitted(to: wanted)
+            let name = "\(entry.width) x \(entry.height)"
+            differences[name] = entry.samples.reduce(0) { worst, sample in
+                let place = 3 * (sample[1] * fitted.width + sample[0])
+                return (0..<3).reduce(worst) { worst, channel in
+                    max(worst, abs(Int(fitted.rgb[place + channel]) - sample[2 + channel]))
+                }
+            }
+        }
+        for entry in vectors.files {
+            let raster = try Picture(data: entry.file).raster
+            let same = raster.width == entry.width && raster.height == entry.height
+            let pairs = zip(raster.rgb, entry.rgb)
+            let worst = pairs.map { abs(Int($0) - Int($1)) }.max() ?? 255
+            differences[entry.name] = same ? worst : 255
+        }
+        self.differences = differences
+    }
+
+    /// The computed picture of a size, as the exporter's vectors.py has it.
+    static func source(_ width: Int, _ height: Int) -> Raster {
+        var rgb: [UInt8] = []
+        rgb.reserveCapacity(3 * width * height)
+        for y in 0..<height {
+            for x in 0..<width {
+                let checks = (x / 9 + y / 5) % 2 * 90
+                for c in 0..<3 {
+                    let value = x * x * (c + 1) / 7 + y * (31 - 10 * c) + checks
+                    rgb.append(UInt8(value % 256))
+                }
+            }
+        }
+        return Raster(width: width, height: height, rgb: rgb)
+    }
+}
+
+extension Raster {
+    /// In the size that a manifest asks for.
+    func fitted(to wanted: Manifest.Preprocessing) throws -> Raster {
+        guard wanted.color == "RGB", wanted.fill.count == 3, wanted.resample == "bicubic",
+            wanted.width > 0, wanted.height > 0
+        else {
+            throw EdgeVLMError(
+                "manifest.json: its preprocessing is not bicubic RGB", "update EdgeVLM")
+        }
+        let fill = wanted.fill.map { UInt8(clamping: $0) }
+        return try fitted(wanted.width, wanted.height, strategy: wanted.strategy, fill: fill)
+    }
+}
