@@ -158,8 +158,13 @@ class Mixture(nn.Module):
         return (y * weights[..., None].astype(x.dtype)).sum(axis=-2)
 
     def logits(self, x: mx.array) -> mx.array:
-        """What the gate makes of x [B, L, D]: float32 [B, L, E]."""
-        return x.astype(mx.float32) @ self.gate.astype(mx.float32).T
+        """What the gate makes of x [B, L, D]: float32 [B, L, E].
+
+        No matmul, which some GPUs compute in TF32: choices would be others than the original's, and
+        others for a prompt in parts.
+        """
+        products = x.astype(mx.float32)[..., None, :] * self.gate.astype(mx.float32)
+        return products.sum(axis=-1)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token, int[B, L, 2], and their weights: 0 where it is dropped, else
