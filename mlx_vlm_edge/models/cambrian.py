@@ -196,7 +196,7 @@ def grid(pixels: Pixels, config: Config) -> tuple[int, int]:
 
 
 class Processor(llava.Processor):
-    """The prompt of Llama 3, ChatML or Vicuna, by what the vocabulary has; one picture, padded."""
+    """The prompt of Llama 3, ChatML or Vicuna, by the vocabulary; one picture, padded."""
 
     stop_tokens = (TURN_END, "<|end_of_text|>", "<|im_end|>", "</s>")
     token_methods = OF_TOKENS - {"pool"}  # what a mean of tokens would see is nowhere
@@ -233,12 +233,21 @@ class Processor(llava.Processor):
         """Rows of the grid, each with a newline."""
         return (Block(*grid(pixels, self.config), ended=True),)
 
+    @property
+    def _llama_3(self) -> bool:
+        return self.tokenizer.token_id(HEADER) is not None
+
+    @property
+    def _chatml(self) -> bool:
+        """Other vocabularies may have the tokens, but end no answer with them."""
+        return self.tokenizer.token_id(CHATML[1]) in self.config.eos_token_ids
+
     def render(self, messages: list[prompt.Message]) -> str:
-        if self.tokenizer.token_id(HEADER) is not None:
+        if self._llama_3:
             turns = _turns(messages, SYSTEM)
             shown = (f"{HEADER}{role}{HEADER_END}{text}{TURN_END}" for role, text in turns)
             return f"{BEGIN}{''.join(shown)}{HEADER}assistant{HEADER_END}"
-        if self.tokenizer.token_id(CHATML[0]) is not None:
+        if self._chatml:
             turns = _turns(messages, " ".join(SYSTEM.split()))
             shown = (f"{CHATML[0]}{role}\n{text}{CHATML[1]}" for role, text in turns)
             return f"{''.join(shown)}{CHATML[0]}assistant\n"
@@ -247,17 +256,17 @@ class Processor(llava.Processor):
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """Each segment by itself. Where the vocabulary is Llama 3's, the line break after an image
         is left out: the original's inference takes it for another BOS."""
-        if self.tokenizer.token_id(CHATML[0]) is None and self.tokenizer.token_id(HEADER) is None:
-            return super().expand(segments, pixels)
         counts = [self.visual_tokens(image) for image in pixels]
-        rest = segments[1:]
-        if self.tokenizer.token_id(HEADER) is not None:
-            begins = segments[0].startswith(BEGIN)
-            segments = [segments[0] if begins else BEGIN + segments[0], *rest]
-            return self._around(segments, counts)
-        return prompt.expand_around_images(
-            segments, counts, self.tokenizer, self.config.image_token_index
-        )
+        if self._llama_3:
+            first, *rest = segments
+            return self._around(
+                [first if first.startswith(BEGIN) else BEGIN + first, *rest], counts
+            )
+        if self._chatml:
+            return prompt.expand_around_images(
+                segments, counts, self.tokenizer, self.config.image_token_index
+            )
+        return super().expand(segments, pixels)
 
     def _around(self, segments: list[str], counts: Sequence[int]) -> tuple[list[int], np.ndarray]:
         ids = self.tokenizer.encode(segments[0], special=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -457,7 +458,7 @@ def test_a_window_without_picture_is_seen_whole():
             ["<|start_header_id|>", "<|begin_of_text|>"],
             "<|begin_of_text|><|start_header_id|>system",
         ),
-        (["<|im_start|>"], "<|im_start|>system\nYou are Cambrian, a highly"),
+        (["<|im_end|>"], "<|im_start|>system\nYou are Cambrian, a highly"),
         ([], "A chat between a curious user"),
     ],
 )
@@ -469,7 +470,7 @@ def test_the_prompt_is_that_of_the_vocabulary(words, begins):
             return 1 if word in words else None
 
     processor = cambrian.Processor.__new__(cambrian.Processor)
-    processor.tokenizer = Vocabulary()
+    processor.tokenizer, processor.config = Vocabulary(), SimpleNamespace(eos_token_ids=(1,))
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     text = processor.render([{"role": "user", "content": content}])
     assert text.startswith(begins)

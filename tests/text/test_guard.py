@@ -72,7 +72,7 @@ def tokenizer():
 def processor(family, tokenizer):
     """A family's prompts without its model: those of the test's tokenizer."""
     one = object.__new__(family.Processor)
-    one.config, one.tokenizer, one.bos = SimpleNamespace(), tokenizer, "<s>"
+    one.config, one.tokenizer, one.bos = SimpleNamespace(eos_token_ids=()), tokenizer, "<s>"
     return one
 
 

@@ -14,7 +14,10 @@ from mlx_vlm_edge.text.tokenizer import Tokenizer
 WORDS = (
     "You are a helpful assistant . system user assistant A chat between curious and an artificial "
     "intelligence . The gives detailed polite answers to the user 's questions USER ASSISTANT User "
-    "Assistant What is in this picture ? the x"
+    "Assistant What is in this picture ? the x Cambrian highly multimodal AI trained by NYU Vision "
+    "X As have ability process analyze images Whenever image present conversation very carefully "
+    "examine it consider its content when formulating your response should concise responses "
+    "simple but provide thorough more complex open"
 )
 SPECIAL = (
     "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<0x04>", "<image>",

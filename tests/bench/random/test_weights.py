@@ -18,7 +18,8 @@ from mlx_vlm_edge.kernels import on_cpu
 
 FAMILIES = (
     "fastvlm-0.5b", "smolvlm2-256m", "idefics3-8b", "fuyu-8b", "eve-7b",
-    "eve-7b-hd-v2", "mobilevlm-v2-1.7b", "mobilevlm-1.7b", "llava-1.5-7b", "llava-onevision-0.5b",
+    "eve-7b-hd-v2", "cambrian-8b", "cambrian-13b", "mobilevlm-v2-1.7b", "mobilevlm-1.7b",
+    "llava-1.5-7b", "llava-onevision-0.5b",
 )  # fmt: skip
 NARROW = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
@@ -38,7 +39,17 @@ def shrunk(alias):
     if "mm_hidden_size" in config and "vision_config" not in config:
         config["mm_hidden_size"] = 64
     tower = config.get("vision_config", {})
-    if "embed_dims" in tower:
+    if config["model_type"] == "cambrian_llama":
+        for one in tower["towers"][:3]:
+            one |= {**SMALL, "num_hidden_layers": 2}
+        tower["towers"][3] |= {
+            "hidden_sizes": [16, 32, 32, 64],
+            "depths": [1] * 4,
+            "image_size": 256,
+        }
+        config |= {"vision_hidden_size": 64, "num_of_vision_sampler_layers": 2}
+        config["stride_of_vision_sampler_layers"] = 1
+    elif "embed_dims" in tower:
         tower |= {"embed_dims": [16, 32, 32, 64, 128], "layers": [1] * 5, "image_size": 128}
     elif tower:
         tower |= {**SMALL, "num_hidden_layers": 2}
@@ -71,10 +82,11 @@ def test_the_bytes_are_the_published_sizes():
 def test_a_small_one_of_every_family_is_measured(alias):
     plan = blueprint(alias, dtype="float32", config=shrunk(alias))
     model, processor = build(plan)
-    picture = default_picture(96)
-    runs = measure(model, processor, Question(picture, text_of(processor, picture, 60), 3), 1)
+    picture, text_tokens = default_picture(96), 250 if alias == "cambrian-8b" else 60
+    question = Question(picture, text_of(processor, picture, text_tokens), 3)
+    runs = measure(model, processor, question, 1)
     assert [run.generated for run in runs.plain] == [3, 3]
-    assert runs.plain[0].prompt_tokens - runs.plain[0].visual_tokens == 60
+    assert runs.plain[0].prompt_tokens - runs.plain[0].visual_tokens == text_tokens
     assert runs.plain[0].visual_tokens > 0
     assert runs.staged[0].ttft > 0
 
