@@ -6,6 +6,7 @@ leaves float16 is repaired and verified again. A bundle that fails does not stay
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_vlm_edge import __version__
 from mlx_vlm_edge.checkpoint.files import CONFIG, TOKENIZER_JSON, tokenizer_files
+from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, obtain
 from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.base import VisionLanguageModel
@@ -34,7 +36,7 @@ from .emit.toolkit import tools
 from .package.save import save_package
 from .part import Options, Part
 from .parts.decoder import DecoderPart, refuse_groups
-from .parts.encoders import AppPixels, Encoder, encoder
+from .parts.encoders import AppPixels, Encoder, encoders
 from .parts.pictures import drawn_cases, picture_cases
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
@@ -141,13 +143,20 @@ def _parts(
 ) -> tuple[list[Part], AppPixels | None]:
     """The parts to export, and how a picture becomes what they take."""
     built: list[Part] = []
-    tower: Encoder | None = None
+    towers: dict[str, Encoder] = {}
     if {"vision", "connector"} & {*wanted}:
-        tower = encoder(model, options.size, options.strategy)
+        towers = encoders(model, options.size, options.strategy)
+    if len(towers) > 1:
+        _check_several(wanted, options, len(towers))
+        options = replace(options, fused=False)
+    for name, tower in towers.items():
         cases = drawn_cases(tower) if image is None else picture_cases(tower, image)
         if "vision" in wanted:
-            segment = Tower(tower, options)
-            vision = VisionPart(segment, options, cases, tower.notes, tower.arrays)
+            notes = {**tower.notes}
+            if len(towers) > 1:
+                notes["preprocessing"] = manifest.preprocessing_entry(tower.pixels)
+            segment = Tower(tower, options, name)
+            vision = VisionPart(segment, options, cases, notes, tower.arrays)
             if options.coreai:
                 refuse_untranslated(vision)
             built.append(vision)
@@ -155,7 +164,19 @@ def _parts(
             built.append(VisionPart(Connector(tower), options, cases))
     if "decoder" in wanted:
         built.append(DecoderPart(model.language_model, options))
-    return built, None if tower is None else tower.pixels
+    pixels = [tower.pixels for tower in towers.values()]
+    return built, pixels[0] if len(pixels) == 1 else None
+
+
+def _check_several(wanted: Sequence[str], options: Options, count: int) -> None:
+    """Raises UsageError for what a model of several vision towers cannot be."""
+    if "connector" in wanted:
+        raise UsageError(
+            f"this model has {count} vision towers and one connector for all, which cannot be "
+            "exported: use --part vision"
+        )
+    if options.coreai:
+        raise UsageError(f"--format coreai takes one vision tower, and this model has {count}")
 
 
 def _save(part: Part, path: Path, say: Report) -> None:

@@ -18,14 +18,23 @@ def emit(
     net: Network, tower: ConvNeXt, image: Value, mean: Sequence[float], std: Sequence[float]
 ) -> Value:
     """The whole tower."""
+    return stages(net, tower, image, mean, std)[-1]
+
+
+def stages(
+    net: Network, tower: ConvNeXt, image: Value, mean: Sequence[float], std: Sequence[float]
+) -> list[Value]:
+    """Every stage's output [1, C, h, w]."""
     stem, norm = tower.stem, tower.norm
     weight, bias = image_folded(_kernel(stem), numpy(stem.proj.bias), mean, std)
     x = net.conv(image, weight, bias, "stem", stride=stem.size)
     bare = net.norm(x, norm.eps, "stem_norm")
     x = net.affine(bare, numpy(norm.weight), numpy(norm.bias), "stem_affine", "stage0")
+    outputs: list[Value] = []
     for index, stage in enumerate(tower.stages):
         x = _stage(net, stage, x, f"stage{index}")
-    return x
+        outputs.append(x)
+    return outputs
 
 
 def _kernel(patches: Patches) -> np.ndarray:

@@ -5,10 +5,18 @@ The class token, where there is one, comes first. Site: `stream`, all of the res
 
 from collections.abc import Sequence
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_vlm_edge.vision.vit import ACTIVATIONS, Layer, ViT, ViTConfig
+from mlx_vlm_edge.vision.vit import (
+    ACTIVATIONS,
+    Attention,
+    Layer,
+    PatchEmbedding,
+    ViT,
+    ViTConfig,
+)
 
 from .network import Network, Value, affine_folded, attention, image_folded, numpy
 
@@ -27,7 +35,9 @@ def emit(
     """positions: rows of the position embedding where they are not simply 0..N-1."""
     table = numpy(tower.position_embedding)
     table = table if positions is None else table[positions]
-    x = _embedding(net, tower, config, image, table, mean, std)
+    first = tower.class_embedding if config.class_token else None
+    site = None if config.class_token else SITE  # CLIP's norm comes before its stream
+    x = embedding(net, tower.patch_embedding, first, image, table, mean, std, site)
     if config.class_token:
         norm = tower.pre_layernorm
         bare = net.norm(x, config.layer_norm_eps, "pre_norm")
@@ -41,50 +51,55 @@ def emit(
     return x
 
 
-def _embedding(
+def embedding(
     net: Network,
-    tower: ViT,
-    config: ViTConfig,
+    patches: PatchEmbedding,
+    first: mx.array | None,
     image: Value,
     table: np.ndarray,
     mean: Sequence[float],
     std: Sequence[float],
+    site: str | None,
 ) -> Value:
-    """Patches and position embedding, in front of them the class token: [1, D, 1, N]."""
-    patch, D = tower.patch_embedding.proj, config.hidden_size
-    p = config.patch_size
+    """Patches and position embedding, in front of them a class token: [1, D, 1, N]."""
+    patch, p, D = patches.proj, patches.size, table.shape[1]
     weight = numpy(patch.weight).reshape(D, p, p, 3).transpose(0, 3, 1, 2)
     own = numpy(patch.bias) if "bias" in patch else None
-    site = None if config.class_token else SITE  # CLIP's norm comes before its stream
     weight, bias = image_folded(weight, own, mean, std)
     x = net.conv(image, weight, bias, "patches", site, stride=p)
     x = net.reshape(x, (1, D, 1, x.shape[2] * x.shape[3]), "patches_row")
-    if config.class_token:
-        first = Value(net.const(numpy(tower.class_embedding).reshape(1, D, 1, 1)))
-        x = net.concat([first, x], 3, "with_class_token")
+    if first is not None:
+        power = net.powers.get(site, 0) if site else 0
+        token = net.const(numpy(first).reshape(1, D, 1, 1) * 2.0**-power)
+        x = net.concat([Value(token, power, site), x], 3, "with_class_token")
     return net.add_const(x, np.ascontiguousarray(table.T)[None, :, None], "positions")
 
 
 def _layer(net: Network, layer: Layer, config: ViTConfig, x: Value, name: str) -> Value:
-    eps, D = config.layer_norm_eps, config.hidden_size
-    scale = (D // config.num_attention_heads) ** -0.5
-    attend = layer.self_attn
-    weight, bias = _behind(layer.layer_norm1, attend.qkv)
-    weight[:D] *= scale
-    bias[:D] *= scale
-    qkv = net.linear(net.norm(x, eps, f"{name}_norm1"), weight, bias, f"{name}_qkv")
-    y = attention(net, qkv, config.num_attention_heads, f"{name}_attention")
-    out = attend.out_proj
-    y = net.linear(y, numpy(out.weight), numpy(out.bias), f"{name}_proj", SITE)
-    x = net.add(x, y, f"{name}_attended")
-    weight, bias = _behind(layer.layer_norm2, layer.fc1)
+    eps = config.layer_norm_eps
+    x = attended(net, layer.layer_norm1, layer.self_attn, x, name)
+    weight, bias = behind(layer.layer_norm2, layer.fc1)
     y = net.linear(net.norm(x, eps, f"{name}_norm2"), weight, bias, f"{name}_fc1")
     y = net.activation(y, _activation(config), f"{name}_activation")
     y = net.linear(y, numpy(layer.fc2.weight), numpy(layer.fc2.bias), f"{name}_fc2", SITE)
     return net.add(x, y, name)
 
 
-def _behind(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+def attended(net: Network, norm: nn.LayerNorm, attend: Attention, x: Value, name: str) -> Value:
+    """A layer's first half: attention behind its norm, added to what came in."""
+    weight, bias = behind(norm, attend.qkv)
+    D = weight.shape[1]
+    scale = (D // attend.heads) ** -0.5
+    weight[:D] *= scale
+    bias[:D] *= scale
+    qkv = net.linear(net.norm(x, norm.eps, f"{name}_norm1"), weight, bias, f"{name}_qkv")
+    y = attention(net, qkv, attend.heads, f"{name}_attention")
+    out = attend.out_proj
+    y = net.linear(y, numpy(out.weight), numpy(out.bias), f"{name}_proj", SITE)
+    return net.add(x, y, f"{name}_attended")
+
+
+def behind(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
     """A linear layer with the gain and offset of the norm before it folded in."""
     parts = (linear.weight, linear.bias, norm.weight, norm.bias)
     weight, bias, gain, offset = (numpy(part) for part in parts)

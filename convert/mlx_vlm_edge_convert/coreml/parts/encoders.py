@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.models import (
+    cambrian,
     convllava,
     eve2,
     fastvlm,
@@ -23,11 +24,11 @@ from mlx_vlm_edge.models import eve as eve_family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
-from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD, HALF
+from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
 from mlx_vlm_edge.vision.positions import position_ids
 from mlx_vlm_edge.vision.vit import ViTConfig
 
-from ..emit import convnext, eve, fastvit, vit
+from ..emit import convnext, eve, fastvit, several, vit
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, TOKENS
@@ -76,6 +77,45 @@ def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None)
             return built
     name = type(model).__module__.rpartition(".")[2]
     raise UsageError(f"{name} has no vision tower that can be exported: use --part decoder")
+
+
+def encoders(
+    model: VisionLanguageModel, size: Size | None, strategy: str | None
+) -> dict[str, Encoder]:
+    """The encoder of a model as its part `vision`, or of each of several towers: `vision_0`, ...
+
+    Raises UsageError as `encoder` does.
+    """
+    if not isinstance(model, cambrian.Model):
+        return {"vision": encoder(model, size, strategy)}
+    if size is not None:
+        raise UsageError(f"resolution {_shown(size)}: each of the towers has a size of its own")
+    model.config.adapted(Preprocessing(strategy))
+    count = len(model.config.views)
+    return {f"vision_{index}": _one_of_several(model, index) for index in range(count)}
+
+
+def _one_of_several(model: cambrian.Model, index: int) -> Encoder:
+    """A tower's features on the grid that the aggregator takes."""
+    view, tower = model.config.views[index], model.tower.towers[index]
+    config, mean, std = view.tower, view.mean, view.std
+    side = config.image_size
+
+    def reference(pixels: np.ndarray) -> dict[str, mx.array]:
+        return {FEATURES: model.tower(normalized(pixels[None], mx.float32, mean, std), index)}
+
+    return Encoder(
+        AppPixels((side, side), "pad", view.fill, mean, std),
+        lambda net, image: several.emit(net, tower, config, image, mean, std),
+        config.width, (config.side, config.side), model.connector, reference, {"tower": index},
+    )  # fmt: skip
+
+
+def _cambrian(model: cambrian.Model, size: Size | None, strategy: str | None) -> Encoder:
+    raise UsageError(
+        f"Cambrian-1 has {len(model.config.views)} vision towers, which no one package can be: "
+        "export --part vision writes each"
+    )
 
 
 def _stages(model: VisionLanguageModel, data: np.ndarray) -> dict[str, mx.array]:
@@ -247,6 +287,7 @@ def _eve(
 _MAKERS: tuple[tuple[type, Callable[..., Encoder]], ...] = (
     (fastvlm.Model, _fastvlm),
     (moe_llava.Model, _moe_llava),  # before its own base
+    (cambrian.Model, _cambrian),
     (llava.Model, _llava),
     (convllava.Model, _convllava),
     (idefics3.Model, _idefics3),
