@@ -6,6 +6,7 @@
 #   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
 #   make test-kills  kill every command at every operation on files (ARGS="convert pull")
+#   make test-install  build wheel and sdist, install both in empty environments, on every Python here
 #   make docs   build the site of the documents in build/site, strictly
 #   make check  lint, types, import rules, code figures
 #   make format rewrite the sources in the project's format
@@ -23,7 +24,7 @@ IMAGE ?= examples/images/hello.png examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: docs demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
+.PHONY: docs test-install demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
 
 demo: $(VENV)/.runtime
 	@for image in $(IMAGE); do \
@@ -64,6 +65,9 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/tools/code_figures.py --limits $(CODE)
+
+test-install: $(VENV)/.dev
+	$(BIN)/python tests/tools/installs.py $(ARGS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f docs/site/mkdocs.yml
