@@ -68,9 +68,9 @@ class MixtureConfig:
         )
 
     def capacity(self, tokens: int, experts: int) -> int:
-        """How many of the tokens one expert takes at most."""
-        shared = math.ceil(tokens / experts * self.eval_capacity_factor * CHOICES)
-        return max(shared, self.min_capacity)
+        """How many of the tokens an expert takes at most, rounded in float32 as in the original."""
+        factor = np.float32(self.eval_capacity_factor * CHOICES)
+        return max(math.ceil(np.float32(tokens / experts) * factor), self.min_capacity)
 
 
 class Stack(nn.Module):
