@@ -24,6 +24,7 @@ from ..generation.loop import generate
 from ..kernels import quantized
 from ..loading.load import load
 from ..wording import first_line
+from .pixels import pictures
 
 if TYPE_CHECKING:
     from ..models.base import VisionLanguageModel
@@ -92,6 +93,7 @@ def selftest() -> Iterator[Outcome]:
     truth, others = places()
     yield from compared(kernel_cases(), truth, others, KERNEL)
     yield from _quantised(others)
+    yield from (Outcome(*check) for check in pictures(others))
     yield from compared(_stages(), truth, others, STAGE)
     for place in others:
         yield from known_answers(place)
