@@ -19,6 +19,7 @@ from ..models.base import VisionLanguageModel
 from ..picture.token_budget import TokenBudget, token_budget
 from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Steps, Timer
+from .ahead import Ahead
 from .answer import Answer
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
@@ -169,7 +170,12 @@ def stream_generate(
     chosen = Options(**options)
     started, timer = clock(), Timer(verbose, clock)
     pictures = as_list(images) + as_list(image)
-    inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget))
+    if len(pictures) > 1 and prefix_cache is None and not verbose:
+        ahead = Ahead(model, processor)
+        steps = processor.steps(prompt, pictures, raw=raw, budget=chosen.budget, seen=ahead.begin)
+        inputs = ahead.complete(timer.run(steps))
+    else:
+        inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget))
     return stream_inputs(model, processor, inputs, chosen, timer, started, prefix_cache)
 
 
@@ -192,7 +198,8 @@ def stream_inputs(
     limit, skip = budget(model, inputs, options), options.skip_special_tokens
     cache = make_cache(model, inputs, options)
     sample = token_sampler(model, processor, inputs, options)
-    mx.reset_peak_memory()
+    if inputs.tokens is None:
+        mx.reset_peak_memory()
     run = None if prefix_cache is None else prefix_cache.begin(model, processor, inputs, cache)
     if timer.progress is not None:
         start, length = 0 if run is None else run.start, inputs.input_ids.shape[1]
@@ -226,10 +233,12 @@ def prompt_logits(
 
     Its images are computed while the language model may still be being read.
     """
-    if isinstance(prompt, Inputs):
+    if not isinstance(prompt, Inputs):
+        inputs = yield from prompt.encode()
+    elif prompt.tokens is None:
         inputs = replace(prompt, tokens=(yield from model.encode(prompt.pixels)))
     else:
-        inputs = yield from prompt.encode()
+        inputs = prompt
     if model.unread is not None:
         mx.async_eval(inputs.tokens)
         model.finish_loading()

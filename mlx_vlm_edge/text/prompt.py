@@ -109,8 +109,12 @@ class Processor(ABC):
         *,
         raw: bool = False,
         budget: TokenBudget | None = None,
+        seen: Callable[[Pixels], None] | None = None,
     ) -> Steps[Inputs]:
-        """What a call does, in its steps: of each image, then of the text."""
+        """What a call does, in its steps: of each image, then of the text.
+
+        seen: called with each image's pixels before the next image is read.
+        """
         text, images = self._text(prompt, images, raw)
         try:
             text.encode()
@@ -121,6 +125,8 @@ class Processor(ABC):
         for source in images:
             read = yield from self.read(source, preprocess)
             pixels.append(self.within(read, budget or self.budget))
+            if seen is not None:
+                seen(pixels[-1])
         ids, visual = self.expand(segments, pixels)
         if not ids:
             raise UsageError("the prompt is empty")
