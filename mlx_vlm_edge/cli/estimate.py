@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..wording import gigabytes
-from .flags import sides
+from .flags import add_token_arguments, sides, tokens_asked
 
 if TYPE_CHECKING:
     from mlx_vlm_edge_bench.estimate.calibration import Row
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config has it)",
     )  # fmt: skip
     what.add_argument("--resolution", type=int, metavar="PX", help="as `generate` takes it")
+    add_token_arguments(what)
     what.add_argument(
         "--image-size", default="1024x1024", metavar="WxH", help="the picture's own pixels"
     )
@@ -76,13 +77,15 @@ def _estimate(args: argparse.Namespace) -> None:
     from mlx_vlm_edge_bench.estimate.outlook import LABEL, outlook
 
     from ..loading.cost import config_of
+    from ..picture.token_budget import token_budget
 
+    budget = token_budget(tokens_asked(args), args.token_method)
     image = sides("--image-size", args.image_size, "WIDTHxHEIGHT")
     configs = {name: config_of(name) for name in args.model}
     chips = [known.find(name) for name in args.chip] or [known.own()]
     outlooks: list[Outlook] = []
     for name, config in configs.items():
-        plan = plan_of(config, args.bits, resolution=args.resolution)
+        plan = plan_of(config, args.bits, resolution=args.resolution, budget=budget)
         cost = prompt_cost(plan, image, args.prompt_tokens)
         outlooks += [outlook(name, plan, cost, chip, args.context) for chip in chips]
     if args.json:

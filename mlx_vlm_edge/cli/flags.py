@@ -142,6 +142,14 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-tiles", type=int, metavar="N",
         help="cut a picture into at most N tiles; fewer are faster (Idefics3, SmolVLM, ...)",
     )  # fmt: skip
+    add_token_arguments(group)
+    group.add_argument(
+        "--jpeg-draft", action="store_true",
+        help="decode large JPEGs at a part of their size: faster, not the same pixels",
+    )  # fmt: skip
+
+
+def add_token_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--visual-tokens", metavar="N|RATIO",
         help="have the language model see that many tokens of each picture, or that share, as 0.25 "
@@ -152,10 +160,15 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="which these are: divprune (the default), dpp, pool, random, hiprune or visionzip",
     )
-    group.add_argument(
-        "--jpeg-draft", action="store_true",
-        help="decode large JPEGs at a part of their size: faster, not the same pixels",
-    )  # fmt: skip
+
+
+def tokens_asked(args: argparse.Namespace) -> int | float | None:
+    """What --visual-tokens says. Raises UsageError for what is no number."""
+    if args.visual_tokens is None:
+        return None
+    from ..picture.token_budget import parse_tokens
+
+    return parse_tokens(args.visual_tokens)
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
@@ -228,14 +241,12 @@ def load_options(args: argparse.Namespace) -> "LoadOptions":
     Raises UsageError for what no model takes.
     """
     from ..loading.load import LoadOptions
-    from ..picture.token_budget import parse_tokens
 
     options = LoadOptions(
         dtype=args.dtype, revision=args.revision, bits=args.bits, offline=args.offline,
         image_strategy=args.image_strategy, resolution=args.resolution, max_tiles=args.max_tiles,
         jpeg_draft=args.jpeg_draft, vision_backend=args.vision_backend,
-        visual_tokens=None if args.visual_tokens is None else parse_tokens(args.visual_tokens),
-        token_method=args.token_method, adapter=args.adapter,
+        visual_tokens=tokens_asked(args), token_method=args.token_method, adapter=args.adapter,
     )  # fmt: skip
     options.check()
     return options

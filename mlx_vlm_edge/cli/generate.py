@@ -22,6 +22,7 @@ from .progress import Shown, shown
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResult
+    from ..loading.load import LoadOptions
 
 HELP = "Answer a question about images; the answer streams to standard output."
 
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     from ..timings import Timer
 
     name = args.model or default_model()
+    _check_pictures(name, loading, images)
     fit_into_memory(args, name, loading)
     model, processor = start_loading(name, loading)
     if args.verbose or args.json:
@@ -140,6 +142,18 @@ def _checked(images: list[Any], args: argparse.Namespace) -> list[Any]:
 
     videos = [Video(path, args.fps) for path in args.video]
     return [checked(source, args.offline) for source in (*images, *videos)]
+
+
+def _check_pictures(name: str, loading: "LoadOptions", images: list[Any]) -> None:
+    """Raises UsageError for a picture that has not as many visual tokens as were asked for."""
+    if loading.visual_tokens is None:
+        return
+    from ..loading.fitting import check_pictures
+    from ..picture.image import check_header
+    from ..picture.video import Video
+
+    sizes = (check_header(image) for image in images if not isinstance(image, Video))
+    check_pictures(name, loading, [size for size in sizes if size is not None])
 
 
 def _prompt(text: str, args: argparse.Namespace) -> Any:

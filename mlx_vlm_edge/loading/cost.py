@@ -69,10 +69,13 @@ class Blueprint:
         processor.config = self.config.adapted(self.asked)
         return processor
 
-    def pixels(self, image: Size) -> Pixels:
-        """What becomes of a picture of that size, alone in its prompt."""
+    def pixels(self, image: Size, among: int = 1) -> Pixels:
+        """What becomes of a picture of that size, one of so many in its prompt.
+
+        Raises UsageError for more visual tokens than it has.
+        """
         processor = self.processor
-        return processor.within(processor.preprocessor(1)(blank(image)), self.asked.budget)
+        return processor.within(processor.preprocessor(among)(blank(image)), self.asked.budget)
 
 
 def nbytes(part: nn.Module) -> int:

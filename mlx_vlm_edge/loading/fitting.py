@@ -4,8 +4,10 @@ Asked before anything is read, and before anything is fetched where the config i
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +19,8 @@ from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
 from ..wording import gigabytes
 from .load import LoadOptions
 
+Size = tuple[int, int]  # width, height
+LARGE = 2400  # pixels of a side, of which no family makes more tokens than of fewer
 BUFFERS = 1 << 30  # bytes of freed buffers that MLX may keep for reuse
 PLAINLY = 4  # times the bytes of its weights, in which any model fits: float32 of 16 bits, and more
 
@@ -83,9 +87,36 @@ def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterat
 def _needed(config: dict[str, Any], options: LoadOptions) -> Any:
     from . import memory
 
-    return memory.needed(
-        config, dtype=options.dtype, quantize=options.bits, asked=options.preprocessing
-    )
+    counted = partial(memory.needed, config, dtype=options.dtype, quantize=options.bits)
+    asked = options.preprocessing
+    if isinstance(options.visual_tokens, int):
+        with suppress(UsageError):  # of this picture: the user's own may have as many
+            return counted(asked=asked)
+        asked = replace(asked, budget=None)
+    return counted(asked=asked)
+
+
+def check_pictures(name: str, options: LoadOptions, sizes: Sequence[Size]) -> None:
+    """Raises UsageError for a number of visual tokens that a picture of these, all in one prompt,
+    does not have. A share fits any, and costs nothing here."""
+    if not isinstance(options.visual_tokens, int):
+        return
+    from .cost import blueprint
+
+    plan = blueprint(_config(name, options), asked=options.preprocessing)
+    for size in sizes:
+        try:
+            plan.pixels(_smaller_picture(size), len(sizes))
+        except UsageError:  # which is rare, and may be of the rounding
+            plan.pixels(size, len(sizes))
+
+
+def _smaller_picture(size: Size) -> Size:
+    """A size of the same shape that is soon resized, and makes the same tokens in all families but
+    for a rounding."""
+    scale = min(1.0, LARGE / max(size))
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
 
 def _config(name: str, options: LoadOptions) -> dict[str, Any]:

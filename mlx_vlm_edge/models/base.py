@@ -8,12 +8,15 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.weights import Weights
+from ..errors import UsageError
 from ..language.cache import Cache
 from ..language.decoder import LanguageModel, prefill
 from ..picture.image import Pixels
 from ..picture.resize import Levels
+from ..picture.token_budget import ATTENDED, Reduction
 from ..text.prompt import Inputs
 from ..timings import Steps, result
+from ..vision.attended import listening
 
 
 def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
@@ -105,15 +108,58 @@ class VisionLanguageModel(nn.Module):
         them as the pixels say, in a step "reduce"."""
         tokens = []
         for pixels in images:
-            every = yield from self.stages(pixels)
             if pixels.reduction is None:
-                tokens.append(every)
-                continue
-            from ..reduction import reduced
-
-            tokens.append(reduced(every, pixels.reduction))
-            yield "reduce", tokens[-1]
+                tokens.append((yield from self.stages(pixels)))
+            else:
+                tokens.append((yield from self.fewer(pixels, pixels.reduction)))
         return tokens
+
+    def fewer(self, pixels: Pixels, reduction: Reduction) -> Steps[mx.array]:
+        """The visual tokens that a reduction leaves of an image."""
+        from ..reduction import reduced
+
+        if reduction.method in ATTENDED:
+            tokens = yield from self.attended(pixels, reduction)
+        else:
+            tokens = reduced((yield from self.stages(pixels)), reduction)
+        yield "reduce", tokens
+        return tokens
+
+    def attended(self, pixels: Pixels, reduction: Reduction) -> Steps[mx.array]:
+        """`fewer` by a method that asks the tower's attention. Raises UsageError without one."""
+        from ..reduction.attended import by_layers, zipped
+
+        with listening() as calls:
+            tokens = yield from self.stages(pixels)
+        if not calls:
+            raise UsageError(
+                f"token method {reduction.method!r} needs the attention of the model's own vision "
+                "tower: leave the vision backend out"
+            )
+        if reduction.method == "hiprune":
+            early, late = (
+                self.token_scores(mx.concatenate([getattr(call, which) for call in calls]), pixels)
+                for which in ("early", "late")
+            )
+            return by_layers(tokens, reduction, early, late)
+        (call,) = calls
+        if call.of_class is None:
+            raise UsageError(
+                "token method 'visionzip' asks the class token, which this model's vision tower "
+                "lacks: hiprune does without"
+            )
+        features = zipped(call.hidden[0], call.of_class[0], call.keys[0], reduction.total)
+        return self.connector(features[None])[0]
+
+    def token_scores(self, seen: mx.array, pixels: Pixels) -> mx.array:
+        """What patches receive, float32[tiles, n] -> of each visual token, float32[N].
+
+        A token that is made of a square of patches has their mean; what is not the picture's has 0.
+        """
+        from ..reduction.blocks import block_scores
+
+        assert pixels.reduction is not None
+        return block_scores(seen, pixels.reduction)
 
     def stages(self, pixels: Pixels) -> Steps[mx.array]:
         """All visual tokens of an image in the steps that make them: "vision" gives image features,

@@ -27,7 +27,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.convnext import fold as fold_vision
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
@@ -112,6 +112,8 @@ class Model(VisionLanguageModel):
 
 class Processor(llava.Processor):
     """LLaVA-1.5's prompt and pictures, at a size that may be chosen."""
+
+    token_methods = OF_TOKENS  # there is no attention in its tower
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         rows, columns = (side // self.config.vision.stride for side in pixels.data.shape[:2])

@@ -23,7 +23,7 @@ from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing, refuse_max_tiles
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..vision.eve import PatchConfig, PatchEmbedding
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
 from . import llava
@@ -148,6 +148,7 @@ class Processor(llava.Processor):
     """LLaVA's prompt; pictures resized in their own proportion."""
 
     own_template = False  # its tokenizers have the language model's
+    token_methods = OF_TOKENS  # there is no tower
 
     def draft_side(self) -> int:
         return self.config.image_size

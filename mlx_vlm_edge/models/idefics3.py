@@ -25,7 +25,7 @@ from ..picture.image import Pixels
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.resize import Levels, Picture
 from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
@@ -130,6 +130,7 @@ class Processor(prompt.Processor):
     """Turns `User: ...<end_of_utterance>`; a tile is its marker and an <image> per visual token."""
 
     stop_tokens = (END,)
+    token_methods = OF_TOKENS | {"hiprune"}
 
     def __init__(
         self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED

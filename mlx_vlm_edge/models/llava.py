@@ -31,7 +31,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import Block
+from ..picture.token_budget import METHODS, Block
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
@@ -159,6 +159,7 @@ class Processor(prompt.Processor):
     stop_tokens: tuple[str, ...] = ("</s>",)
     answer_end = "</s>"
     own_template = True
+    token_methods = frozenset(METHODS)
 
     def __init__(
         self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED

@@ -25,7 +25,7 @@ from ..picture.image import Pixels, fit
 from ..picture.preprocessing import Preprocessing
 from ..picture.resize import Levels, Picture, levels
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..timings import Steps
 from ..vision.pixels import HALF, normalized
@@ -228,7 +228,7 @@ class Model(VisionLanguageModel):
         """Pixels of one image, uint8 [tiles, side, side, 3] -> visual tokens [N, D]."""
         features = self.image_features(pixels.data)
         yield "vision", features
-        tokens = self.pack(self.connector(features), pixels)
+        tokens = self.pack(self.connector(features), pixels, self.image_newline)
         yield "connector", tokens
         return tokens
 
@@ -242,13 +242,16 @@ class Model(VisionLanguageModel):
             features.append(self.vision_tower(normalized(batch, dtype, HALF, HALF)))
         return mx.concatenate(features)
 
-    def pack(self, tokens: mx.array, pixels: Pixels) -> mx.array:
+    def token_scores(self, seen: mx.array, pixels: Pixels) -> mx.array:
+        return self.pack(seen[:, :, None], pixels, mx.zeros((1,)))[:, 0]
+
+    def pack(self, tokens: mx.array, pixels: Pixels, newline: mx.array) -> mx.array:
         """Tokens [tiles, N, D] of an image -> [N + rows * (columns + 1), D].
 
         The whole image's, then the picture row by row with a newline after each; a lone tile's,
         then one newline.
         """
-        newline = self.image_newline.astype(tokens.dtype)[None]
+        newline = newline.astype(tokens.dtype)[None]
         if not isinstance(pixels, Tiles):
             return mx.concatenate([tokens[0], newline])
         n, rows, columns = self.config.vision.grid, pixels.rows, pixels.columns
@@ -266,6 +269,7 @@ class Processor(prompt.Processor):
     """The qwen_1_5 prompt, with the system turn that the model was trained with."""
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
+    token_methods = OF_TOKENS | {"hiprune"}
 
     def preprocessor(self, images: int) -> Callable[[Picture], Pixels]:
         """A lone image is tiled, one of several is not, as in training (unless told otherwise)."""

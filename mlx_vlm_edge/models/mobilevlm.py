@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..picture.image import Pixels
 from ..picture.preprocessing import image_strategy
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..vision.vit import ViTConfig
 from . import llava
 from .base import eos_ids
@@ -111,6 +111,8 @@ def visual_tokens(projector: str, side: int) -> int:
 
 
 class Processor(llava.Processor):
+    token_methods = OF_TOKENS | {"hiprune"}  # its connector takes whole grids
+
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         side = math.isqrt(visual_tokens(self.config.projector, self.config.vision.grid))
         return (Block(side, side),)

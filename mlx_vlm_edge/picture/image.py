@@ -19,7 +19,7 @@ from .geometry import Strategy as Strategy
 from .pdf import Page, page_image
 from .resize import DRAFTED, Levels, Picture
 from .resize import fit as fit
-from .rgb import DAMAGED, to_rgb, upright
+from .rgb import DAMAGED, to_rgb, upright, upright_size
 from .token_budget import Reduction
 
 if TYPE_CHECKING:
@@ -209,9 +209,12 @@ def _decode(
         return upright(image, jpeg.pillow_image(content, image), release=True)
 
 
-def check_header(source: Any) -> None:
-    """What `open_image` would refuse a path, an address that is not fetched, or a file's content
-    for, as far as its header tells. Raises UsageError."""
+def check_header(source: Any) -> tuple[int, int] | None:
+    """(width, height) of a path, an address that is not fetched, or a file's content, upright; None
+    of a PDF, whose pages have none.
+
+    Raises UsageError for what `open_image` would refuse, as far as the header tells.
+    """
     if isinstance(source, Page):
         source = source.source
     if isinstance(source, str) and _is_address(source):
@@ -222,9 +225,9 @@ def check_header(source: Any) -> None:
     content = source if isinstance(source, bytes) else _checked_path(source)
     head = _head(content, name)
     if head.startswith(b"%PDF-"):
-        return
-    with _header(content, head, name):
-        pass
+        return None
+    with _header(content, head, name) as image:
+        return upright_size(image)
 
 
 def _head(source: Path | bytes, name: str) -> bytes:

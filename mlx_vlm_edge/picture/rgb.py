@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STRIP = 1 << 22  # pixels worked on at a time
 ORIENTATION = 0x0112  # EXIF tag
+SIDEWAYS = range(5, 9)  # its values that exchange the sides
 # What Pillow's decoders raise on damaged data. OSError includes UnidentifiedImageError; AVIF and
 # HEIF raise RuntimeError, which NotImplementedError is as well.
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
@@ -54,6 +55,12 @@ def upright(image: "Image", decoded: "Image | None" = None, *, release: bool = F
     if release and rgb is not image:
         image.close()
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def upright_size(image: "Image") -> tuple[int, int]:
+    """(width, height) that `upright` will give, by the header alone."""
+    width, height = image.size
+    return (height, width) if orientation(image) in SIDEWAYS else (width, height)
 
 
 def to_rgb(image: "Image") -> "Image":

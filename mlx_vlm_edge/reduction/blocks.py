@@ -1,7 +1,9 @@
 """Where the tokens of a reduction's blocks are in [N, D], and where their separators are."""
 
+import math
 from collections.abc import Iterator
 
+import mlx.core as mx
 import numpy as np
 
 from ..picture.token_budget import Block, Cut, Reduction, bounds
@@ -46,3 +48,17 @@ def staying_places(part: Cut) -> np.ndarray:
     around = [np.arange(block.before), np.arange(behind, block.total)]
     ends = block.before + last[: part.lines * block.ended]
     return np.sort(np.concatenate([*around, ends]))
+
+
+def block_scores(seen: mx.array, reduction: Reduction) -> mx.array:
+    """What a square of patches has in each tile, float32[tiles, n * n] -> float32[N], of each token
+    of as many blocks the mean of its patches, and 0 of what is not the picture's."""
+    side, parts = math.isqrt(seen.shape[1]), []
+    for tile, (_, part) in zip(seen, blocks(reduction), strict=True):
+        block = part.block
+        down, across = side // block.rows, side // block.columns
+        grid = tile[: side * side].reshape(block.rows, down, block.columns, across)
+        own = mx.zeros(block.total, mx.float32)
+        own[mx.array(picture_places(block))] = grid.mean(axis=(1, 3)).reshape(-1)
+        parts.append(own)
+    return mx.concatenate(parts)

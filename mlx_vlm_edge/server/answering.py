@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..generation.answer import GenerationResult
 from ..generation.engine import BusyError, Engine, Ticket
 from ..generation.loop import Options
+from ..picture.token_budget import TokenBudget
 from ..text.prompt import Inputs
 from ..timings import Timer
 from . import pictures
@@ -27,7 +28,8 @@ class Asked:
     """One request in our own terms, whichever API it came by.
 
     messages: as `processor` takes them, or with `raw` a text. addresses: (field, address) of each
-    picture, in order. options: one for each answer that is asked for.
+    picture, in order. options: one for each answer that is asked for. budget: how many visual
+    tokens each picture has, where that is said.
     """
 
     messages: Any
@@ -35,6 +37,7 @@ class Asked:
     options: Sequence[Options]
     client: str = ""
     raw: bool = False
+    budget: TokenBudget | None = None
 
 
 @dataclass
@@ -100,7 +103,10 @@ class Answering:
         timer = Timer(measured=True)
         images = pictures.read(asked.addresses, self.limits, self.remote_images)
         try:
-            inputs = timer.run(self.engine.processor.steps(asked.messages, images, raw=asked.raw))
+            steps = self.engine.processor.steps(
+                asked.messages, images, raw=asked.raw, budget=asked.budget
+            )
+            inputs = timer.run(steps)
         except UsageError as error:
             raise bad_request(str(error), "messages") from None
         return inputs, timer

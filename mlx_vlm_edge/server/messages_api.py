@@ -11,7 +11,7 @@ from .answering import Answers, Asked, Choice
 from .errors import ApiError
 from .limits import Limits
 from .openai import make_options, named_event, timings
-from .requests import Number, StopTexts, Strict, TextPart, Texts, Whole, texts_of
+from .requests import Number, Pictured, StopTexts, Strict, TextPart, Texts, Whole, texts_of
 
 Role = Literal["user", "assistant"]
 # Parts of `usage` that Anthropic's schema requires and that nothing here uses.
@@ -57,7 +57,7 @@ class Metadata(Strict):
     user_id: str | None = None
 
 
-class CountRequest(Strict):
+class CountRequest(Pictured):
     """POST /v1/messages/count_tokens: how long a prompt is."""
 
     model: str | None = None
@@ -95,13 +95,13 @@ def asked(request: CountRequest, limits: Limits) -> Asked:
                 parts.append({"type": "image"})
         messages.append({"role": turn.role, "content": parts})
     if not isinstance(request, MessagesRequest):
-        return Asked(messages, addresses, ())
+        return Asked(messages, addresses, (), budget=request.budget)
     options = make_options(
         limits, request.max_tokens, stop=tuple(request.stop_sequences),
         temperature=request.temperature, top_p=request.top_p, top_k=request.top_k,
     )  # fmt: skip
     client = (request.metadata.user_id if request.metadata else None) or ""
-    return Asked(messages, addresses, [options], client)
+    return Asked(messages, addresses, [options], client, budget=request.budget)
 
 
 class Reply:

@@ -29,6 +29,7 @@ STAGES = {
     "queue": "queue_ms",
     "vision": "vision_ms",
     "connector": "connector_ms",
+    "reduce": "reduce_ms",
     "prefill": "prefill_ms",
     "first sample": "first_sample_ms",
 }
@@ -90,7 +91,7 @@ def chat_asked(request: ChatRequest, limits: Limits) -> Asked:
     options = sampling_options(
         request, request.limit, limits, schema=response_schema(request), logprobs=logprobs
     )
-    return Asked(messages, addresses, options, client=request.user or "")
+    return Asked(messages, addresses, options, client=request.user or "", budget=request.budget)
 
 
 def completion_asked(request: CompletionRequest, limits: Limits) -> Asked:

@@ -6,8 +6,18 @@ A field that is null counts as left out, as clients send it.
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
+from ..picture.token_budget import TokenBudget, token_budget
 from .errors import ApiError, bad_request
 
 # Fields of the published APIs that this server cannot obey; a client that sends one is told so.
@@ -144,6 +154,48 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
+def _visual_tokens(number: Any) -> int | float:
+    """Whole numbers count tokens, those below 1 are a share of them."""
+    number = _whole(number)
+    whole = type(number) is int and number >= 1
+    if not whole and not (type(number) is float and 0 < number < 1):
+        raise ValueError("give a whole number of at least 1, or a share between 0 and 1")
+    share: int | float = number
+    return share
+
+
+VisualTokens = Annotated[
+    int | float,
+    PlainValidator(_visual_tokens),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            ]
+        }
+    ),
+]
+Method = Literal["divprune", "dpp", "pool", "random", "hiprune", "visionzip"]
+
+
+class Pictured(Strict):
+    """What is asked of a prompt's pictures, a field of this server's own: see --visual-tokens."""
+
+    visual_tokens: VisualTokens | None = None
+    token_method: Method | None = None
+
+    @model_validator(mode="after")
+    def _method_of_something(self) -> "Pictured":
+        if self.token_method is not None and self.visual_tokens is None:
+            raise ValueError("token_method needs visual_tokens")
+        return self
+
+    @property
+    def budget(self) -> TokenBudget | None:
+        return token_budget(self.visual_tokens, self.token_method)
+
+
 class Sampling(Strict):
     """What all of the endpoints have in common."""
 
@@ -164,7 +216,7 @@ class Sampling(Strict):
     user: str | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, Pictured):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]

@@ -11,7 +11,7 @@ from .answering import Answers, Asked, Choice
 from .errors import ApiError
 from .limits import Limits
 from .openai import make_options, named_event, timings
-from .requests import JsonObjectFormat, Number, Strict, TextFormat, Whole
+from .requests import JsonObjectFormat, Number, Pictured, Strict, TextFormat, Whole
 
 
 class InputText(Strict):
@@ -100,7 +100,7 @@ class TextSettings(Strict):
     )
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Pictured):
     """POST /v1/responses."""
 
     model: str | None = None
@@ -141,7 +141,7 @@ def asked(request: ResponsesRequest, limits: Limits) -> Asked:
         limits, request.max_output_tokens, temperature=request.temperature, top_p=request.top_p,
         schema=request.schema_of_answer, field="text.format",
     )  # fmt: skip
-    return Asked(messages, addresses, [options], request.user or "")
+    return Asked(messages, addresses, [options], request.user or "", budget=request.budget)
 
 
 class Reply:

@@ -17,6 +17,7 @@ from ..checkpoint.config import check
 from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..kernels import attention, gelu, gelu_tanh, mlp, quick_gelu
+from .attended import EARLY, Attended, scores, told
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh, "gelu": gelu}
 GEOMETRY = (
@@ -129,12 +130,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+    def split(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Queries, keys and values [B, heads, N, D / heads] of [B, N, D]."""
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        scale = (D // self.heads) ** -0.5
-        x = attention(q, k, v, scale, mask)
+        return tuple(qkv.transpose(2, 0, 3, 1, 4))
+
+    @property
+    def scale(self) -> float:
+        return float((self.out_proj.weight.shape[0] // self.heads) ** -0.5)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        B, N, D = x.shape
+        q, k, v = self.split(x)
+        x = attention(q, k, v, self.scale, mask)
         return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, N, D))
 
 
@@ -185,9 +194,29 @@ class ViT(nn.Module):
         x = x + (table if positions is None else table[positions])
         if "pre_layernorm" in self:
             x = self.pre_layernorm(x)
+        calls = told()
+        if calls is not None:
+            return self._telling(x, mask, calls)
         for layer in self.layers:
             x = layer(x, mask)
         return self.post_layernorm(x) if "post_layernorm" in self else x
+
+    def _telling(self, x: mx.array, mask: mx.array | None, calls: list[Attended]) -> mx.array:
+        """The layers and what follows them, with what is told of two of them."""
+        final = len(self.layers) - 1
+        early_layer, first = min(round(EARLY * len(self.layers)), final), "class_embedding" in self
+        for index, layer in enumerate(self.layers):
+            if index in (early_layer, final):
+                q, k, _ = layer.self_attn.split(layer.layer_norm1(x))
+                seen = scores(q, k, layer.self_attn.scale, mask)
+            if index == early_layer:
+                early = seen.mean(axis=(1, 2))[:, int(first) :]
+            x = layer(x, mask)
+        x = self.post_layernorm(x) if "post_layernorm" in self else x
+        late, keys = seen.mean(axis=(1, 2)), k.astype(mx.float32).mean(axis=1)
+        of_class = seen[:, :, 0, 1:].sum(axis=1) if first else None
+        calls.append(Attended(early, late[:, int(first) :], of_class, keys[:, int(first) :], x))
+        return x
 
 
 def fold(weights: Weights, prefix: str, config: ViTConfig) -> dict[str, mx.array]:

@@ -175,3 +175,16 @@ def test_nothing_heavy_is_imported():
 
 def test_columns_of_numbers_go_to_the_right():
     assert table([["x", "n"], ["a", "1"], ["bcd", "20"]]) == "x     n\na     1\nbcd  20"
+
+
+def test_fewer_visual_tokens_have_their_price(capsys):
+    arguments = ("--model", "llava-1.5-7b", "--chip", "m5-max", "--json")
+    whole, fewer = (
+        json.loads(run(capsys, *arguments, *more)[1])
+        for more in ((), ("--visual-tokens", "0.25", "--token-method", "dpp"))
+    )
+    assert fewer["visual_tokens"] * 4 == whole["visual_tokens"] == 576
+    stages = {stage["name"]: stage for stage in fewer["stages"]}
+    assert stages["reduce"]["flops"] > 0
+    assert stages["reduce"]["ms"] < 0.03 * (whole["ttft_ms"] - fewer["ttft_ms"])
+    assert run(capsys, *arguments, "--visual-tokens", "577")[0] == 2

@@ -70,3 +70,39 @@ def test_a_mistake_is_one_line(generate, flags, message):
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_fewer_visual_tokens(generate):
+    for flags, count in ((("--visual-tokens", 34), 34), (("--visual-tokens", "50%"), 34),
+                         (("--visual-tokens", 0.25, "--token-method", "pool"), 17)):  # fmt: skip
+        code, out, err = generate("--image", "square.png", *flags)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["visual_tokens"] == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--visual-tokens", 0), "visual tokens 0: give a whole number of at least 1"),
+        (("--visual-tokens", 1.5), "visual tokens 1.5: give a whole number of at least 1"),
+        (("--visual-tokens", "many"), "visual tokens 'many': give a number, as 64, or a share"),
+        (("--visual-tokens", 69), "visual tokens 69: the picture has 68 and no more"),
+        (("--visual-tokens", 16), "16 of 68 are too few for this picture, whose parts"),
+        (("--token-method", "pool"), "say how many visual tokens"),
+        (("--visual-tokens", 34, "--token-method", "best"), "token method 'best' is not one of"),
+        (("--visual-tokens", 34, "--token-method", "visionzip"), "is not defined for this model"),
+    ],
+)
+def test_a_number_of_tokens_that_cannot_be_is_told_before_loading(
+    generate, monkeypatch, flags, message
+):
+    from mlx_vlm_edge.loading import load
+
+    def unread(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(load, "arrange", unread)
+    code, out, err = generate("--image", "square.png", *flags)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1

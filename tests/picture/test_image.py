@@ -422,3 +422,14 @@ def test_import_is_cheap():
     root = Path(__file__).parents[2]
     output = subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True)
     assert output.strip() == "[]"
+
+
+def test_a_header_tells_the_size_of_the_upright_picture(tmp_path):
+    from mlx_vlm_edge.picture.image import check_header
+
+    for orientation, size in ((1, (30, 20)), (3, (30, 20)), (6, (20, 30)), (8, (20, 30))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
+        assert check_header(str(tmp_path / "x.jpg")) == size
+        assert open_image(tmp_path / "x.jpg").size == size

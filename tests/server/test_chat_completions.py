@@ -353,3 +353,32 @@ def test_the_server_decides_on_drafts_and_counts_them(demo):
     finally:
         demo[0].pass_costs = None
         engine.close()
+
+
+def test_fewer_visual_tokens_of_a_picture(ask, client):
+    def counted(**fields):
+        return ask(**SHORT, **fields).json()["usage"]["prompt_tokens_details"]["visual_tokens"]
+
+    assert counted() == 4
+    assert counted(visual_tokens=2) == counted(visual_tokens=2.0) == 2
+    assert counted(visual_tokens=0.25, token_method="random") == 1
+    for fields, message in (
+        ({"visual_tokens": 0}, "visual_tokens: give a whole number of at least 1"),
+        ({"visual_tokens": 1.5}, "visual_tokens: give a whole number of at least 1"),
+        ({"visual_tokens": "many"}, "visual_tokens: give a whole number of at least 1"),
+        ({"visual_tokens": 5}, "visual tokens 5: the picture has 4 and no more"),
+        ({"token_method": "pool"}, "token_method needs visual_tokens"),
+        ({"visual_tokens": 2, "token_method": "visionzip"}, "is not defined for this model"),
+    ):
+        refused = ask(**SHORT, **fields)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+    messages = [{"role": "user", "content": [
+        {"type": "image", "source": {"type": "url", "url": data_url()}},
+        {"type": "text", "text": "What is it?"},
+    ]}]  # fmt: skip
+    counts = [
+        client.post("/v1/messages/count_tokens", json={"messages": messages, **fields}).json()
+        for fields in ({}, {"visual_tokens": 1})
+    ]
+    assert counts[0]["input_tokens"] - counts[1]["input_tokens"] == 3

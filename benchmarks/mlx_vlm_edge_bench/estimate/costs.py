@@ -12,6 +12,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.loading.cost import Blueprint, Cost, Size
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
+from mlx_vlm_edge.picture.token_budget import TokenBudget
 
 from ..random.question import refuse_beyond, text_of
 from ..random.weights import processor_of
@@ -26,6 +27,7 @@ def plan_of(
     bits: int | None = None,
     dtype: str = "bfloat16",
     resolution: int | None = None,
+    budget: TokenBudget | None = None,
 ) -> Blueprint:
     """A model's shapes as a GPU holds them.
 
@@ -38,8 +40,8 @@ def plan_of(
     if bits is not None:
         block = None if bits == 16 else {"bits": bits, "group_size": GROUP_SIZE}
     plan = cost.blueprint(config, dtype=dtype, quantization=block, fused=True)
-    plan = replace(plan, asked=Preprocessing(resolution=resolution))
-    plan.config.adapted(plan.asked)  # or a clear line
+    plan = replace(plan, asked=Preprocessing(resolution=resolution, budget=budget))
+    plan.family.check(plan.config, plan.asked)  # or a clear line
     return plan
 
 

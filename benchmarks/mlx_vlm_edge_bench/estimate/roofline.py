@@ -77,7 +77,8 @@ def decode(work: Work, layers: int, chip: Chip, rates: Rates = NOW) -> Stage:
 
 
 def first_token(cost: Cost, chip: Chip, *, quantised: bool, rates: Rates = NOW) -> list[Stage]:
-    """The stages up to the first token, all on the GPU: vision, connector, prefill."""
-    works = (("vision", cost.vision), ("connector", cost.connector))
+    """The stages up to the first token, all on the GPU: vision, connector, the choice of fewer
+    visual tokens where there is one, prefill."""
+    works = (("vision", cost.vision), ("connector", cost.connector), ("reduce", cost.reduction))
     stages = [stage(name, work, chip, rates) for name, work in works if work.flops]
     return [*stages, stage("prefill", cost.prefill, chip, rates, quantised=quantised)]

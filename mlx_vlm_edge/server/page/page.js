@@ -6,7 +6,7 @@ const STAGES = [
   ["Decode picture", ["image_decode_ms"]],
   ["Preprocess", ["preprocess_ms", "tokenise_ms"]],
   ["Wait", ["queue_ms"]],
-  ["Vision", ["vision_ms", "connector_ms"]],
+  ["Vision", ["vision_ms", "connector_ms", "reduce_ms"]],
   ["Prefill", ["prefill_ms", "first_sample_ms"]],
   ["Tokens", ["decode_ms"]],
 ];
