@@ -25,8 +25,9 @@ HELP = (
 MAX_TOKENS, RUNS = 32, 5
 CASES_ONLY = (
     "model", "random_weights", "resolution", "bits", "dtype", "image", "prompt_tokens", "no_cold",
-    "energy", "vision_backend", "max_tokens",
+    "energy", "vision_backend", "max_tokens", "visual_tokens", "token_method", "plot",
 )  # fmt: skip
+NOT_OF_CURVES = ("no_cold", "energy", "max_tokens", "prompt_tokens")
 NARROW, WIDE = 40, 120
 IN_PARTS = (
     "Measured in parts, as the paper does: encoder and prefill by themselves, one tile for "
@@ -82,6 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--energy", action="store_true", help="energy by macOS's powermetrics, which needs root"
     )
+    curve = parser.add_argument_group("fewer visual tokens")
+    curve.add_argument(
+        "--visual-tokens", nargs="+", default=[], metavar="N|RATIO",
+        help="TTFT, memory and agreement with all tokens at these numbers, beside random choice, "
+        "pooling and lower resolutions",
+    )  # fmt: skip
+    curve.add_argument(
+        "--token-method", nargs="+", default=[], metavar="NAME",
+        help="how tokens are chosen, as in generate (default: divprune)",
+    )  # fmt: skip
+    curve.add_argument("--plot", metavar="FILE", help="a page (HTML) with the curve's plots")
     claims = parser.add_argument_group("the paper's claims")
     claims.add_argument(
         "--claims", nargs="*", metavar="ID",
@@ -131,8 +143,9 @@ def run(args: argparse.Namespace) -> int:
 
     _refuse_mixtures(args)
     tables = redirect_stdout(sys.stderr) if args.json == STDOUT else nullcontext()
+    run_asked = _claims if args.claims is not None else _curve if args.visual_tokens else _cases
     with writable(args.json) as save, tables:
-        return _claims(args, save) if args.claims is not None else _cases(args, save)
+        return run_asked(args, save)
 
 
 def _refuse_mixtures(args: argparse.Namespace) -> None:
@@ -140,12 +153,71 @@ def _refuse_mixtures(args: argparse.Namespace) -> None:
     if args.claims is None:
         if args.in_parts is not None:
             raise UsageError("--in-parts is for --claims")
+        _refuse_for_curve(args)
         return
     for name in CASES_ONLY:
         value = getattr(args, name)
         if value is not None and value is not False and value != []:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is not for --claims: each claim says what it runs")
+
+
+def _refuse_for_curve(args: argparse.Namespace) -> None:
+    if not args.visual_tokens:
+        if args.token_method or args.plot:
+            raise UsageError("--token-method and --plot are for --visual-tokens: say how many")
+        return
+    if len(args.model) > 1 or len(args.bits) > 1:
+        raise UsageError("--visual-tokens is of one model at one precision")
+    for name in NOT_OF_CURVES:
+        if getattr(args, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is not for --visual-tokens, which has no such figure")
+
+
+def _curve(args: argparse.Namespace, save: Callable[..., None]) -> int:
+    from mlx_vlm_edge_bench.bench import cases, machine
+    from mlx_vlm_edge_bench.curve import run as curve
+    from mlx_vlm_edge_bench.curve import shown
+    from mlx_vlm_edge_bench.random.question import QUESTION
+
+    from ..picture.token_budget import METHODS, parse_tokens
+
+    asked, width, progress = _options(args), _width(), Progress()
+    budgets = tuple(parse_tokens(text) for text in args.visual_tokens)
+    methods = tuple(args.token_method) or METHODS[:1]
+    options = curve.CurveOptions(
+        budgets, methods, tuple(args.resolution), args.runs, asked.image, QUESTION
+    )
+    curve.ways(options)  # or a clear line
+    cases.check(asked)
+    (choice,) = asked.choices
+    record: dict[str, Any] = {
+        "kind": "curve", "machine": machine.record(), "model": choice.model,
+        "weights": choice.weights, "image": asked.image_name, "points": [],
+    }  # fmt: skip
+    _say(_heading(record["machine"]), width)
+    code = 0
+    try:
+        record["points"].extend(curve.run(choice, options, progress))
+    except KeyboardInterrupt:
+        code, record["interrupted"] = 130, True
+    progress.clear()
+    if record["points"]:
+        print(f"\n{shown.table(record['points'], choice.random, width)}")
+        save(record)
+        if args.plot:
+            _write_page(args.plot, shown.page(record))
+    return code
+
+
+def _write_page(name: str, text: str) -> None:
+    from .. import whole_file
+
+    try:
+        whole_file.write(Path(name).expanduser(), text.encode())
+    except OSError as error:
+        raise UsageError(f"--plot {name}: cannot be written ({error.strerror})") from None
 
 
 def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:

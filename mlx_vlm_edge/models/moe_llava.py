@@ -24,6 +24,7 @@ from ..language.moe_llava import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
 from ..picture.preprocessing import image_strategy
 from ..picture.resize import Levels, Picture, levels
+from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method
 from ..text import prompt
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
 from ..vision.vit import ViT, ViTConfig
@@ -134,9 +135,17 @@ class Processor(llava.Processor):
         fitted = fit(image, (vision.image_size,) * 2, self.config.image_strategy, fill)
         return Pixels(levels(fitted), image.size)
 
-    def visual_tokens(self, pixels: Pixels) -> int:
-        vision = self.config.vision
-        return vision.grid**2 + vision.class_token - (not self.config.keeps_class_token)
+    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
+        """A square, or of SigLIP what is left of one without its first patch."""
+        vision, whole = self.config.vision, self.config.keeps_class_token
+        if vision.class_token:
+            return (Block(vision.grid, vision.grid, before=int(whole)),)
+        return (Block(vision.grid, vision.grid) if whole else Block(1, vision.grid**2 - 1),)
+
+    def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
+        if budget is not None and not self.config.vision.class_token:
+            check_method(budget.method, OF_TOKENS - {"pool"})  # which need a class token or squares
+        return super().within(pixels, budget)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """Each segment is tokenised by itself, and none has a BOS before it."""

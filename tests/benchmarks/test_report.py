@@ -5,9 +5,9 @@ import re
 from html.parser import HTMLParser
 
 import page
-import plots
 import pytest
 import report
+from mlx_vlm_edge_bench import plots
 from pairs import Pairs, verdict
 
 from mlx_vlm_edge.errors import UsageError

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from mlx_vlm_edge.loading.load import LoadOptions, start_loading, use_backend
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
+from mlx_vlm_edge.picture.token_budget import TokenBudget
 from mlx_vlm_edge.text.prompt import Processor
 
 
@@ -46,12 +47,15 @@ class LoadedModel:
             if not ahead:
                 self.model.finish_loading()
 
-    def at(self, resolution: int | None) -> tuple[VisionLanguageModel, Processor]:
-        """The model at a resolution, None for the checkpoint's own.
+    def at(
+        self, resolution: int | None, budget: TokenBudget | None = None
+    ) -> tuple[VisionLanguageModel, Processor]:
+        """The model at a resolution, None for the checkpoint's own, and with so many visual tokens.
 
         Raises UsageError for one that the family does not take.
         """
-        asked, tokenizer = Preprocessing(resolution=resolution), self._processor.tokenizer
+        asked = Preprocessing(resolution=resolution, budget=budget)
+        tokenizer = self._processor.tokenizer
         return self.model, type(self._processor)(self.model.config, tokenizer, asked)
 
     @property

@@ -11,6 +11,45 @@ from html import escape
 WIDTH = 440  # of the drawing's own units; the page scales it
 LETTER = 7.2  # width of one in the plots' font size, 13
 SERIES = 8
+# Of a page with such drawings: small screens, light and dark.
+STYLE = """
+:root { color-scheme: light dark; --fg: #1a1d21; --bg: #ffffff; --soft: #5b6570; --line: #d9dee4;
+  --card: #f5f7f9; --good: #146c2e; --bad: #a32020;
+  --s0: #1f6fd6; --s1: #e07b00; --s2: #2c9a5b; --s3: #b4409b; --s4: #7a828c; --s5: #c2a000;
+  --s6: #00869b; --s7: #d4483b; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e6e9ed; --bg: #14171b; --soft: #a0aab5;
+  --line: #39414b; --card: #1d2228; --good: #6fd58c; --bad: #ff8d85; --s0: #5aa2ff; --s1: #ffa53d;
+  --s2: #58c98a; --s3: #e07fca; --s4: #98a2ad; --s5: #e3c53f; --s6: #3fbdd2; --s7: #ff7f73; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 16px; max-width: 960px; color: var(--fg); background: var(--bg);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2.2em;
+  border-top: 1px solid var(--line); padding-top: .8em; } h3 { font-size: 1.05rem; }
+p.soft, td .soft, .soft { color: var(--soft); font-size: .9rem; }
+figure { margin: 1em 0 1.6em; } figure svg { width: 100%; max-width: 540px; display: block; }
+figcaption { font-weight: 600; margin-bottom: .5em; }
+svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--fg);
+  paint-order: stroke; stroke: var(--bg); stroke-width: 3px; }
+svg text.strong { font-weight: 600; } svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .line { fill: none; stroke-width: 2; } svg .here { stroke: var(--fg); stroke-width: 2.5; }
+table { border-collapse: collapse; width: 100%; font-size: .95rem; }
+th { text-align: left; color: var(--soft); font-weight: 600; font-size: .85rem; }
+td, th { padding: .45em .6em .45em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+@media (min-width: 641px) { td:first-child { width: 34%; } td { min-width: 5.5em; } }
+.tag { font-size: .78rem; border: 1px solid var(--line); border-radius: 1em; padding: .05em .6em;
+  white-space: nowrap; } .measured { } .good { color: var(--good); font-weight: 600; }
+.bad { color: var(--bad); font-weight: 600; } .tag.quoted { border-style: dashed; }
+.tag.estimated { border-style: dotted; }
+@media (max-width: 640px) { table, tbody, tr, td { display: block; } thead { display: none; }
+  tr { background: var(--card); border-radius: 10px; padding: .6em .8em; margin: 0 0 .7em; }
+  td { border: 0; padding: .1em 0; } td:first-child { font-weight: 600; }
+  td[data-label]::before { content: attr(data-label) ": "; color: var(--soft); } }
+"""
+STYLE += "".join(
+    f"svg .s{i} {{ fill: var(--s{i}); }} svg .line.s{i} {{ fill: none; stroke: var(--s{i}); }}\n"
+    for i in range(SERIES)
+)
 
 
 @dataclass(frozen=True)
