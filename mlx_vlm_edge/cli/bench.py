@@ -221,7 +221,7 @@ def _write_page(name: str, text: str) -> None:
 
 
 def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
-    from mlx_vlm_edge_bench.bench import cases, energy, machine, table
+    from mlx_vlm_edge_bench.bench import cases, energy, last, machine, table
 
     options, width, progress = _options(args), _width(), Progress()
     cases.check(options)
@@ -234,6 +234,7 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
         for case in cases.run(options, progress):
             progress.clear()
             record["cases"].append(case)
+            last.remember(case, options.dtype)
             print(f"\n{table.case(case, width)}", flush=True)
     except KeyboardInterrupt:
         progress.clear()

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,27 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--vision-backend", default="mlx", metavar="NAME", help=BACKENDS)
 
 
+def _pixels_or_auto(text: str) -> int | str:
+    if text.strip().lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: pixels or auto") from None
+
+
+def milliseconds(text: str) -> float:
+    """A time as it was written: "200ms" or "200" -> 200.0, "0.2s" -> 200.0.
+
+    Raises UsageError for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|)", text.strip().lower())
+    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0
+    if not value:
+        raise UsageError(f"--ttft-budget {text!r}: give a time, as 200ms or 0.5s")
+    return value
+
+
 def sides(flag: str, text: str, order: str) -> tuple[int, int]:
     """Two sides in pixels as they were written, "1920x1080" -> (1920, 1080); of a square its one.
 
@@ -130,9 +152,15 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
         "(default: the checkpoint's)",
     )  # fmt: skip
     group.add_argument(
-        "--resolution", type=int, metavar="PX",
+        "--resolution", type=_pixels_or_auto, metavar="PX|auto",
         help="side the picture is resized to, or its longest edge before it is cut into tiles; "
-        "less is faster (default: the checkpoint's)",
+        "less is faster (default: the checkpoint's); auto: by the picture's size and detail "
+        "(FastVLM)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ttft-budget", metavar="TIME",
+        help="with --resolution auto: the first token within that, as 200ms, by the last bench of "
+        "the model here or, on a Mac, by `estimate`",
     )  # fmt: skip
     group.add_argument(
         "--resize-shape", dest="resolution", type=int, nargs="+", action=ResizeShape,
@@ -249,7 +277,25 @@ def load_options(args: argparse.Namespace) -> "LoadOptions":
         visual_tokens=tokens_asked(args), token_method=args.token_method, adapter=args.adapter,
     )  # fmt: skip
     options.check()
+    if args.ttft_budget is not None:
+        milliseconds(args.ttft_budget)  # or a clear line
+        if args.resolution != "auto":
+            raise UsageError("--ttft-budget chooses among sizes: give --resolution auto with it")
     return options
+
+
+def within_budget(args: argparse.Namespace, name: str, options: "LoadOptions") -> "LoadOptions":
+    """The same with the largest size that --ttft-budget leaves, where there is one.
+
+    Raises UsageError where none does, and where nothing is known of this machine.
+    """
+    if args.ttft_budget is None:
+        return options
+    from mlx_vlm_edge_bench.budget import largest_within
+
+    side, told = largest_within(name, options, milliseconds(args.ttft_budget))
+    print(f"note: {told}", file=sys.stderr)
+    return replace(options, max_resolution=side)
 
 
 def fit_into_memory(args: argparse.Namespace, name: str, options: "LoadOptions") -> None:
@@ -269,7 +315,7 @@ def load_model(args: argparse.Namespace, name: str) -> "tuple[VisionLanguageMode
     """The whole model that the same flags ask for, where it fits into memory."""
     from ..loading.load import start_loading
 
-    options = load_options(args)
+    options = within_budget(args, name, load_options(args))
     fit_into_memory(args, name, options)
     model, processor = start_loading(name, options)
     model.finish_loading()

@@ -17,6 +17,7 @@ from .flags import (
     load_options,
     prefix_cache,
     sampling_options,
+    within_budget,
 )
 from .progress import Shown, shown
 
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from ..timings import Timer
 
     name = args.model or default_model()
+    loading = within_budget(args, name, loading)
     _check_pictures(name, loading, images)
     fit_into_memory(args, name, loading)
     model, processor = start_loading(name, loading)
@@ -187,6 +189,11 @@ def _print(results: Iterator["GenerationResult"], args: argparse.Namespace, line
     return code
 
 
+def _sizes(last: "GenerationResult") -> list[str]:
+    shown = [f"{width} x {height}" for width, height in last.picture_sizes]
+    return [f"images as the model sees them: {', '.join(shown)}"] if shown else []
+
+
 def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -203,6 +210,7 @@ def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
         f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s",
         f"ttft_e2e: {last.ttft_e2e * 1000:.1f} ms (image and prompt in, first token out)",
         *([_drafts(last)] if args.draft else []),
+        *_sizes(last),
         *(["images: JPEG draft, not pixel-exact"] if last.jpeg_draft else []),
         *(f"  {name}: {seconds * 1000:.1f} ms" for name, seconds in (last.stages or {}).items()),
         f"peak memory: {last.peak_memory:.3f} GB",

@@ -25,7 +25,8 @@ class GenerationResult:
 
     ttft_e2e: seconds from the call, image bytes and prompt in, to the first token. Rates are
     tokens per second; prompt_tokens includes the visual tokens, and reused_tokens are those that a
-    prefix cache knew. jpeg_draft: pixels may be other than those of the whole picture.
+    prefix cache knew. picture_sizes: (width, height) of each picture as the model saw it, or of its
+    tiles. jpeg_draft: pixels may be other than those of the whole picture.
     peak_memory is in GB (1e9 bytes).
     finish_reason is None until the end, then "stop" or "length". stop_text: of `stop`,
     what ended the answer. stages: seconds per stage, and logprobs: of the token, when they were
@@ -49,6 +50,7 @@ class GenerationResult:
     stop_text: str | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    picture_sizes: tuple[tuple[int, int], ...] = ()
 
 
 class Answer:
@@ -75,6 +77,8 @@ class Answer:
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(skip)
         self._inputs, self._reused = inputs, reused
+        shapes = (pixels.data.shape for pixels in inputs.pixels)
+        self._sizes = tuple((int(shape[-2]), int(shape[-3])) for shape in shapes)
         self._timer, self._started = timer, started
         self._first, self._tokens = 0.0, 0
         self._logprobs: TokenLogprobs | None = None
@@ -123,6 +127,7 @@ class Answer:
             jpeg_draft=self._inputs.jpeg_draft,
             logprobs=self._logprobs,
             stop_text=self._stops.matched,
+            picture_sizes=self._sizes,
             drafted_tokens=self.drafts.drafted if self.drafts else 0,
             accepted_tokens=self.drafts.accepted if self.drafts else 0,
         )

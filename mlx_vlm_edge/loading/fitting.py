@@ -89,6 +89,7 @@ def _needed(config: dict[str, Any], options: LoadOptions) -> Any:
 
     counted = partial(memory.needed, config, dtype=options.dtype, quantize=options.bits)
     asked = options.preprocessing
+    asked = replace(asked, auto=False)  # a blank picture would be made small
     if isinstance(options.visual_tokens, int):
         with suppress(UsageError):  # of this picture: the user's own may have as many
             return counted(asked=asked)

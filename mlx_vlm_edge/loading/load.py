@@ -54,10 +54,11 @@ class LoadOptions:
     or 8 for the language model, quantised on the fly. offline: never touch the network, for the
     pictures of a prompt neither.
     image_strategy ("pad", "center_crop", "stretch", ...) and resolution (pixels) override the
-    checkpoint's own preprocessing, each as the family understands it; max_tiles limits what an
-    image costs in the families that cut one up. visual_tokens: how many the language model sees of
-    each image, a whole number or a share as 0.25, and token_method: which these are ("divprune" by
-    default, "dpp", "pool", "random", and where the tower's attention is to be had "hiprune" and
+    checkpoint's own preprocessing, each as the family understands it; resolution "auto", which
+    FastVLM has, chooses by a picture's size and detail, up to max_resolution. max_tiles limits what
+    an image costs in the families that cut one up. visual_tokens: how many the language model sees
+    of each image, a whole number or a share as 0.25, and token_method: which these are ("divprune"
+    by default, "dpp", "pool", "random", and where the tower's attention is to be had "hiprune" and
     "visionzip"). jpeg_draft: decode large JPEGs at a part of their
     size, which is faster and not pixel-exact; results say so. vision_backend: "coreml" lets a Core
     ML package compute image features, in float16 on the Neural Engine and CPU; ":fp32" and
@@ -71,12 +72,13 @@ class LoadOptions:
     bits: int | None = None
     offline: bool = False
     image_strategy: str | None = None
-    resolution: int | None = None
+    resolution: int | str | None = None
     max_tiles: int | None = None
     jpeg_draft: bool = False
     vision_backend: str = "mlx"
     visual_tokens: int | float | None = None
     token_method: str | None = None
+    max_resolution: int | None = None
     adapter: Any = None
 
     @property
@@ -85,7 +87,11 @@ class LoadOptions:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(self.image_strategy, self.resolution, self.max_tiles, self.budget)
+        auto = isinstance(self.resolution, str)
+        pixels = None if isinstance(self.resolution, str) else self.resolution
+        return Preprocessing(
+            self.image_strategy, pixels, self.max_tiles, self.budget, auto, self.max_resolution
+        )
 
     def check(self) -> None:
         """Raises UsageError for all that can be told before a model is looked for."""
@@ -103,13 +109,20 @@ class LoadOptions:
         choices(self.adapter)  # or a clear line
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.resolution is not None and type(self.resolution) is not int:
+        self._check_resolution()
+
+    def _check_resolution(self) -> None:
+        pixels, auto = self.resolution, self.resolution == "auto"
+        if pixels is not None and not auto and type(pixels) is not int:
+            raise UsageError(f"resolution must be a whole number of pixels or auto, not {pixels!r}")
+        if isinstance(pixels, int) and pixels > MAX_RESOLUTION:
+            raise UsageError(f"image size {pixels:,}: give at most {MAX_RESOLUTION:,} pixels")
+        if self.max_resolution is not None and not auto:
+            raise UsageError("max_resolution limits resolution auto: leave it out")
+        if auto and self.vision_backend != "mlx":
             raise UsageError(
-                f"resolution must be a whole number of pixels, not {self.resolution!r}"
-            )
-        if (self.resolution or 0) > MAX_RESOLUTION:
-            raise UsageError(
-                f"image size {self.resolution:,}: give at most {MAX_RESOLUTION:,} pixels"
+                "resolution auto: a Core ML package has one size: give pixels, or leave the vision "
+                "backend out"
             )
 
 
@@ -121,12 +134,13 @@ class LoadKeywords(TypedDict, total=False):
     bits: int | None
     offline: bool
     image_strategy: str | None
-    resolution: int | None
+    resolution: int | str | None
     max_tiles: int | None
     jpeg_draft: bool
     vision_backend: str
     visual_tokens: int | float | None
     token_method: str | None
+    max_resolution: int | None
     adapter: Any
     quantize: int | None
 

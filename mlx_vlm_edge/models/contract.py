@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import mlx.core as mx
 
 from ..checkpoint.weights import Weights
+from ..errors import UsageError
 from ..picture.preprocessing import Preprocessing
 from ..picture.token_budget import check_method
 from ..text.prompt import Processor
@@ -65,5 +66,9 @@ class Family(Generic[C]):
     def check(self, config: C, asked: Preprocessing) -> None:
         """Raises UsageError for a preprocessing that the family does not understand."""
         config.adapted(asked)
+        if asked.auto and not self.Processor.chooses_side:
+            raise UsageError(
+                "resolution auto: FastVLM alone has it, whose tower takes any size; give pixels"
+            )
         if asked.budget is not None:
             check_method(asked.budget.method, self.Processor.token_methods)

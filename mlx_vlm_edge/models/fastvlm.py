@@ -18,6 +18,7 @@ from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.llama import LanguageModel, TextConfig
+from ..picture.detail import auto_sides, chosen_side
 from ..picture.image import Pixels, Strategy, fit
 from ..picture.preprocessing import (
     Preprocessing,
@@ -56,6 +57,7 @@ class Config:
     eos_token_ids: tuple[int, ...]
     context: int
     source: Mapping[str, Any] = field(repr=False, compare=False)
+    sides: tuple[int, ...] = ()  # of which one is chosen for each picture, where that is asked for
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,7 +89,8 @@ class Config:
         refuse_max_tiles(asked)
         strategy = chosen_strategy(asked, self.image_strategy)
         size = self.image_size if asked.resolution is None else asked.resolution
-        return replace(self, image_strategy=strategy, image_size=size)
+        sides = auto_sides(self.image_size, STRIDE, asked.largest) if asked.auto else ()
+        return replace(self, image_strategy=strategy, image_size=size, sides=sides)
 
 
 def _vision(config: Mapping[str, Any]) -> VisionConfig:
@@ -132,15 +135,18 @@ class Processor(prompt.Processor):
     """The qwen_2 prompt: no BOS, every turn between <|im_start|> and <|im_end|>."""
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
+    chooses_side = True
 
     def draft_side(self) -> int:
-        return self.config.image_size
+        return max(self.config.image_size, *self.config.sides)
 
     def preprocess(self, image: Picture) -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
-        side = self.config.image_size
-        fitted = fit(image, (side, side), self.config.image_strategy)
-        return Pixels(levels(fitted), image.size)
+        side, strategy = self.config.image_size, self.config.image_strategy
+        if self.config.sides:
+            length = min(image.size) if strategy == "center_crop" else max(image.size)
+            side = chosen_side(image, self.config.sides, length)
+        return Pixels(levels(fit(image, (side, side), strategy)), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
         return prompt.chatml(messages, SYSTEM)

@@ -28,13 +28,16 @@ class Preprocessing:
 
     strategy: what is done to a picture that has not the model's shape. resolution: pixels, each
     family says of what. max_tiles: of one image, in the families that cut it up. budget: how many
-    visual tokens the language model is to see of each image.
+    visual tokens the language model is to see of each image. auto: whether the side is chosen by
+    what is in a picture, up to `largest`, in the family that does so.
     """
 
     strategy: str | None = None
     resolution: int | None = None
     max_tiles: int | None = None
     budget: TokenBudget | None = None
+    auto: bool = False
+    largest: int | None = None
 
 
 AS_PUBLISHED = Preprocessing()

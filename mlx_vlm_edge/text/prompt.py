@@ -61,11 +61,13 @@ class Processor(ABC):
     stop_tokens: tokens that end an answer besides the configuration's, where the vocabulary has
     them. jpeg_draft: large JPEGs are decoded at a part of their size, if that is still enough:
     faster, but not the same pixels, and what an image's size is taken for is then that part.
-    token_methods: by which visual tokens may become fewer.
+    token_methods: by which visual tokens may become fewer. chooses_side: whether a picture's size
+    may be left to it.
     """
 
     stop_tokens: tuple[str, ...] = ()
     token_methods: frozenset[str] = OF_TOKENS
+    chooses_side = False
     jpeg_draft = False
     offline = False  # whether pictures behind http(s) addresses are refused
 
