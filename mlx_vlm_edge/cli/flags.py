@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,6 +290,8 @@ def within_budget(args: argparse.Namespace, name: str, options: "LoadOptions") -
     """
     if args.ttft_budget is None:
         return options
+    from dataclasses import replace
+
     from mlx_vlm_edge_bench.budget import largest_within
 
     side, told = largest_within(name, options, milliseconds(args.ttft_budget))
