@@ -85,7 +85,7 @@ def test_baselines_are_beside_every_method():
     assert named[1][1] == TokenBudget(2, "dpp")
 
 
-@pytest.mark.skipif(not questions.available(), reason="the demo's question sets are in a checkout")
+@pytest.mark.skipif(not questions.available(), reason="the fonts come with pip install '.[demo]'")
 def test_questions_are_the_demo_models_own(demo):
     model, processor = demo
     shares = questions.accuracy(
