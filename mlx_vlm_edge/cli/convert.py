@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..errors import UsageError
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from mlx_vlm_edge_convert import convert
 
     from ..hub.models import obtain
+    from ..text.saved_tokenizer import remember
 
     folder = obtain(source, revision=args.revision, offline=args.offline)
     target = convert(
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         _report(
             "note: float16 leaves a vision tower in its own dtype: its activations may overflow"
         )
+    remember(Path(target))
     print(target)
     return 0
 

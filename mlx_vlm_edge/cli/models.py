@@ -141,7 +141,11 @@ def _remove_packages(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    print(fetched(args.name, args.revision))
+    from ..text.saved_tokenizer import remember
+
+    folder = fetched(args.name, args.revision)
+    remember(folder)
+    print(folder)
     return 0
 
 

@@ -34,6 +34,7 @@ from ..models.contract import Family
 from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
 from ..picture.token_budget import TokenBudget, token_budget
+from ..text import saved_tokenizer
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
 from .adapters import adapted, read_adapters
@@ -189,6 +190,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         parsing = Background(lambda: Tokenizer.from_folder(folder))
         *_, (kind, model) = _reading(folder, options, adapters)
         tokenizer = parsing.wait()
+    Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
     model.identify = partial(_identity, folder, options, on_cpu())
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)

@@ -6,11 +6,12 @@ Whatever is wrong with one of them is a UsageError that names the file.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..checkpoint import files
 from ..errors import Refusing, UsageError
 from ..wording import quoted
+from . import mapped_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -37,6 +38,8 @@ def read(folder: Path) -> "tuple[Backend, dict[str, Any]]":
     backend = _backend(folder, config)
     added, source = _added_tokens(folder, config, older)
     with Refusing(source, "cannot be used", "copy the original model's"):
+        if missing(backend, added):
+            backend = mapped_tokenizer.whole(backend)
         add_tokens(backend, added, source)
     return backend, config | {"chat_template": files.read_chat_template(folder)}
 
@@ -116,8 +119,18 @@ def begins_once(backend: "Backend") -> bool:
 def _from_file(path: Path) -> "Backend":
     from tokenizers import Tokenizer as Backend
 
-    with Refusing(path, "is damaged", "fetch it again"):
-        return Backend.from_file(str(path))
+    def parse() -> Backend:
+        with Refusing(path, "is damaged", "fetch it again"):
+            return Backend.from_file(str(path))
+
+    return cast("Backend", mapped_tokenizer.known(path, parse)) or parse()
+
+
+def remember(folder: Path) -> bool:
+    """Have the user's cache know a folder's tokenizer.json, so that it need not be parsed again;
+    whether it does. Small ones are as well parsed."""
+    listed = files.tokenizer_files(folder) == files.TOKENIZER_JSON
+    return listed and mapped_tokenizer.remember(folder / files.TOKENIZER_JSON[0])
 
 
 def _ranks_backend(path: Path) -> "Backend":
@@ -209,23 +222,32 @@ def content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def add_tokens(backend: "Backend", wanted: Mapping[int, Mapping[str, Any]], source: Path) -> None:
-    """Add those that are not there yet, all in one go, each of which must get its own id."""
-    from tokenizers import AddedToken
-
+def missing(
+    backend: "Backend", wanted: Mapping[int, Mapping[str, Any]]
+) -> dict[int, Mapping[str, Any]]:
+    """Those of the added tokens, by id, that a tokenizer has not."""
     known = backend.get_added_tokens_decoder()
-    missing = {
+    return {
         id: wanted[id]
         for id in sorted(wanted)
         if id not in known or known[id].content != wanted[id]["content"]
     }
 
+
+def add_tokens(backend: "Backend", wanted: Mapping[int, Mapping[str, Any]], source: Path) -> None:
+    """Add those that are not there yet, all in one go, each of which must get its own id."""
+    from tokenizers import AddedToken
+
+    absent = missing(backend, wanted)
+    if not absent:
+        return
+
     def token(entry: Mapping[str, Any]) -> "AddedToken":
         chosen = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
         return AddedToken(entry["content"], **chosen)
 
-    backend.add_tokens([token(entry) for entry in missing.values()])
-    for id, entry in missing.items():
+    backend.add_tokens([token(entry) for entry in absent.values()])
+    for id, entry in absent.items():
         if (got := backend.token_to_id(entry["content"])) != id:
             raise UsageError(
                 f"{source}: token {quoted(entry['content'])} should have id {id}, but has {got}"

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Refusing, UsageError
-from . import saved_tokenizer
+from . import mapped_tokenizer, saved_tokenizer
 from .detokenizer import ByteLevelText, Detokenizer, WindowText
 from .guard import GUARD, Guard, split_unmarked, unguard, unmarked
 
@@ -169,6 +169,7 @@ def _without_words(backend: "Backend", special: Mapping[str, int]) -> "Backend":
 
     A Unigram model, or one that takes whole words, would make </s> of its characters.
     """
+    backend = mapped_tokenizer.whole(backend)
     spec = json.loads(backend.to_str())
     model, vocab = spec["model"], spec["model"]["vocab"]
     fresh = {word: GUARD + os.urandom(16).hex() for word in special if len(word) > 1}
