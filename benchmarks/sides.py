@@ -1,5 +1,6 @@
 """The two programs as processes: persistent workers, fresh ones, and their command lines."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mlx_vlm_edge.blas import CORE, better_core
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
@@ -34,9 +37,19 @@ def environment(name: str, blas: str) -> dict[str, str]:
     kept |= {"HF_HUB_OFFLINE": "1", "MLX_VLM_EDGE_BLAS": "off", "TOKENIZERS_PARALLELISM": "false"}
     if blas != STOCK:
         kept["LD_PRELOAD"] = blas
+        kept |= _core(blas)
     if name == "ours":
         kept["PYTHONPATH"] = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "convert")))
     return kept
+
+
+def _core(blas: str) -> dict[str, str]:
+    """What an OpenBLAS older than this processor has to be told; ours would find that by itself."""
+    try:
+        core = better_core(ctypes.CDLL(blas))
+    except OSError:  # what a side that cannot load it will say
+        return {}
+    return {CORE: core} if core else {}
 
 
 class Side:

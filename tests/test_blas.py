@@ -1,5 +1,7 @@
 """Which matrix library MLX calls, proved with one that answers 7 to everything."""
 
+import ctypes
+import io
 import os
 import shutil
 import subprocess
@@ -59,6 +61,57 @@ def test_the_named_library_does_the_matmuls(sevens):
     status, result = lines(OURS + MULTIPLY, MLX_VLM_EDGE_BLAS=sevens)
     assert status == f"fast: {sevens}"
     assert result == "7.0"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> str:
+    """An OpenBLAS that does not know the processor, until it is told as it is loaded."""
+    if not (compiler := shutil.which("gcc") or shutil.which("cc")):
+        pytest.skip("no C compiler to make a library with")
+    source = tmp_path_factory.mktemp("blas") / "old.c"
+    source.write_text(f"""#include <stdlib.h>
+static const char *core;
+__attribute__((constructor)) static void look(void) {{
+  core = getenv("OPENBLAS_CORETYPE");
+  if (!core) core = "Prescott";
+}}
+const char *openblas_get_corename(void) {{ return core; }}
+{SEVENS}""")
+    library = source.with_suffix(".so")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+CORE_OF = """
+import ctypes, os
+library = ctypes.CDLL(os.environ["MLX_VLM_EDGE_BLAS"])
+library.openblas_get_corename.restype = ctypes.c_char_p
+print(library.openblas_get_corename().decode(), os.environ.get("OPENBLAS_CORETYPE"))
+"""
+
+
+def test_a_library_older_than_the_processor_is_told_what_it_is(old, monkeypatch):
+    """And the environment is left as it was, for what else is started."""
+    monkeypatch.delenv(blas.CORE, raising=False)
+    best = blas.better_core(ctypes.CDLL(old))
+    status, result, core = lines(OURS + MULTIPLY + CORE_OF, MLX_VLM_EDGE_BLAS=old)
+    assert (status, float(result)) == (f"fast: {old}", 7)
+    assert core == f"{best or 'Prescott'} None"
+    *_, core = lines(OURS + CORE_OF, MLX_VLM_EDGE_BLAS=old, OPENBLAS_CORETYPE="Zen")
+    assert core == "Zen Zen"
+
+
+def test_the_newest_instructions_decide(old, monkeypatch):
+    library = ctypes.CDLL(old)
+    monkeypatch.delenv(blas.CORE, raising=False)
+    for flags, core in (
+        (b"flags : fma avx2 avx512f avx512dq avx512bw avx512vl avx512cd", "SkylakeX"),
+        (b"flags : fma avx2 avx512f", "Haswell"),
+        (b"flags : sse2", ""),
+        (b"Features : asimd", ""),
+    ):
+        monkeypatch.setattr("builtins.open", lambda *_, flags=flags: io.BytesIO(flags + b"\n"))
+        assert blas.better_core(library) == core
 
 
 def test_off_loads_nothing(sevens):
