@@ -22,7 +22,14 @@ fail() {
 }
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "only for Linux on x86_64; elsewhere use the system's own Swift"
 command -v apt-get >/dev/null || fail "apt-get is needed, to fetch Debian's packages; on another system put Swift 6 on the PATH"
-mirror=$(apt-get indextargets --format '$(ORIGIN) $(COMPONENT) $(REPO_URI)' | sed -n 's/^Debian main //p' | grep -v security | head -1)
+mirrors() {
+    apt-get indextargets --format '$(ORIGIN) $(COMPONENT) $(REPO_URI)' | sed -n 's/^Debian main //p' | grep -v security | head -1
+}
+mirror=$(mirrors)
+if [ -z "$mirror" ] && [ "$(id -u)" = 0 ]; then
+    apt-get -qq update >&2
+    mirror=$(mirrors)
+fi
 [ -n "$mirror" ] || fail "apt has no index of a Debian mirror; run apt-get update once"
 key=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -e "$key" ] || fail "$key is missing: install debian-archive-keyring"

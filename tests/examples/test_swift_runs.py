@@ -5,9 +5,11 @@ the code compiles and computes what it should, not that Apple's modules are call
 """
 
 import json
+import os
 import platform
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -164,8 +166,9 @@ def test_draws_are_those_of_the_distribution(check):
 
 def test_every_orientation_is_turned_as_in_python(check):
     rgb = np.arange(5 * 3 * 3, dtype=np.uint8).reshape(3, 5, 3)
-    request = {"ask": "upright", "width": 5, "height": 3, "rgb": rgb.ravel().tolist()}
-    (found,) = check(request)
+    request = {"width": 5, "height": 3, "rgb": rgb.ravel().tolist()}
+    found, images = check({"ask": "upright", **request}, {"ask": "images", **request})
+    assert images == found
     for number, (width, height, *values) in enumerate(found, start=1):
         image = Image.fromarray(rgb)
         image.getexif()[ORIENTATION] = number
@@ -343,6 +346,61 @@ def test_mistakes_are_a_line_with_cause_and_remedy(
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stdout == ""
+
+
+def test_the_documentation_is_made_without_a_warning(tools, tmp_path):
+    catalog = SWIFT / "EdgeVLM" / "EdgeVLM.docc"
+    done = subprocess.run(
+        [tools.folder / "docc", "convert", catalog, "--warnings-as-errors",
+         "--additional-symbol-graph-dir", tools.modules[-1], "--output-path", tmp_path / "docs",
+         "--fallback-display-name", "EdgeVLM", "--fallback-bundle-identifier", "EdgeVLM"],
+        env=tools.environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    assert (tmp_path / "docs" / "documentation" / "edgevlm" / "session").is_dir()
+
+
+def test_it_compiles_with_a_macs_appkit():
+    package("AppKit", "-Onone", *STRICT)
+
+
+def test_swiftpm_reads_the_manifests(tools):
+    """By the toolchain's own PackageDescription."""
+    library = json.loads(tools.manifest(SWIFT.parent / "Package.swift"))
+    assert library["errors"] == library["package"]["dependencies"] == []
+    assert library["package"]["swiftLanguageVersions"] == [{"v6": {}}]
+    targets = [target["name"] for target in library["package"]["targets"]]
+    assert targets == sorted(path.name for path in SWIFT.iterdir())
+    logic = SWIFT.parents[1] / "app" / "Logic"
+    (needed,) = json.loads(tools.manifest(logic / "Package.swift"))["package"]["dependencies"]
+    assert (logic / needed["kind"]["fileSystem"]["path"]).resolve() == SWIFT.parent
+
+
+def test_the_split_is_a_commit_of_the_package_alone(tmp_path):
+    folder = Path(shutil.copytree(SWIFT.parent, tmp_path / "repository" / "examples" / "swift"))
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    names = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org",
+             "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}  # fmt: skip
+    subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "all"], check=True)
+
+    def split():
+        subprocess.run(
+            [folder / "split.sh"], check=True, capture_output=True, env={**os.environ, **names}
+        )
+        listed = [*git, "ls-tree", "-r", "--name-only", "--full-tree", "swift-package"]
+        return subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split()
+
+    files = split()
+    assert "Package.swift" in files
+    assert all(not name.startswith("examples/") for name in files)
+    (folder / "more.txt").write_text("more")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "more"], check=True)
+    assert {*split()} == {*files, "more.txt"}
+    count = [*git, "rev-list", "--count", "swift-package"]
+    assert subprocess.run(count, check=True, capture_output=True, text=True).stdout == "2\n"
 
 
 def test_a_changed_file_is_noticed_once_it_is_read(tools, ask, demo_bundles, tmp_path):

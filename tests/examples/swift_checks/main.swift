@@ -2,8 +2,10 @@
 // of EdgeVLM's inside, and of a session that is interrupted, rewound and unloaded.
 
 @testable import EdgeVLM
+import CoreGraphics
 import CoreVideo
 import Foundation
+import UIKit
 
 typealias Request = [String: Any]
 
@@ -42,6 +44,23 @@ func upright(_ request: Request) throws -> Any {
     let (w, h) = (request["width"] as! Int, request["height"] as! Int)
     return Orientation.allCases.map { orientation in
         let raster = Raster(width: w, height: h, rgb: rgb).upright(orientation)
+        return [raster.width, raster.height] + raster.rgb.map { Int($0) }
+    }
+}
+
+/// A UIImage of each orientation, in the order of EXIF's numbers.
+func images(_ request: Request) throws -> Any {
+    let rgb = (request["rgb"] as! [Int]).map { UInt8($0) }
+    let rgba = stride(from: 0, to: rgb.count, by: 3).flatMap { rgb[$0..<$0 + 3] + [255] }
+    let pixels = CGImage(
+        standIn: Array(rgba), width: request["width"] as! Int, height: request["height"] as! Int,
+        model: .rgb)
+    let orientations: [UIImage.Orientation] = [
+        .up, .upMirrored, .down, .downMirrored, .leftMirrored, .right, .rightMirrored, .left,
+    ]
+    return try orientations.map { orientation in
+        let image = UIImage(cgImage: pixels, scale: 1, orientation: orientation)
+        let raster = try Picture(image).raster
         return [raster.width, raster.height] + raster.rgb.map { Int($0) }
     }
 }
@@ -158,6 +177,7 @@ func result(_ request: Request) async throws -> Any {
     case "stopped": return stopped(request)
     case "drawn": return try drawn(request)
     case "upright": return try upright(request)
+    case "images": return try images(request)
     case "inks": return inks(request)
     case "frames": return try frames(request)
     case "session": return try await session(request)
