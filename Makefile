@@ -2,6 +2,7 @@
 #   make demo   ask the bundled model about two pictures
 #   make test   run the tests            (ARGS="-k vision" to choose), but for those of the extras:
 #   make test-coreml test-swift test-server test-page     (test-swift fetches Debian's Swift, once)
+#   make test-coreml-grid  every combination of export's options (about half an hour)
 #   make test-long  2,000 generations and 500 requests, memory flat (about half an hour)
 #   make test-suites   others' server tests and clients (ARGS="langchain" to choose), from the index
 #   make fuzz   try 100,000 spoiled inputs (ARGS="--total 1000 --only pictures")
@@ -24,7 +25,7 @@ IMAGE ?= examples/images/hello.png examples/images/shapes.png
 QUESTION ?= Describe the image.
 ARGS ?=
 
-.PHONY: docs test-install demo test test-coreml test-swift test-server test-page test-long test-kills fuzz check format clean
+.PHONY: docs test-install demo test test-coreml test-coreml-grid test-swift test-server test-page test-long test-kills fuzz check format clean
 
 demo: $(VENV)/.runtime
 	@for image in $(IMAGE); do \
@@ -36,6 +37,9 @@ test: $(VENV)/.dev
 
 test-coreml: $(VENV)/.dev
 	$(BIN)/python -m pytest $(COREML) $(ARGS)
+
+test-coreml-grid: $(VENV)/.dev
+	$(BIN)/python -m tests.convert.coreml.grid.run $(ARGS)
 
 test-swift: $(VENV)/.dev
 	tests/examples/swift_toolchain.sh >/dev/null

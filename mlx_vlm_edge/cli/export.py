@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from ..errors import UsageError
 from .flags import sides
@@ -10,6 +11,7 @@ HELP = (
     "Export a model to Core ML: packages and what an app needs beside them, each package run and "
     "compared with the MLX model (needs the extra coreml)."
 )
+CONTEXT = 2048
 PARTS = ("vision", "connector", "decoder", "all")
 
 
@@ -56,8 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compress the decoder (default: as the model's weights are)",
     )  # fmt: skip
     form.add_argument(
-        "--context", type=int, default=2048, metavar="N", help="positions of the decoder's cache"
+        "--embedding-bits", choices=("4", "8"),
+        help="compress the table of input embeddings (default: dense)",
+    )  # fmt: skip
+    form.add_argument(
+        "--context", type=int, metavar="N", help="positions of the decoder's cache (default: 2048)"
     )
+    form.add_argument(
+        "--device", metavar="NAME",
+        help="iphone-15, m1, ...: choose --bits and --context so that the model fits its memory, "
+        "by `estimate`",
+    )  # fmt: skip
     check = parser.add_argument_group("checks")
     check.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True,
@@ -84,29 +95,58 @@ def _size(args: argparse.Namespace) -> tuple[int, int] | None:
     return height, width
 
 
+def _weights_and_context(args: argparse.Namespace) -> tuple[Any, int]:
+    """What was asked for, or what fits the device."""
+    bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
+    if args.device is None:
+        return bits, CONTEXT if args.context is None else args.context
+    from ..wording import gigabytes
+    from .device import choose
+
+    choice = choose(args.model, args.device, bits, args.context)
+    told = f"--bits {choice.bits}" if choice.bits in (4, 8) else "weights as they are"
+    _report(
+        f"for {args.device}: {told}, --context {choice.context}: about {gigabytes(choice.nbytes)} "
+        f"of {gigabytes(choice.room)} (an estimate)"
+    )
+    return bits or _asked(args.model, choice.bits), choice.context
+
+
+def _asked(model: str, bits: int) -> int | None:
+    """None where the model has no others, or is to be exported in full."""
+    from ..loading.cost import config_of
+
+    return None if bits not in (4, 8) or config_of(model).get("quantization") else bits
+
+
 def run(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
-    if args.context < 1:
+    if args.context is not None and args.context < 1:
         raise UsageError(f"context {args.context}: give a number of positions above zero")
     if args.bits and args.part in ("vision", "connector"):
         raise UsageError(f"--bits compresses the decoder, which --part {args.part} leaves out")
+    if args.embedding_bits and args.part in ("vision", "connector"):
+        raise UsageError(f"--embedding-bits is the decoder's, which --part {args.part} leaves out")
     if args.format == "coreai" and args.part in ("connector", "decoder"):
         raise UsageError(
             f"--part {args.part} leaves out the vision part, which --format coreai is for"
         )
+    if args.device and (args.compute == "cpu-ne" or args.bits == "palette4"):
+        raise UsageError("--device chooses for the GPU: leave --compute cpu-ne and palettes out")
     size = _size(args)
+    bits, context = _weights_and_context(args)
     from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
 
     from ..hub.models import expanded, obtain
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
-    bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
+    table: Any = {"4": 4, "8": 8}.get(args.embedding_bits)
     options = Options(
         precision=args.precision, compute=args.compute, size=size,
         strategy=args.image_strategy, bits=bits,
-        context=args.context, fused=not args.separate_connector,
+        embedding_bits=table, context=context, fused=not args.separate_connector,
         image_input=args.input == "image", coreai=args.format == "coreai",
     )  # fmt: skip
     precheck(expanded(args.out), options, args.image, args.overwrite)

@@ -248,6 +248,7 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
 def _local_facts(folder: Path) -> dict[str, Any]:
     """What a model folder's config and files say."""
     from ..checkpoint.config import read_config
+    from ..checkpoint.licence import licence
     from ..loading.cost import native
 
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -305,21 +306,6 @@ def _quantisation(model: Any) -> str:
     layers = [layer for layer in model.modules() if "scales" in layer]
     kinds = sorted({(layer.bits, layer.group_size) for layer in layers})
     return "; ".join(f"{bits} bits, groups of {size}" for bits, size in kinds) or "none"
-
-
-def licence(folder: Path) -> str:
-    """The licence that README.md's front matter names, else the licence file's first line."""
-    readme = folder / "README.md"
-    if readme.is_file():
-        front = readme.read_text(encoding="utf-8", errors="replace").split("---")
-        for line in front[1].splitlines() if len(front) > 2 else []:
-            key, _, value = line.partition(":")
-            if key.strip() in ("license_name", "license") and value.strip():
-                return value.strip()
-    for path in sorted(folder.glob("LICENSE*")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return f"{path.name}: {next((line.strip() for line in lines if line.strip()), '')}"
-    return "not stated in its files"
 
 
 def _remove(args: argparse.Namespace) -> int:

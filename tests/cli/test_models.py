@@ -9,8 +9,8 @@ import shutil
 import mlx.core as mx
 import pytest
 
+from mlx_vlm_edge.checkpoint.licence import licence
 from mlx_vlm_edge.cli import main
-from mlx_vlm_edge.cli.models import licence
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import models as hub
 from mlx_vlm_edge.hub import published

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_vlm_edge import __version__
 from mlx_vlm_edge.checkpoint.files import CONFIG, TOKENIZER_JSON, tokenizer_files
+from mlx_vlm_edge.checkpoint.licence import licence
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, obtain
 from mlx_vlm_edge.models import family
@@ -28,7 +29,7 @@ from mlx_vlm_edge.text.tokenizer import Tokenizer
 from ..new_folder import check_target, new_folder
 from ..pipeline import native_checkpoint
 from ..save import copy_files
-from . import manifest
+from . import card, manifest
 from .check import lint
 from .check.verify import saved_and_checked
 from .coreai import authoring, refuse_untranslated, write_asset
@@ -95,6 +96,8 @@ def export(
             say("the bundle is without a prompt: this family's is not text around one picture")
         content = {
             "model": _model_entry(model, folder),
+            "licence": licence(folder),
+            "minimum_os": manifest.minimum_os(entries.values()),
             "parts": entries,
             "tokens": _tokens(model, processor),
             "prompt": prompt,
@@ -103,6 +106,7 @@ def export(
         if pixels is not None:
             entry = manifest.preprocessing_entry(pixels)
             content["preprocessing"] = entry | {"vectors": write_vectors(partial, pixels)}
+        card.write(partial, content)
         manifest.write(partial, content)
     return target
 

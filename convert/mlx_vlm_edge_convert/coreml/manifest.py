@@ -1,10 +1,15 @@
-"""manifest.json: what an app must know of a bundle, and the hash of every file in it."""
+"""manifest.json: what an app must know of a bundle, and the hash of every file in it.
+
+docs/bundle.schema.json describes it key by key.
+"""
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import save_file
 
 from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
@@ -13,16 +18,25 @@ from ..save import save_json
 from .names import PACKAGE_SUFFIX
 from .package.interface import interface
 from .package.malformed import reading
+from .package.save import readable
 from .parity import Check
 from .part import MINIMUM, Options, Part
 from .parts.encoders import AppPixels
 from .phones import budget
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 UNITS = {"cpu-gpu": "cpuAndGPU", "cpu-ne": "cpuAndNeuralEngine"}  # Core ML's names
-_KEYS = {"format", "model", "parts", "tokens", "files"}
-_PART_KEYS = {"package", "minimum_os", "functions", "precision", "compute_units", "parity"}
+# What an app tries in turn, where a trial or a load fails: the Neural Engine's failures are silent.
+FALLBACK = {"cpu-gpu": ("cpuOnly",), "cpu-ne": ("cpuAndGPU", "cpuOnly")}
+TRIAL, DEVICE = "_trial.safetensors", 5e-2  # how far a device's results may be from what is in it
+_KEYS = {"format", "model", "licence", "minimum_os", "parts", "tokens", "files"}
+_PART_KEYS = {
+    "package", "minimum_os", "functions", "precision", "compute_units", "fallback_units", "memory",
+    "parity",
+}  # fmt: skip
+_PORTS = ("inputs", "outputs")
+_TOKENS = {"ids", "token"}  # of a decoder's trial, which its host embeds and picks
 
 
 def part_entry(
@@ -40,9 +54,18 @@ def part_entry(
         "functions": interface(package),
         "precision": options.precision,
         "compute_units": UNITS[options.compute],
+        "fallback_units": list(FALLBACK[options.compute]),
+        "memory": {"package": _size(package), **part.memory()},
         "parity": parity,
         **part.describe(),
     }
+    if check is not None:
+        file = package.with_name(f"{part.name}{TRIAL}")
+        ports = {port["name"] for name in _PORTS for port in _all(entry["functions"], name)}
+        used = {name: x for name, x in check.trial.items() if name in ports | _TOKENS}
+        save_file(used, str(file))
+        readable(file)
+        entry["trial"] = {"file": file.name, "limit": DEVICE}
     if check is not None and check.ranges:
         entry["largest_activation"] = max(check.ranges.values())
     if findings is not None:
@@ -62,6 +85,22 @@ def preprocessing_entry(pixels: AppPixels) -> dict[str, Any]:
         "range": [0, 255],
         "folded": {"scale": 1 / 255, "mean": list(pixels.mean), "std": list(pixels.std)},
     }
+
+
+def _all(functions: Mapping[str, Any], kind: str) -> Iterator[Any]:
+    """The inputs, or outputs, of all functions."""
+    for function in functions.values():
+        yield from function[kind]
+
+
+def _size(package: Path) -> int:
+    return sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+
+
+def minimum_os(parts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What the most demanding part needs."""
+    systems = [part["minimum_os"] for part in parts]
+    return max(systems, key=lambda each: tuple(map(float, each.values())))
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:

@@ -1,16 +1,17 @@
 """What a package's inputs, states and outputs are called, for its emitter and for its host."""
 
 IMAGE, FEATURES, TOKENS = "image", "image_features", "visual_tokens"
-EMBEDDINGS, MASK, COS, SIN, POSITION, PICK, LOGITS = (
-    "embeddings", "mask", "cos", "sin", "position", "pick", "logits",
+EMBEDDINGS, MASK, COS, SIN, POSITION, PICK, LOGITS, TOKEN = (
+    "embeddings", "mask", "cos", "sin", "position", "pick", "logits", "token",
 )  # fmt: skip
+CACHES = KEYS, VALUES = "keys", "values"  # of every layer, as states or inputs
 MAIN, PREFILL, DECODE = "main", "prefill", "decode"  # functions
 PACKAGE_SUFFIX, COMPILED_SUFFIX = ".mlpackage", ".mlmodelc"
 
 
-def cache_names(layer: int) -> tuple[str, str]:
-    """A layer's keys and values, as states or inputs."""
-    return f"keys_{layer}", f"values_{layer}"
+def prefill_name(size: int, smallest: int) -> str:
+    """The function that takes so many positions; the smallest is `prefill`."""
+    return PREFILL if size == smallest else f"{PREFILL}_{size}"
 
 
 def new_name(cache: str) -> str:

@@ -24,9 +24,9 @@ class Options:
     """What the user asked for.
 
     size of the picture, and strategy, how one becomes that: None for the model's own. bits and
-    context are the decoder's. fused: the connector is in the vision package. image_input: the
-    package takes a picture, not a tensor [1, 3, H, W] of the same values, 0..255. coreai: the
-    vision part as a Core AI asset as well.
+    context are the decoder's; embedding_bits: of the table beside it, None for a dense one. fused:
+    the connector is in the vision package. image_input: the package takes a picture, not a tensor
+    [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core AI asset as well.
     """
 
     precision: Precision = "fp16"
@@ -34,6 +34,7 @@ class Options:
     size: Size | None = None
     strategy: str | None = None
     bits: Bits | None = None
+    embedding_bits: Literal[4, 8] | None = None
     context: int = 2048
     fused: bool = True
     image_input: bool = True
@@ -73,6 +74,10 @@ class Part(Protocol):
 
     def write_files(self, folder: Path) -> None:
         """Files that the part needs beside its package."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that it takes beside its package's weights, by what they are for."""
         ...
 
     def describe(self) -> dict[str, Any]:

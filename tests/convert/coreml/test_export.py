@@ -12,8 +12,10 @@ from mlx_vlm_edge_convert.coreml import export as exporting
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check import lint
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.parity import distance
 from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import vision
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer as Backend
 
 from mlx_vlm_edge import load
@@ -21,7 +23,7 @@ from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 
 from ...reference import tokenizer as tiny
-from . import planted
+from . import planted, schema
 
 DEMO = ("vision", "connector")
 
@@ -65,6 +67,52 @@ def test_the_bundle_is_what_its_manifest_says(bundle):
         assert part["largest_activation"] < 65504
     assert "tokenizer.json" in content["files"]
     assert any("(graph): relative error" in line for line in said)
+
+
+def test_the_manifest_is_as_its_schema_has_it(bundle):
+    content = manifest.read(bundle[0])
+    assert schema.faults(content) == []
+    del content["parts"]["vision"]["memory"]["package"]
+    content["parts"]["vision"]["odd"] = 1
+    content["format"] = 1
+    assert len(schema.faults(content)) >= 2
+
+
+def test_the_schema_describes_every_key():
+    content = json.loads(schema.SCHEMA.read_text())
+
+    def undescribed(node, at):
+        for name, inner in node.get("properties", {}).items():
+            if "description" not in inner and "$ref" not in inner:
+                yield f"{at}.{name}"
+            yield from undescribed(inner, f"{at}.{name}")
+            yield from undescribed(inner.get("items", {}), f"{at}.{name}[]")
+
+    places = {"manifest": content, **content["$defs"]}
+    assert [one for name, node in places.items() for one in undescribed(node, name)] == []
+
+
+def test_a_trial_is_what_the_package_was_compared_with(bundle):
+    folder, _ = bundle
+    parts = manifest.read(folder)["parts"]
+    for name, taken, given in (
+        ("vision", "image", "image_features"), ("connector", "image_features", "visual_tokens")
+    ):  # fmt: skip
+        arrays = load_file(folder / parts[name]["trial"]["file"])
+        assert arrays.keys() == {taken, given}
+        entered = arrays[taken]
+        entered = entered.transpose(2, 0, 1)[None] if taken == "image" else entered
+        output = Package(folder / parts[name]["package"]).run("main", {taken: entered})[given]
+        assert distance(output, arrays[given].astype(np.float32)) < parts[name]["trial"]["limit"]
+
+
+def test_the_card_names_licence_needs_and_parts(bundle):
+    folder, _ = bundle
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "Needs iOS 16.0 or macOS 13.0" in card
+    assert "| connector | connector.mlpackage |" in card
+    assert "FastVLM in miniature" in (folder / "MODEL_README.md").read_text()
 
 
 def vocab_and_merges(folder):
@@ -306,10 +354,12 @@ def test_without_the_extra_one_line_names_it(tmp_path):
 
 def test_lint_names_the_rule_the_operation_and_the_reason(bundle):
     """FastViTHD for the Neural Engine: clean but for two layout operations per attention, two at
-    the end."""
+    the end, and the squeeze of its last stage, whose channels stand for one position."""
     folder, said = bundle
     findings = lint.lint(folder / "vision.mlpackage")
-    assert lint.counts(findings) == {"layout": 2 * 3 + 2, "subnormal-constant": 5}
+    assert lint.counts(findings) == {
+        "last-axis-1": 5, "layout": 2 * 3 + 2, "subnormal-constant": 5
+    }  # fmt: skip
     layout = [finding for finding in findings if finding.rule == "layout"]
     assert layout[0].operation == "reshape stage3_block0_attention_rows"
     assert any("lint: layout x8" in line for line in said)

@@ -1,7 +1,8 @@
 """Where activations leave float16, and the powers of two that bring them back.
 
 The largest |x| of every operation is known from running the package. A site's values are held
-smaller by one power; what lies at no site can only stay in float32.
+smaller by one power, so that its sums stay within as well, which some devices form in float16;
+what lies at no site can only stay in float32.
 """
 
 import math
@@ -27,16 +28,26 @@ def leaving(ranges: Mapping[str, float]) -> list[str]:
     return [name for name, largest in ranges.items() if not largest <= HELD]
 
 
-def repair(ranges: Mapping[str, float], sites: Sites, powers: Mapping[str, int]) -> Repair:
+def sums(ranges: Mapping[str, float], summed: Mapping[str, float]) -> dict[str, float]:
+    """Ranges, of a mean that of its sum. summed: of how many values a mean is."""
+    return {name: largest * summed.get(name, 1) for name, largest in ranges.items()}
+
+
+def repair(
+    ranges: Mapping[str, float],
+    sites: Sites,
+    powers: Mapping[str, int],
+    summed: Mapping[str, float] | None = None,
+) -> Repair:
     """What to do about true ranges, measured in float32 with sites held smaller by `powers`.
 
     A stage that reaches 2 ** 17 is held smaller by 2 ** 3; one whose squares reach 2 ** 20, too.
     """
-    chosen = dict(powers)
-    for name in leaving(ranges):
-        if name in sites and math.isfinite(ranges[name]):
+    chosen, whole = dict(powers), sums(ranges, summed or {})
+    for name in leaving(whole):
+        if name in sites and math.isfinite(whole[name]):
             site, degree = sites[name]
-            more = math.ceil(math.log2(ranges[name] / AIM) / degree)
+            more = math.ceil(math.log2(whole[name] / AIM) / degree)
             chosen[site] = max(chosen.get(site, 0), powers.get(site, 0) + more)
     after = {name: _predicted(name, ranges[name], sites, powers, chosen) for name in ranges}
     return Repair(chosen, frozenset(leaving(after)))

@@ -11,14 +11,13 @@ import numpy as np
 Inputs = Mapping[str, Any]
 
 
-def _spread(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Every value repeated over its block: [O, G] -> [O, I] where a block is [1, I / G]."""
-    for axis, size in enumerate(shape):
-        if x.shape[axis] != size:
-            if size % x.shape[axis]:
-                raise ValueError(f"{x.shape[axis]} blocks on an axis of {size}")
-            x = np.repeat(x, size // x.shape[axis], axis)
-    return x
+def _by_block(x: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
+    """A view with two axes for each, blocks and what is in one: [O, I] -> [O, 1, G, I / G]."""
+    for size, count in zip(x.shape, blocks, strict=True):
+        if size % count:
+            raise ValueError(f"{count} blocks on an axis of {size}")
+    pairs = ((count, size // count) for size, count in zip(x.shape, blocks, strict=True))
+    return x.reshape([side for pair in pairs for side in pair])
 
 
 def _blockwise_shift_scale(
@@ -26,9 +25,10 @@ def _blockwise_shift_scale(
 ) -> np.ndarray:
     """scale * (data - offset), each over blocks."""
     y = data.astype(np.float32)
-    if offset is not None:
-        y -= _spread(offset.astype(np.float32), data.shape)
-    y *= _spread(scale.astype(np.float32), data.shape)
+    for each, apply in ((offset, np.subtract), (scale, np.multiply)):
+        if each is not None:
+            whole = _by_block(y, each.shape)  # of y itself
+            apply(whole, _by_block(each.astype(np.float32), each.shape), out=whole)
     return y
 
 

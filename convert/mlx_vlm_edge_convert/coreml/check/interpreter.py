@@ -27,6 +27,7 @@ State = dict[str, np.ndarray]
 RGB, BGR = 20, 30  # FeatureTypes_pb2.ImageFeatureType.ColorSpace
 _LISTS = {"concat": "values", "stack": "values"}  # inputs that are several values
 # Operations whose float result need not have the dtype of their float inputs.
+_STATES = frozenset({"read_state", "slice_update"})
 _FREE = frozenset({"cast", "fill", "shape", "range_1d", "select", "gather"})
 
 
@@ -39,6 +40,7 @@ class Package:
     def __init__(self, path: Path, mode: Mode = "declared", track: bool = False) -> None:
         self.mode, self.track = mode, track
         self.ranges: dict[str, float] = {}  # by operation, over all runs, inf and NaN kept
+        self.summed: dict[str, float] = {}  # of a mean, how many values it is of
         self._saved = Saved(Path(path))
         self.functions = tuple(self._saved.functions)
         self._constants: dict[Any, Any] = {}
@@ -228,12 +230,18 @@ class _Frame:
             new = self._argument(op.inputs["data"].arguments[0])
             if new.shape != self.state[name].shape:
                 raise ValueError(f"{new.shape} for a state of {self.state[name].shape}")
-            self.state[name] = self.package.stored(new, self.types[name].dtype)
+            given, kept = self._given_type(op, "data"), self.types[name].dtype
+            self.state[name] = new if given == kept else self.package.stored(new, kept)
             return []
         if op.type not in OPERATIONS:
             raise self.package.error(op, "the interpreter does not know this operation")
         result = OPERATIONS[op.type](**self._inputs(op))
         return result if isinstance(result, list) else [result]
+
+    def _given_type(self, op: Any, argument: str) -> str | None:
+        """The declared dtype of an argument that is a result."""
+        name = op.inputs[argument].arguments[0].name
+        return self.types[name].dtype if name in self.types else None
 
     def _inputs(self, op: Any) -> dict[str, Any]:
         inputs = {}
@@ -263,9 +271,13 @@ class _Frame:
         moved = op.type in MOVES and self._same_float(op, kind)
         result = result if moved else self.package.stored(result, kind.dtype)
         self.values[output.name] = result
-        if self.package.track and result.dtype.kind == "f" and result.size:
+        whole = op.type in _STATES  # whose new values have a name of their own
+        if self.package.track and result.dtype.kind == "f" and result.size and not whole:
             before = self.package.ranges.get(output.name, 0.0)
             self.package.ranges[output.name] = _larger(before, result)
+            if op.type == "reduce_mean":
+                values = self._argument(op.inputs["x"].arguments[0])
+                self.package.summed[output.name] = values.size / result.size
 
     def _float_dtypes(self, op: Any) -> set[str]:
         """Of an operation's inputs that are results."""

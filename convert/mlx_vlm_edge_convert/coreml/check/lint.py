@@ -187,31 +187,44 @@ def _constants(saved: Saved, name: str, block: Any) -> Iterator[Finding]:
             yield Finding("subnormal-constant", name, where, reason)
 
 
-def _operations(function: Any, block: Any) -> Iterator[_Operation]:
-    """Operations that compute something, with what is known of their inputs."""
-    known = {value.name: (type_of(value.type), False) for value in function.inputs}
-    inputs = {
-        name: math.prod(size or 0 for size in kind.shape) for name, (kind, _) in known.items()
-    }
-    first: dict[str, str] = {}  # of an operation's outputs, by any of them
-    for op in block.operations:
-        constant = op.type == "const" or op.type.startswith("constexpr")
-        for out in op.outputs:
-            known[out.name] = (type_of(out.type), constant)
-        if constant or not op.outputs or op.type == "read_state":
-            continue
+@dataclass
+class _Known:
+    """What a function's values are: types and whether they are constant, elements of its inputs,
+    and the first output of the operation that made one."""
+
+    types: dict[str, tuple[Type, bool]]
+    sizes: dict[str, int]
+    first: dict[str, str]
+
+    def operation(self, op: Any) -> _Operation:
+        """One that computes something."""
         reads = {
-            argument: [known[b.name] for b in bound.arguments if b.name in known]
+            argument: [self.types[b.name] for b in bound.arguments if b.name in self.types]
             for argument, bound in op.inputs.items()
         }
         named = {b.name for bound in op.inputs.values() for b in bound.arguments if b.name}
-        first |= dict.fromkeys((out.name for out in op.outputs), op.outputs[0].name)
-        declared, _ = known[op.outputs[0].name]
-        yield _Operation(
-            op.type, op.outputs[0].name, declared.dtype, declared.shape, reads,
-            frozenset(first.get(name, name) for name in named if not known[name][1]),
-            max((inputs.get(name, 0) for name in named), default=0),
-        )  # fmt: skip
+        made = frozenset(self.first.get(name, name) for name in named if not self.types[name][1])
+        cached = max((self.sizes.get(name, 0) for name in named), default=0)
+        name = op.outputs[0].name
+        declared, _ = self.types[name]
+        return _Operation(op.type, name, declared.dtype, declared.shape, reads, made, cached)
+
+
+def _operations(function: Any, block: Any) -> Iterator[_Operation]:
+    """Operations that compute something, with what is known of their inputs."""
+    taken = {value.name: type_of(value.type) for value in function.inputs}
+    known = _Known(
+        {name: (kind, False) for name, kind in taken.items()},
+        {name: math.prod(size or 0 for size in kind.shape) for name, kind in taken.items()},
+        {},
+    )
+    for op in block.operations:
+        constant = op.type == "const" or op.type.startswith("constexpr")
+        for out in op.outputs:
+            known.types[out.name] = (type_of(out.type), constant)
+            known.first[out.name] = op.outputs[0].name
+        if op.outputs and not constant and op.type != "read_state":
+            yield known.operation(op)
 
 
 def _float32(op: _Operation) -> str | None:

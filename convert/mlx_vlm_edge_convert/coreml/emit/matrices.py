@@ -55,9 +55,10 @@ class Groups:
 
     def dense(self) -> np.ndarray:
         """The weights they stand for, float32 [out, in]."""
-        group = self.data.shape[1] // self.scale.shape[1]
-        scale, offset = (np.repeat(x, group, 1) for x in (self.scale, self.offset))
-        return (self.data.astype(np.float32) - offset) * scale
+        values = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
+        values -= self.offset[..., None]
+        values *= self.scale[..., None]
+        return values.reshape(self.data.shape)  # [out, groups, group] -> [out, in]
 
     def emit(self, half: bool, extra: tuple[int, ...]) -> Any:
         """A constant of MIL [out, in, *extra] that the device dequantises."""

@@ -178,6 +178,7 @@ class Network:
         """
         mb = tools().mb
         mean = mb.reduce_mean(x=x.var, axes=[1], keep_dims=True, name=f"{name}_mean")
+        self.value(mean, x.site)
         centred = self.value(mb.sub(x=x.var, y=mean, name=f"{name}_centred"), x.site).var
         squared = mb.mul(x=centred, y=centred, name=f"{name}_squared")
         self.value(squared, x.site, degree=2)

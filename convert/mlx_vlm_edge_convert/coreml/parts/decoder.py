@@ -3,9 +3,10 @@
 How it is verified stands in decoder_check.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from safetensors.numpy import save_file
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
 
-from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, to_half
+from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, packed, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
-from ..names import DECODE, PREFILL
+from ..names import DECODE, prefill_name
 from ..package.save import readable, save_package
 from ..parity import Check
 from ..part import Function, Options
@@ -36,7 +37,7 @@ from .decoder_check import (
     matrices_of,
 )
 
-CHUNK = 64  # positions of prefill
+CHUNK, MORE = 64, 4  # positions of the smallest prefill; how many of it are the larger one
 ROWS = 16384  # embeddings that are read at a time
 
 
@@ -58,7 +59,8 @@ def refuse_groups(options: Options, quantised: bool = False) -> None:
 
 @dataclass(frozen=True)
 class DecoderPart:
-    """prefill takes `chunk` positions, decode one; the context is a multiple of the chunk."""
+    """prefill takes `chunk` positions, where the context has room for them another four times as
+    many, decode one; the context is a multiple of the chunk."""
 
     language_model: Any
     options: Options
@@ -148,31 +150,66 @@ class DecoderPart:
             head_dim=config.head_dim,
             context=self.options.context,
             chunk=self.chunk,
+            chunks={prefill_name(size, self.chunk): size for size in self._sizes},
             periods=listed,
             dtype="float16" if self._half else "float32",
         )
 
+    @property
+    def _sizes(self) -> list[int]:
+        """Positions of the functions that take several."""
+        sizes = (self.chunk, MORE * self.chunk)
+        return [size for size in sizes if size <= self.options.context]
+
+    @cached_property
+    def grouped(self) -> Groups | None:
+        """The embeddings in groups, where they are wanted so."""
+        bits = self.options.embedding_bits
+        if bits is None:
+            return None
+        weight = matrix(self.language_model.model.embed_tokens, bits, half=True).weight
+        return weight if isinstance(weight, Groups) else None
+
     @cached_property
     def table(self) -> np.ndarray:
-        """Input embeddings [V, D] of every token."""
+        """Input embeddings [V, D] of every token, as the host looks them up."""
+        if self.grouped is not None:
+            return self.grouped.dense().astype(self.geometry.dtype)
         size, embed = self._config.vocab_size, self.language_model.embed
         parts = [mx.arange(first, min(first + ROWS, size)) for first in range(0, size, ROWS)]
         return np.concatenate([numpy(embed(ids)).astype(self.geometry.dtype) for ids in parts])
 
     def functions(self) -> Sequence[Function]:
-        """`prefill` and `decode`, of the same weights."""
-        return (
-            Function(PREFILL, lambda: self.decoder.program(self.chunk)),
-            Function(DECODE, lambda: self.decoder.program(1)),
-        )
+        """Every `prefill`, and `decode`, of the same weights."""
+        sizes = {**self.geometry.chunks, DECODE: 1}
+        return [Function(name, partial(self.decoder.program, q)) for name, q in sizes.items()]
 
     def write_files(self, folder: Path) -> None:
         """The embeddings, which are looked up outside of the package."""
         try:
-            save_file({EMBEDDINGS_NAME: self.table}, folder / EMBEDDINGS_FILE)
+            save_file(self._table_arrays(), folder / EMBEDDINGS_FILE)
             readable(folder / EMBEDDINGS_FILE)
         except OSError as error:
             raise UsageError(f"{EMBEDDINGS_FILE}: cannot be written ({error})") from error
+
+    def _table_arrays(self) -> dict[str, np.ndarray]:
+        """Dense, or packed with scales and offsets [V, groups]: scale * (value - offset)."""
+        groups = self.grouped
+        if groups is None:
+            return {EMBEDDINGS_NAME: self.table}
+        whole = np.uint8 if groups.whole else np.float16
+        return {
+            EMBEDDINGS_NAME: packed(groups.data, groups.bits).view(np.uint8),
+            f"{EMBEDDINGS_NAME}.scale": groups.scale.astype(np.float16),
+            f"{EMBEDDINGS_NAME}.offset": groups.offset.astype(whole),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Keys and values of the whole context, and the embeddings."""
+        cache = 2 * math.prod(self.decoder.cache_shape)
+        each = 2 if self._half or self.form == "stateful" else 4
+        table = sum(array.nbytes for array in self._table_arrays().values())
+        return {"cache": cache * each, "embeddings": table}
 
     def describe(self) -> dict[str, Any]:
         """Geometry, embeddings and compression."""
@@ -181,7 +218,7 @@ class DecoderPart:
             "geometry": asdict(self.geometry),
             "embeddings": {
                 "file": EMBEDDINGS_FILE, "name": EMBEDDINGS_NAME, "dtype": self.geometry.dtype,
-                "shape": list(self.table.shape),
+                "shape": list(self.table.shape), "bits": self.options.embedding_bits,
             },
             "weights": sorted({matrix.weight.kind for matrix in matrices_of(self.decoder)}),
             "matrices_with_float_offsets": sum(not weight.whole for weight in groups),

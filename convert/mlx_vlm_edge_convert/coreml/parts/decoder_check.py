@@ -1,6 +1,6 @@
 """A saved decoder against MLX: embeddings, every matrix and vector, and the logits of a prompt.
 
-A prompt of more than one chunk and eight steps are run: in float32 against MLX with the package's
+A padded pass of every prefill and eight steps are run: in float32 against MLX with the package's
 own numbers, which finds every fault of the graph; then as declared; and that against the model as
 it was loaded, which finds numbers that are in their right form and not the model's.
 """
@@ -88,7 +88,8 @@ def check(part: Exported, path: Path) -> Check:
         parity.append(Parity(part.name, steps, distance(logits, prompt.reference), limit))
     loaded = distance(logits, prompt.as_loaded())
     parity.append(Parity(part.name, f"{steps}, the model as it was loaded", loaded, limit))
-    return Check(tuple(parity), wide if audit.leaving(ranges) else ranges)
+    trial = prompt.trial(logits)
+    return Check(tuple(parity), wide if audit.leaving(ranges) else ranges, trial)
 
 
 def weights_error(part: Exported) -> float:
@@ -165,16 +166,22 @@ def _pairs(part: Exported) -> Iterator[tuple[nn.Module, Matrix]]:
 
 
 class _Prompt:
-    """A prompt of random tokens, a chunk and a padded part of one, and what MLX makes of it."""
+    """A prompt of random tokens, of a padded pass for every prefill and, behind what is cached, the
+    smallest; and what MLX makes of it."""
 
     def __init__(self, part: Exported) -> None:
         self.part = part
-        length = min(part.chunk + part.chunk // 2 + 1, part.options.context - STEPS)
-        self._ids = np.random.default_rng(0).integers(0, part.table.shape[0], max(length, 1))
-        self.steps = min(STEPS, part.options.context - len(self._ids))
+        sizes = sorted(part.geometry.chunks.values(), reverse=True)
+        ends = np.cumsum([size // 2 + 1 for size in (*sizes, part.chunk)])
+        length = max(min(int(ends[-1]), part.options.context - STEPS), 1)
+        self._ids = np.random.default_rng(0).integers(0, part.table.shape[0], length)
+        self.passes = [ids for ids in np.split(self._ids, ends[:-1]) if len(ids)]
+        self.steps = min(STEPS, part.options.context - length)
 
     def _embedded(self, ids: np.ndarray) -> np.ndarray:
-        """By the model's own table."""
+        """By the model's own table, compressed by MLX where the exported one is."""
+        if bits := self.part.options.embedding_bits:
+            return original(self.part.language_model.model.embed_tokens, bits)[ids]
         return numpy(self.part.language_model.embed(mx.array(ids)))
 
     def table_error(self) -> float:
@@ -183,39 +190,54 @@ class _Prompt:
 
     @property
     def reference(self) -> np.ndarray:
-        """Logits [1 + steps, V] of the last position and of greedy steps, by `reference`."""
+        """Logits [passes + steps, V] of each last position, by `reference`."""
         return self._greedy[0]
 
     @cached_property
     def _greedy(self) -> tuple[np.ndarray, list[int]]:
         """The reference's logits, and the tokens that lead in them."""
         model, cache = reference(self.part), [KVCache() for _ in self.part.decoder.layers]
-        table, logits, tokens = self.part.table, [], []
-        x = table[self._ids]
-        for _ in range(self.steps + 1):
-            out = model(mx.array(x.astype(np.float32))[None], cache, last_only=True)
+        table, logits = self.part.table, []
+        tokens: list[int] = []
+        for number in range(len(self.passes) + self.steps):
+            ids = self.passes[number] if number < len(self.passes) else tokens[-1:]
+            x = table[np.asarray(ids)].astype(np.float32)
+            out = model(mx.array(x)[None], cache, last_only=True)
             logits.append(np.array(out[0, -1]))
             tokens.append(int(logits[-1].argmax()))
-            x = table[tokens[-1:]]
         return np.stack(logits), tokens
 
+    def trial(self, logits: np.ndarray) -> dict[str, np.ndarray]:
+        """The first pass and the token that led in a package's own logits after it."""
+        ids, token = self.passes[0], logits[0].argmax()
+        return {"ids": ids.astype(np.int32), "token": np.array([token], np.int32)}
+
     def as_loaded(self) -> np.ndarray:
-        """Logits [1 + steps, V] of the same positions by the loaded model, all in one pass."""
-        ids = np.concatenate([self._ids, self._greedy[1][:-1]]).astype(np.int64)
+        """Logits [passes + steps, V] of the same positions by the loaded model, in one pass."""
+        stepped = self._greedy[1][len(self.passes) - 1 : -1]
+        ids = np.concatenate([self._ids, stepped]).astype(np.int64)
         logits = as_loaded(self.part)(mx.array(self._embedded(ids))[None])
-        return np.array(logits[0, len(self._ids) - 1 :])
+        ends = np.cumsum([*map(len, self.passes), *[1] * self.steps]) - 1
+        return np.array(logits[0])[ends]
 
     def run(self, path: Path, mode: Mode) -> tuple[np.ndarray, dict[str, float]]:
-        """A package's logits, NaN where another token leads in float32; and its ranges."""
+        """A package's logits, NaN where another token leads in float32 or the package says that
+        another one leads; and its ranges."""
         package = Package(path, mode, track=True)
         host = DecoderHost(package, replace(self.part.geometry, dtype="float32"), self.part.table)
-        tokens = self._greedy[1]
-        steps = [host.prefill(host.embed(self._ids.tolist()))]
-        steps += [host.step(token) for token in tokens[:-1]]
-        logits = np.stack(steps)
-        if mode == "fp32" and logits.argmax(-1).tolist() != tokens:
-            logits = np.full_like(logits, np.nan)
-        return logits, package.ranges
+        tokens, logits, said = self._greedy[1], [], []
+        for number in range(len(tokens)):
+            if number < len(self.passes):
+                logits.append(host.prefill(host.embed(self.passes[number].tolist())))
+            else:
+                logits.append(host.step(tokens[number - 1]))
+            said.append(host.token)
+        whole = np.stack(logits)
+        leading = whole.argmax(-1).tolist()
+        wrong = said[0] is not None and said != leading
+        if wrong or (mode == "fp32" and leading != tokens):
+            whole = np.full_like(whole, np.nan)
+        return whole, package.ranges
 
 
 def as_loaded(part: Exported) -> LanguageModel:
@@ -252,10 +274,11 @@ def reference(part: Exported) -> LanguageModel:
     model = LanguageModel(replace(config, tie_word_embeddings=False))
     model.lm_head = as_layer(decoder.head)
     model.model.norm.weight = mx.array(decoder.norm)
-    # Queries are scaled by a constant of the package's dtype.
+    # Without fused attention, queries are scaled by a constant of the package's dtype.
     heads, kv = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads
     factor = np.ones(heads + kv * config.head_dim, np.float32)
-    factor[:heads] = float(np.float16(scale)) / scale if decoder.half else 1
+    scaled = decoder.half and decoder.form == "readonly"
+    factor[:heads] = float(np.float16(scale)) / scale if scaled else 1
     for own, layer in zip(model.model.layers, decoder.layers, strict=True):
         own.input_layernorm.weight, own.post_attention_layernorm.weight = map(mx.array, layer.norms)
         _place(own.self_attn, layer.qkv, *QKV, factor)

@@ -185,6 +185,10 @@ class VisionPart:
             save_file(dict(self.arrays), str(path))
             readable(path)
 
+    def memory(self) -> dict[str, int]:
+        """Nothing that lasts."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """What was done about ranges, and what the family's host must do."""
         repairs = {"powers_of_two": dict(self.powers), "float32": sorted(self.islands)}
@@ -210,7 +214,8 @@ class VisionPart:
         """
         if self.options.precision == "fp32":
             save_package(self, path)
-            return self, self._run(path, self.cases, GRAPH, "")
+            check = self._run(path, self.cases, GRAPH, "")
+            return self, replace(check, trial=self._trial())
         with TemporaryDirectory(dir=path.parent) as folder:
             twin = Path(folder) / path.name
             part, whole = self, self._graph(twin)
@@ -219,7 +224,15 @@ class VisionPart:
             save_package(part, path)
             check_rounded(path, twin)
         narrow = part._run(path, self.cases[:1], HALF, "")
-        return part, Check((*whole.parity, *narrow.parity), whole.ranges)
+        return part, replace(
+            whole, parity=(*whole.parity, *narrow.parity), trial=self._trial()
+        )  # fmt: skip
+
+    def _trial(self) -> dict[str, np.ndarray]:
+        """The first picture, uint8 [H, W, 3], and what MLX makes of it, in float16."""
+        case = self.cases[0]
+        outputs = {name: array.astype(np.float16) for name, array in case.reference.items()}
+        return {IMAGE: case.pixels, **outputs}
 
     def _graph(self, path: Path) -> Check:
         """The float32 twin, saved and run."""
@@ -234,22 +247,24 @@ class VisionPart:
             for name, output in outputs.items():
                 error = distance(output, case.reference[name])
                 parity.append(Parity(self.name, case.name + note, error, limit))
-        return Check(tuple(parity), dict(package.ranges))
+        return Check(tuple(parity), dict(package.ranges), summed=dict(package.summed))
 
     def repaired(self, check: Check) -> "VisionPart | None":
         """The same with its ranges brought into float16; None where nothing leaves it.
 
         Raises UsageError for what only float32 can hold, unless the precision is mixed.
         """
-        if self.islands >= {*audit.leaving(check.ranges)}:
+        if self.islands >= {*audit.leaving(audit.sums(check.ranges, check.summed))}:
             return None
         net = Network(False, self.powers)
         self.segment.emit(net)  # for its sites
-        repair = audit.repair(check.ranges, net.sites, self.powers)
+        repair = audit.repair(check.ranges, net.sites, self.powers, check.summed)
         if repair.beyond and self.options.precision != "mixed":
             worst = max(repair.beyond, key=lambda name: check.ranges[name])
             raise UsageError(
                 f"{self.name}: {len(repair.beyond)} operations leave float16 ({worst} reaches "
                 f"{check.ranges[worst]:.3g}): use --precision mixed or fp32"
             )
+        if repair.powers == self.powers and repair.beyond <= self.islands:
+            return None  # sums at no site, which no power holds smaller
         return replace(self, powers=repair.powers, islands=self.islands | repair.beyond)

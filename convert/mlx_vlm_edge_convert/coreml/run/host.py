@@ -14,7 +14,10 @@ from safetensors.numpy import load_file
 
 from mlx_vlm_edge.errors import UsageError
 
+from ..emit.matrices import unpacked
+from ..emit.transformer import HIDDEN
 from ..names import (
+    CACHES,
     COS,
     DECODE,
     EMBEDDINGS,
@@ -23,9 +26,10 @@ from ..names import (
     POSITION,
     PREFILL,
     SIN,
-    cache_names,
+    TOKEN,
     in_order,
     new_name,
+    prefill_name,
 )
 from ..package.malformed import reading
 from .runner import Runner
@@ -33,15 +37,15 @@ from .runner import Runner
 EMBEDDINGS_FILE = "embeddings.safetensors"
 EMBEDDINGS_NAME = "embeddings"
 LARGEST = 1 << 24  # of any of a decoder's sizes
-HIDDEN = -1e4  # what a mask adds where nothing is to be seen; finite, as devices want it
 
 
 @dataclass(frozen=True)
 class Geometry:
     """What the host must know; the manifest has it under the decoder.
 
-    form: "stateful" or "readonly". chunk: positions of `prefill`; `decode` takes one. periods
-    float[head_dim / 2]: position / period is the angle of a pair.
+    form: "stateful" or "readonly". chunk: positions of `prefill`, chunks: of each function that
+    takes several; `decode` takes one. periods float[head_dim / 2]: position / period is the angle
+    of a pair.
     """
 
     form: str
@@ -50,6 +54,7 @@ class Geometry:
     head_dim: int
     context: int
     chunk: int
+    chunks: Mapping[str, int]
     periods: Sequence[float]
     dtype: str
 
@@ -61,14 +66,27 @@ class Geometry:
             geometry._check()
         return geometry
 
+    def size(self, remaining: int, room: int) -> int:
+        """Positions of the next pass over a prompt: the most of which more than half are used.
+
+        room: positions that are left in the cache, beyond whose end padding must not reach.
+        """
+        sizes = sorted((size for size in self.chunks.values() if size <= room), reverse=True)
+        if not sizes:
+            return 1
+        return next((size for size in sizes if remaining > size // 2), sizes[-1])
+
     def _check(self) -> None:
         """Raises ValueError or TypeError for what no package has."""
-        sizes = (self.layers, self.kv_heads, self.head_dim, self.context, self.chunk)
+        sizes = (
+            self.layers, self.kv_heads, self.head_dim, self.context, *self.chunks.values()
+        )  # fmt: skip
         sound = (
             self.form in ("stateful", "readonly")
             and self.dtype in ("float16", "float32")
             and all(type(size) is int and 0 < size < LARGEST for size in sizes)
-            and self.chunk <= self.context
+            and self.chunk == self.chunks[PREFILL] <= max(self.chunks.values()) <= self.context
+            and all(prefill_name(n, self.chunk) == name for name, n in self.chunks.items())
             and 2 * len(self.periods) == self.head_dim
             and all(math.isfinite(period) and period > 0 for period in self.periods)
         )
@@ -77,7 +95,10 @@ class Geometry:
 
 
 class DecoderHost:
-    """Generates with a decoder package and its embeddings [V, D]."""
+    """Generates with a decoder package and its embeddings [V, D].
+
+    token: the one that leads in the last logits, by the package; None where it does not say.
+    """
 
     def __init__(self, package: Runner, geometry: Geometry, embeddings: np.ndarray) -> None:
         self._package, self._geometry, self.embeddings = package, geometry, embeddings
@@ -92,7 +113,7 @@ class DecoderHost:
             file = folder / described["file"]
             if file.parent != folder:
                 raise ValueError(f"{described['file']} is elsewhere")
-            table = load_file(file)[described["name"]]
+            table = _table(load_file(file), described)
             if table.ndim != 2 or table.dtype.kind != "f":
                 raise ValueError(f"{table.dtype} of {table.ndim} axes")
         return cls(package, Geometry.from_manifest(entry), table)
@@ -103,13 +124,12 @@ class DecoderHost:
         self.offset = 0
         self._state: Any = None
         self._caches: dict[str, np.ndarray] = {}
+        self.token: int | None = None
         if g.form == "stateful":
             self._state = self._package.new_state(PREFILL)
             return
-        shape = (1, g.kv_heads, g.head_dim, g.context)
-        for index in range(g.layers):
-            for name in cache_names(index):
-                self._caches[name] = np.zeros(shape, self._dtype)
+        shape = (g.layers, g.kv_heads, g.head_dim, g.context)
+        self._caches = {name: np.zeros(shape, self._dtype) for name in CACHES}
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids -> input embeddings [L, D]."""
@@ -128,8 +148,7 @@ class DecoderHost:
             )
         logits, first = np.zeros(0, np.float32), 0
         while first < length:
-            # Padding must not reach beyond the cache's end.
-            count = g.chunk if self.offset + g.chunk <= g.context else 1
+            count = g.size(length - first, g.context - self.offset)
             part = embeddings[first : first + count]
             logits = self._run(part, count)
             first += len(part)
@@ -171,17 +190,18 @@ class DecoderHost:
             MASK: mask(self.offset, size, g.context, stateful).astype(self._dtype),
             **self._turns(size),
         }
-        if g.chunk > 1 and size == g.chunk:
+        if size > 1:
             pick = np.zeros(size, self._dtype)
             pick[count - 1] = 1
             inputs[PICK] = pick.reshape((1, 1, -1) if stateful else (1, -1, 1))
         if stateful:
             inputs[POSITION] = np.array([self.offset], np.int32)
-        function = PREFILL if size == g.chunk else DECODE
+        function = prefill_name(size, g.chunk) if size in g.chunks.values() else DECODE
         outputs = self._package.run(function, {**inputs, **self._caches}, self._state)
         for name, cache in self._caches.items():
             cache[..., self.offset : self.offset + count] = outputs[new_name(name)][..., :count]
         self.offset += count
+        self.token = int(np.ravel(outputs[TOKEN])[0]) if TOKEN in outputs else None
         return _joined(outputs)
 
     def _turns(self, size: int) -> dict[str, np.ndarray]:
@@ -192,19 +212,27 @@ class DecoderHost:
         return {COS: np.cos(both).astype(self._dtype), SIN: np.sin(both).astype(self._dtype)}
 
 
-def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
-    """What is added to scores, [1, 1, size, keys]: 0 where a position sees a key, else HIDDEN.
+def _table(arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> np.ndarray:
+    """Embeddings [V, D]: dense as they are, or of groups, scale * (value - offset)."""
+    name, bits = described["name"], described.get("bits")
+    if bits is None:
+        return arrays[name]
+    values = unpacked(arrays[name], bits).astype(np.float32)
+    scale, offset = (arrays[f"{name}.{what}"].astype(np.float32) for what in ("scale", "offset"))
+    split = values.reshape(*scale.shape, -1)
+    dense = scale[..., None] * (split - offset[..., None])
+    return dense.reshape(described["shape"]).astype(described["dtype"])  # groups to channels
 
-    Stateful, the keys are the whole cache with the new positions in place; read-only, they are the
-    cache before them, and then the new ones. mask(1, 2, 3, True) sees [[1, 1, 0], [1, 1, 1]],
-    mask(1, 2, 3, False) [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]].
+
+def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
+    """What is added to scores, 0 where a position sees a key of the cache, else HIDDEN.
+
+    Stateful [1, 1, size, context], the new positions in place; read-only [1, 1, 1, context], the
+    cache before them. mask(1, 2, 3, True) sees [[1, 1, 0], [1, 1, 1]], mask(1, 2, 3, False)
+    [[1, 0, 0]].
     """
-    new = np.arange(size)
-    if stateful:
-        seen = np.arange(context)[None] <= offset + new[:, None]
-    else:
-        past = np.broadcast_to(np.arange(context) < offset, (size, context))
-        seen = np.concatenate([past, new[None] <= new[:, None]], axis=1)
+    last = offset + np.arange(size)[:, None] if stateful else offset - 1
+    seen = np.broadcast_to(np.arange(context)[None] <= last, (size if stateful else 1, context))
     return np.where(seen, 0.0, HIDDEN).astype(np.float32)[None, None]
 
 

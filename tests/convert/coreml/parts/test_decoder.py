@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_map
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.emit import matrices
 from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.part import Options
 from mlx_vlm_edge_convert.coreml.parts import decoder_check
@@ -25,6 +26,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
 
 from ....demo import IMAGES, KNOWN
+from .. import schema
 
 QWEN2 = TextConfig(
     hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
@@ -105,7 +107,7 @@ def test_float16_is_near_and_its_graph_exact(request, tools, tmp_path, name, for
 
 def test_prefill_and_decode_share_their_weights(saved):
     made, path = saved
-    assert {*Package(path).functions} == {"prefill", "decode"}
+    assert {*Package(path).functions} == {"prefill", "prefill_32", "decode"}
     parameters = sum(matrix.weight.weight.size for matrix in _matrices(made.decoder))
     assert (path / WEIGHT).stat().st_size < 1.2 * 4 * parameters
 
@@ -129,6 +131,27 @@ def test_compressed_weights(tools, monkeypatch, qwen2, tmp_path, bits):
     assert all(each.startswith(kind) for each in made.describe()["weights"])
     logits = [name for name in _block(path, "decode").outputs if "logits" in name]
     assert logits == (["logits"] if form == "stateful" else ["logits_0", "logits_1"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embeddings_in_groups_are_mlx_s(tools, qwen2, tmp_path, bits):
+    options = Options(precision="fp16", context=32, embedding_bits=bits)
+    made = DecoderPart(qwen2, options, chunk=8)
+    _, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    assert made.table.dtype == np.float16
+    made.write_files(tmp_path)
+    entry = {**made.describe(), "package": "decoder.mlpackage"}
+    run = DecoderHost.open(tmp_path, entry, Package(tmp_path / "decoder.mlpackage"))
+    assert np.array_equal(run.embeddings, made.table)
+    embed = nn.Embedding(1, 1)
+    embed.weight = qwen2.model.embed_tokens.weight
+    own = np.array(embed.to_quantized(64, bits)(mx.arange(96)))
+    assert np.abs(run.embeddings - own).max() < 2e-3 * np.abs(own).max()
+    assert made.memory()["embeddings"] == (tmp_path / "embeddings.safetensors").stat().st_size - (
+        8 + int.from_bytes((tmp_path / "embeddings.safetensors").read_bytes()[:8], "little")
+    )
+    assert made.memory()["embeddings"] < 96 * 64 * (bits + 1) / 8
 
 
 def test_a_quantised_checkpoint_is_exported_as_it_is(tools, tmp_path):
@@ -218,8 +241,8 @@ def cache_off_by_one(monkeypatch):
     run = Package.run
 
     def shifted(self, function, inputs, state=None):
-        if "position" in inputs and function == "decode":
-            inputs = {**inputs, "position": inputs["position"] - 1}
+        if function == "decode":
+            inputs = {n: x - 1 if n == "position" else x for n, x in inputs.items()}
         outputs = run(self, function, inputs, state)
         moved = {n: np.roll(x, 1, -1) if n.startswith("new_") else x for n, x in outputs.items()}
         return outputs if function == "decode" else moved
@@ -291,16 +314,18 @@ def turned_the_other_way(spec, name):
 
 
 def unmasked(spec, name):
-    """The last layer adds its scores to themselves instead of the mask."""
+    """The last layer has no mask, or adds its scores to themselves instead of one."""
     operations = _block(None, name, spec).operations
-    softmax = [op for op in operations if op.type == "softmax"][-1]
-    wanted = softmax.inputs["x"].arguments[0].name
-    (added,) = [op for op in operations if op.outputs and op.outputs[0].name == wanted]
+    fused = [op for op in operations if op.type == "scaled_dot_product_attention"]
+    if fused:
+        del fused[-1].inputs["attn_mask"]
+        return
+    added = [op for op in operations if op.outputs and op.outputs[0].name.endswith("_scores")][-1]
     added.inputs["y"].arguments[0].name = added.inputs["x"].arguments[0].name
 
 
 @pytest.mark.parametrize("fault", [another_activation, turned_the_other_way, unmasked])
-@pytest.mark.parametrize("function", ["prefill", "decode"])
+@pytest.mark.parametrize("function", ["prefill", "prefill_32", "decode"])
 def test_a_fault_of_one_operation_is_found(saved, tmp_path, fault, function):
     made, path = saved
     copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
@@ -308,6 +333,40 @@ def test_a_fault_of_one_operation_is_found(saved, tmp_path, fault, function):
     fault(spec, function)
     (copy / MODEL).write_bytes(spec.SerializeToString())
     assert worst(made, copy) > 100
+
+
+def another_layer_s_cache(spec, name):
+    """The last layer reads the first one's keys."""
+    operations = _block(None, name, spec).operations
+    split = next(op for op in operations if op.type == "split")
+    first, last = split.outputs[0].name, split.outputs[-1].name
+    for op in operations:
+        for argument in op.inputs.values():
+            for binding in argument.arguments:
+                binding.name = first if binding.name == last else binding.name
+
+
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_another_layer_s_cache_is_found(tools, qwen2, tmp_path, function):
+    path = tmp_path / "decoder.mlpackage"
+    made, _ = make(qwen2, "readonly").verified(path)
+    spec = Package(path).spec
+    another_layer_s_cache(spec, function)
+    (path / MODEL).write_bytes(spec.SerializeToString())
+    assert worst(made, path) > 100
+
+
+def test_a_token_that_does_not_lead_is_found(saved, monkeypatch):
+    """What the package says of its logits, where it says it."""
+    made, path = saved
+    run = Package.run
+
+    def off_by_one(self, *arguments):
+        outputs = run(self, *arguments)
+        return {name: x + 1 if name == "token" else x for name, x in outputs.items()}
+
+    monkeypatch.setattr(Package, "run", off_by_one)
+    assert math.isinf(worst(made, path)) is (made.form == "stateful")
 
 
 def test_a_bias_of_zeros_is_found(saved, tmp_path):
@@ -318,6 +377,37 @@ def test_a_bias_of_zeros_is_found(saved, tmp_path):
     assert content.count(wanted) == 1  # shared by both functions
     (copy / WEIGHT).write_bytes(content.replace(wanted, bytes(len(wanted))))
     assert worst(made, copy) > 100
+
+
+@pytest.fixture(scope="module")
+def packed4(tools, qwen2, tmp_path_factory):
+    """A float32 package of 4 bits, and its part."""
+    path = tmp_path_factory.mktemp("packed") / "decoder.mlpackage"
+    made, _ = make(qwen2, "stateful", "fp32", 4).verified(path)
+    return made, path
+
+
+def test_weights_that_are_packed_the_other_way_round_are_found(packed4, tmp_path):
+    """The high half of a byte before the low one, in the file of the package."""
+    made, path = packed4
+    copy = shutil.copytree(path, tmp_path / "decoder.mlpackage")
+    content = (copy / WEIGHT).read_bytes()
+    data = made.decoder.layers[1].down.weight.data
+    low_first = (data[:, ::2] | data[:, 1::2] << 4).tobytes()
+    high_first = (data[:, ::2] << 4 | data[:, 1::2]).tobytes()
+    assert content.count(low_first) == 1
+    (copy / WEIGHT).write_bytes(content.replace(low_first, high_first))
+    assert worst(made, copy) > 100
+
+
+def test_weights_that_are_unpacked_the_other_way_round_are_found(packed4, monkeypatch):
+    """When MLX's own are read."""
+    made, _ = packed4
+    right = matrices.unpacked
+    monkeypatch.setattr(
+        matrices, "unpacked", lambda *of: right(*of).reshape(-1, 2)[:, ::-1].reshape(len(of[0]), -1)
+    )
+    assert decoder_check.weights_error(replace(made)) > 0.5
 
 
 # Numbers in their right form that are not the model's.
@@ -445,7 +535,17 @@ def test_a_stop_token_ends_an_answer(saved):
 def test_masks_are_the_worked_examples():
     seen = [(host.mask(1, 2, 3, stateful)[0, 0] == 0).astype(int) for stateful in (True, False)]
     assert seen[0].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert seen[1].tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    assert seen[1].tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("remaining", "room", "size"),
+    [(300, 999, 256), (129, 999, 256), (128, 999, 64), (1, 999, 64), (300, 255, 64), (9, 63, 1)],
+)
+def test_a_pass_is_the_largest_of_which_more_than_half_is_used(remaining, room, size):
+    chunks = {"prefill": 64, "prefill_256": 256}
+    geometry = Geometry("stateful", 1, 1, 2, 999, 64, chunks, [1.0], "float16")
+    assert geometry.size(remaining, room) == size
 
 
 def test_a_manifest_without_geometry_is_one_clear_line(saved):
@@ -530,6 +630,7 @@ def bundle(tools, tmp_path_factory) -> Path:
 def test_the_demo_s_bundle_answers_its_questions_with_mlx_s_tokens(bundle):
     model, processor = load("demo")
     content = manifest.read(bundle)
+    assert schema.faults(content) == []
     vision = Package(bundle / content["parts"]["vision"]["package"])
     decoder = content["parts"]["decoder"]
     run = DecoderHost.open(bundle, decoder, Package(bundle / decoder["package"]))

@@ -205,6 +205,23 @@ def test_ranges_and_powers():
     assert more.powers == {"one": 6}
 
 
+def test_a_mean_is_held_smaller_by_its_sum(native_folder, tmp_path):
+    """Squares that float16 holds one by one, but not added up; at no site there is no power."""
+    sites, ranges = {"mean": ("one", 2)}, {"mean": 2.0**9, "other": 2.0**9}
+    summed = {"mean": 2.0**9, "other": 2.0**9}
+    assert audit.repair(ranges, sites, {}) == audit.Repair({}, frozenset())
+    assert audit.repair(ranges, sites, {}, summed) == audit.Repair({"one": 2}, frozenset())
+    model = model_of(native_folder)
+    amplify(model.vision_tower, 3, 2.0**6)
+    part, check = verified(
+        part_of(encoder(model, (64, 64), None), Options()), tmp_path / "high.mlpackage"
+    )
+    assert {*part.powers} == {"stage3"}
+    means = {name: x for name, x in check.ranges.items() if name.startswith("stage3")}
+    assert max(audit.sums(means, check.summed).values()) <= audit.HELD
+    assert any(name.endswith("variance") and check.summed[name] == 64 for name in means)
+
+
 @pytest.mark.parametrize(
     ("folder", "size", "said"),
     [

@@ -74,8 +74,8 @@ extension MLMultiArray {
         return place
     }
 
-    /// Write the first `count` positions of `new` [1, heads, dim, n] at `offset` of this cache
-    /// [1, heads, dim, context].
+    /// Write the first `count` positions of `new` [layers, heads, dim, n] at `offset` of this cache
+    /// [layers, heads, dim, context].
     func write(_ new: MLMultiArray, count: Int, at offset: Int) throws {
         let sizes = shape.map(\.intValue)
         let from = new.strides.map(\.intValue)
@@ -89,13 +89,14 @@ extension MLMultiArray {
             new.withUnsafeBytes { other in
                 let target = own.bindMemory(to: Float16.self)
                 let source = other.bindMemory(to: Float16.self)
-                for head in 0..<sizes[1] {
-                    for row in 0..<sizes[2] {
-                        let there = head * to[1] + row * to[2] + offset * to[3]
-                        let here = head * from[1] + row * from[2]
-                        for index in 0..<count {
-                            target[there + index * to[3]] = source[here + index * from[3]]
-                        }
+                for number in 0..<sizes[0] * sizes[1] * sizes[2] {
+                    let row = number % sizes[2]
+                    let head = number / sizes[2] % sizes[1]
+                    let layer = number / (sizes[2] * sizes[1])
+                    let there = layer * to[0] + head * to[1] + row * to[2] + offset * to[3]
+                    let here = layer * from[0] + head * from[1] + row * from[2]
+                    for index in 0..<count {
+                        target[there + index * to[3]] = source[here + index * from[3]]
                     }
                 }
             }

@@ -65,7 +65,7 @@ final class LanguageDecoder {
             state = try model(.prefill).makeState()
             return
         }
-        let shape = [1, geometry.kvHeads, geometry.headDim, geometry.context]
+        let shape = [geometry.layers, geometry.kvHeads, geometry.headDim, geometry.context]
         for name in cacheNames {
             caches[name] = try MLMultiArray.half(shape)
         }
@@ -202,23 +202,18 @@ final class LanguageDecoder {
         }
     }
 
-    /// [1, 1, size, keys]: 0 where a position sees a key, else `hidden`.
+    /// 0 where a position sees a key of the cache, else `hidden`.
     ///
-    /// Stateful, the keys are the whole cache with the new positions in place; read-only, they are
-    /// the cache before them and then the new ones.
+    /// Stateful [1, 1, size, context], the new positions in place; read-only
+    /// [1, 1, 1, context], the cache before them.
     private func mask(_ size: Int) throws -> MLMultiArray {
         let context = geometry.context
-        let keys = stateful ? context : context + size
-        return try MLMultiArray.half([1, 1, size, keys]) { out in
-            for row in 0..<size {
-                for key in 0..<keys {
-                    let seen: Bool
-                    if stateful {
-                        seen = key <= offset + row
-                    } else {
-                        seen = key < context ? key < offset : key - context <= row
-                    }
-                    out[row * keys + key] = seen ? 0 : Self.hidden
+        let rows = stateful ? size : 1
+        return try MLMultiArray.half([1, 1, rows, context]) { out in
+            for row in 0..<rows {
+                let seen = stateful ? offset + row + 1 : offset
+                for key in 0..<context {
+                    out[row * context + key] = key < seen ? 0 : Self.hidden
                 }
             }
         }

@@ -6,6 +6,10 @@ import Foundation
 public struct Manifest: Codable, Sendable {
     public let format: Int
     public let model: Model
+    /// The model's, as its files say.
+    public let licence: String
+    /// Of the part that needs the latest.
+    public let minimumOS: MinimumOS
     public let parts: Parts
     public let preprocessing: Preprocessing?
     public let tokens: Tokens
@@ -17,7 +21,12 @@ public struct Manifest: Codable, Sendable {
     public let files: [String: String]
 
     /// What `format` must be.
-    public static let known = 1
+    public static let known = 2
+
+    enum CodingKeys: String, CodingKey {
+        case format, model, licence, parts, preprocessing, tokens, prompt, context, memory, files
+        case minimumOS = "minimum_os"
+    }
 }
 
 extension Manifest {
@@ -47,6 +56,10 @@ extension Manifest {
         public let functions: [String: Function]
         public let precision: String
         public let computeUnits: String
+        /// What to try in turn where loading or the trial fails.
+        public let fallbackUnits: [String]
+        public let memory: PartMemory
+        public let trial: Trial?
         public let parity: [Parity]?
         public let largestActivation: Double?
         public let lint: [String: Int]?
@@ -55,7 +68,8 @@ extension Manifest {
         public let tiles: Bool?
 
         enum CodingKeys: String, CodingKey {
-            case package, functions, precision, parity, lint, tiles
+            case package, functions, precision, memory, trial, parity, lint, tiles
+            case fallbackUnits = "fallback_units"
             case minimumOS = "minimum_os"
             case computeUnits = "compute_units"
             case largestActivation = "largest_activation"
@@ -69,6 +83,10 @@ extension Manifest {
         public let functions: [String: Function]
         public let precision: String
         public let computeUnits: String
+        /// What to try in turn where loading or the trial fails.
+        public let fallbackUnits: [String]
+        public let memory: PartMemory
+        public let trial: Trial?
         public let parity: [Parity]?
         public let largestActivation: Double?
         public let lint: [String: Int]?
@@ -78,12 +96,27 @@ extension Manifest {
         public let matricesWithFloatOffsets: Int
 
         enum CodingKeys: String, CodingKey {
-            case package, functions, precision, parity, lint, geometry, embeddings, weights
+            case package, functions, precision, memory, trial, parity, lint, geometry, embeddings
+            case weights
+            case fallbackUnits = "fallback_units"
             case minimumOS = "minimum_os"
             case computeUnits = "compute_units"
             case largestActivation = "largest_activation"
             case matricesWithFloatOffsets = "matrices_with_float_offsets"
         }
+    }
+
+    /// Bytes of the package, and of what the app keeps beside it.
+    public struct PartMemory: Codable, Sendable {
+        public let package: Int
+        public let cache: Int?
+        public let embeddings: Int?
+    }
+
+    /// file: what went in and what came out, by name; limit: how far a device may be from it.
+    public struct Trial: Codable, Sendable {
+        public let file: String
+        public let limit: Double
     }
 
     public struct MinimumOS: Codable, Sendable {
@@ -123,7 +156,8 @@ extension Manifest {
         }
     }
 
-    /// form: "stateful" or "readonly". Position / period is the angle of a rotary pair.
+    /// form: "stateful" or "readonly". chunks: positions of each function that takes several;
+    /// chunk: of the smallest, `prefill`. Position / period is the angle of a rotary pair.
     public struct Geometry: Codable, Sendable {
         public let form: String
         public let layers: Int
@@ -131,17 +165,21 @@ extension Manifest {
         public let headDim: Int
         public let context: Int
         public let chunk: Int
+        public let chunks: [String: Int]
         public let periods: [Double]
         public let dtype: String
 
         enum CodingKeys: String, CodingKey {
-            case form, layers, context, chunk, periods, dtype
+            case form, layers, context, chunk, chunks, periods, dtype
             case kvHeads = "kv_heads"
             case headDim = "head_dim"
         }
     }
 
+    /// bits: nil where the tensor is dense; else it is packed, and `<name>.scale` and
+    /// `<name>.offset` are beside it.
     public struct EmbeddingsFile: Codable, Sendable {
+        public let bits: Int?
         public let file: String
         public let name: String
         public let dtype: String
@@ -253,15 +291,15 @@ enum VisionName: String {
     case visualTokens = "visual_tokens"
 }
 
-/// Inputs of the decoder.
+/// Inputs of the decoder, and the token that it says leads where its form is "stateful".
 enum DecoderName: String {
-    case embeddings, mask, cos, sin, position, pick
+    case embeddings, mask, cos, sin, position, pick, token
 }
 
-/// What names of the decoder begin with: a layer's cache, its new values, parts of the logits.
+/// What names of the decoder begin with: the caches, their new values, parts of the logits.
 enum DecoderPrefix: String {
-    case keys = "keys_"
-    case values = "values_"
+    case keys
+    case values
     case new = "new_"
     case logits
 }
