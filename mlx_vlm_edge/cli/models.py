@@ -263,6 +263,7 @@ def _local_facts(folder: Path) -> dict[str, Any]:
 def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     """What a native config says, asked of the model in its shapes and of its processor."""
     from ..loading.cost import blueprint
+    from ..picture.pieces import cut_out
 
     plan = blueprint(config, dtype=None, quantization=config.get("quantization"))
     text, tower = plan.config.text, config.get("vision_config") or {}
@@ -278,10 +279,15 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     if tower.get("embed_dims"):
         facts["vision tower"] = f"layers {tower['layers']}, widths {tower['embed_dims']}"
     views = {f"{width}x{height}": plan.pixels((width, height)) for width, height in PICTURES}
-    sizes = {pixels.data.shape[:-1] for pixels in views.values()}
-    if len({size[-2:] for size in sizes}) == 1:
-        *tiles, height, width = sizes.pop()
-        facts["image size"] = f"{width} x {height}{' a tile' if tiles else ''}"
+    sizes = {
+        tuple(dict.fromkeys(piece.shape[:2] for piece in cut_out(pixels)))
+        for pixels in views.values()
+    }
+    if len(sizes) == 1:
+        several = sizes.pop()
+        tiled = len(several) == 1 and any(pixels.data.ndim == 4 for pixels in views.values())
+        shown = ", ".join(f"{width} x {height}" for height, width in several)
+        facts["image size"] = f"{shown}{' a tile' if tiled else ''}"
     counts = {size: plan.processor.visual_tokens(pixels) for size, pixels in views.items()}
     same = len(set(counts.values())) == 1
     facts["tokens per image"] = next(iter(counts.values())) if same else counts

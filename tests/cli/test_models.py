@@ -212,6 +212,13 @@ def test_show_knows_the_visual_tokens_of_every_alias(alias, cached, capsys):
     assert (found if isinstance(found, int) else tuple(found.values())) == wanted
 
 
+def test_show_says_what_each_of_several_towers_sees(cached, capsys):
+    assert main(["models", "show", "cambrian-8b", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["image size"] == (
+        "384 x 384, 336 x 336, 378 x 378, 1024 x 1024"
+    )
+
+
 def test_pull_prints_the_folder(cached, capsys, monkeypatch):
     from mlx_vlm_edge.hub import download
 
