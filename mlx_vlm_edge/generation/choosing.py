@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from .sampling import Sampling, make_sampler, penalize, penalize_counted
+from .sampling import Sampling, make_sampler, penalties
 
 if TYPE_CHECKING:
     from .grammar import Matcher
@@ -38,7 +38,7 @@ class TokenSampler:
         matcher: "Matcher | None" = None,
     ) -> None:
         self._draw, self._sampling, self._matcher = make_sampler(sampling), sampling, matcher
-        self._recent = [prompt[-sampling.repetition_context_size :]]
+        self._recent = prompt[-sampling.repetition_context_size :]
         self._counts: mx.array | None = None
         self._last: mx.array | None = None
         self._count, self._told = logprobs, deque[tuple[mx.array, mx.array, mx.array]]()
@@ -57,20 +57,16 @@ class TokenSampler:
 
     def _penalized(self, logits: mx.array) -> mx.array:
         sampling = self._sampling
-        if sampling.repetition_penalty != 1:
-            size = sampling.repetition_context_size
-            new = [] if self._last is None else [self._last]
-            self._recent = [mx.concatenate([*self._recent, *new])[-size:]]
-            logits = penalize(self._recent[0], logits, sampling.repetition_penalty)
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            if self._counts is None:
-                self._counts = mx.zeros(logits.shape[-1])
-            if self._last is not None:
-                self._counts = self._counts.at[self._last].add(1)
-            logits = penalize_counted(
-                self._counts, logits, sampling.presence_penalty, sampling.frequency_penalty
-            )
-        return logits
+        asked = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+        if asked == (1, 0, 0):
+            return logits
+        if self._counts is None:
+            self._counts = mx.zeros(logits.shape[-1])
+        if self._last is not None:
+            self._recent = mx.concatenate([self._recent, self._last])
+            self._counts = self._counts.at[self._last].add(1)
+        self._recent = self._recent[-sampling.repetition_context_size :]
+        return penalties(*asked)(logits, self._recent, self._counts)
 
     def _tell(self, logits: mx.array, token: mx.array, count: int) -> None:
         """Keep a token's log-probability and the likeliest ones', which nothing waits for yet."""

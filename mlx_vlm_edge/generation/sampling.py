@@ -6,10 +6,12 @@ Everything random has an explicit key, so that a seed repeats a run whatever els
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 
 from ..errors import UsageError
+from ..kernels import compiled
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -73,26 +75,49 @@ def make_sampler(sampling: Sampling) -> Sampler:
     """
     if sampling.temperature == 0:
         return greedy
-    steps: list[Callable[[mx.array], mx.array]] = []
-    if 0 < sampling.top_p < 1:
-        steps.append(lambda logits: keep_top_p(logits, sampling.top_p))
-    if sampling.min_p > 0:
-        steps.append(lambda logits: keep_min_p(logits, sampling.min_p))
-    if sampling.top_k > 0:
-        steps.append(lambda logits: keep_top_k(logits, sampling.top_k))
+    draw = drawing(sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k)
     import random  # and with it hashlib, which greedy answers do without
 
     seeds = random.Random(sampling.seed)  # of the system's randomness for None
 
-    def sample(logits: mx.array) -> mx.array:
-        # A key split from the last one's would be MLX's, and belong to the thread that split it.
-        key = mx.random.key(seeds.getrandbits(64))
-        logits = logits.astype(mx.float32)
-        for step in steps:
-            logits = step(logits)
-        return mx.random.categorical(logits * (1 / sampling.temperature), key=key)
+    # A key split from the last one's would be MLX's, and belong to the thread that split it.
+    return lambda logits: draw(logits, mx.random.key(seeds.getrandbits(64)))
 
-    return sample
+
+@lru_cache(maxsize=16)  # settings whose graphs are remembered, from one answer to the next
+def drawing(
+    temperature: float, top_p: float, min_p: float, top_k: int
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """Logits [1, V] and a key -> a token int[1], as one graph where MLX compiles."""
+
+    def draw(logits: mx.array, key: mx.array) -> mx.array:
+        logits = logits.astype(mx.float32)
+        if 0 < top_p < 1:
+            logits = keep_top_p(logits, top_p)
+        if min_p > 0:
+            logits = keep_min_p(logits, min_p)
+        if top_k > 0:
+            logits = keep_top_k(logits, top_k)
+        return mx.random.categorical(logits * (1 / temperature), key=key)
+
+    return compiled(draw)
+
+
+@lru_cache(maxsize=16)
+def penalties(
+    repetition: float, presence: float, frequency: float
+) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Logits [1, V], recent tokens int[N] and counts float[V] -> logits less their penalties, as
+    one graph where MLX compiles."""
+
+    def penalized(logits: mx.array, recent: mx.array, counts: mx.array) -> mx.array:
+        if repetition != 1:
+            logits = penalize(recent, logits, repetition)
+        if presence or frequency:
+            logits = penalize_counted(counts, logits, presence, frequency)
+        return logits
+
+    return compiled(penalized)
 
 
 def greedy(logits: mx.array) -> mx.array:

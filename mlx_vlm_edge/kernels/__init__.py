@@ -6,7 +6,7 @@ gain a tenth. Feature maps are [B, H, W, C] everywhere; on the CPU they lie chan
 in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -51,13 +51,15 @@ def pictures_on_device() -> bool:
     return forms() is gpu
 
 
-def compiled(function: Activation, state: nn.Module) -> Activation:
+def compiled(
+    function: Callable[..., mx.array], state: nn.Module | None = None
+) -> Callable[..., mx.array]:
     """`function` as one graph for each shape, where MLX compiles; `state` has what it reads.
 
     On the CPU it runs as it is.
     """
-    whole: Activation = mx.compile(function, inputs=state)
-    return lambda x: (function if on_cpu() or _plain.get() else whole)(x)
+    whole = mx.compile(function, inputs=state)
+    return lambda *arrays: (function if on_cpu() or _plain.get() else whole)(*arrays)
 
 
 def gelu(x: mx.array) -> mx.array:

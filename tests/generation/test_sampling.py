@@ -11,11 +11,13 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.sampling import (
     Sampling,
     StopStrings,
+    drawing,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     make_sampler,
     penalize,
+    penalties,
 )
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
@@ -167,3 +169,31 @@ def test_text_is_held_back_no_longer_than_needed():
     assert StopStrings().feed("anything") == "anything"
     with pytest.raises(UsageError, match="stop"):
         StopStrings(["a", ""])
+
+
+def nodes(tmp_path, *arrays):
+    path = tmp_path / "graph.dot"
+    mx.export_to_dot(str(path), *arrays)
+    return path.read_text().count("shape=rectangle")
+
+
+EVERYTHING = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "top_k": 40, "seed": 1}
+
+
+def test_a_draw_is_one_compiled_graph_where_mlx_compiles(tmp_path, monkeypatch):
+    logits = mx.array(np.random.default_rng(0).normal(0, 3, (1, 500)).astype(np.float32))
+    plain = make_sampler(Sampling(**EVERYTHING))(logits)
+    before = nodes(tmp_path, plain)
+    monkeypatch.setattr("mlx_vlm_edge.kernels.on_cpu", lambda: False)
+    fused = make_sampler(Sampling(**EVERYTHING))(logits)
+    assert nodes(tmp_path, fused) <= 0.75 * before
+    again = make_sampler(Sampling(**EVERYTHING | {"seed": 2}))
+    assert again(logits).shape == (1,)
+    assert drawing.cache_info().hits, "the next answer has the same graph"
+
+
+def test_penalties_are_one_compiled_graph_where_mlx_compiles(tmp_path, monkeypatch):
+    arrays = mx.zeros((1, 500)), mx.array([1, 2, 3]), mx.zeros(500)
+    plain = nodes(tmp_path, penalties(1.3, 0.5, 0.25)(*arrays))
+    monkeypatch.setattr("mlx_vlm_edge.kernels.on_cpu", lambda: False)
+    assert nodes(tmp_path, penalties(1.3, 0.5, 0.25)(*arrays)) <= 0.75 * plain
