@@ -68,9 +68,9 @@ class Ours:
 
     @staticmethod
     def _opened(image: str) -> Any:
-        from mlx_vlm_edge.picture.image import open_image
+        from mlx_vlm_edge.picture.image import open_picture
 
-        return open_image(image)
+        return open_picture(image)
 
     def features(self, pixels: Any) -> Any:
         """Prepared pixels -> the tower's features [N, C], lazily."""
