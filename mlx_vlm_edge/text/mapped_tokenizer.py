@@ -105,8 +105,15 @@ class MappedTokenizer:
         if (ids := self._words.get(word)) is None:
             if len(self._words) >= REMEMBERED:
                 self._words.clear()
-            ids = self._words[word] = self._merged(word)
+            whole = self._whole(word)
+            ids = self._words[word] = self._merged(word) if whole is None else [whole]
         return ids
+
+    def _whole(self, word: bytes) -> int | None:
+        """The id of a word that is a token, where the library looks for that before it merges."""
+        if not self._arrays.head["whole_words"]:
+            return None
+        return self._arrays.id_of("".join(_letters()[byte] for byte in word))
 
     def _merged(self, word: bytes) -> list[int]:
         """The ids of a word, as the library's BPE has them: of all pairs that may be merged the one
@@ -114,10 +121,6 @@ class MappedTokenizer:
         its place still comes to the same token.
         """
         arrays = self._arrays
-        if arrays.head["whole_words"]:
-            whole = arrays.id_of("".join(_letters()[byte] for byte in word))
-            if whole is not None:
-                return [whole]
         ids = [arrays.letters[byte] for byte in word]
         end = len(ids)
         after, before = list(range(1, end + 1)), list(range(-1, end - 1))
