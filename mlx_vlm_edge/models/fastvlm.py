@@ -27,7 +27,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import Block
+from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
@@ -136,6 +136,7 @@ class Processor(prompt.Processor):
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     chooses_side = True
+    token_methods = OF_TOKENS | {"hiprune"}  # by the last stage's two blocks
 
     def draft_side(self) -> int:
         return max(self.config.image_size, *self.config.sides)

@@ -8,7 +8,7 @@ Source: apple/ml-fastvlm, llava/model/multimodal_encoder/mobileclip/mci.py; arXi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,7 @@ from ..kernels import (
     mlp,
     pointwise,
 )
+from .attended import Attended, scores, told
 
 STRIDE = 64  # pixels per visual token along each side
 HEAD_DIM = 32
@@ -157,10 +158,15 @@ class Attention(nn.Module):
         self.qkv = Dense(width, 3 * width, bias=False)
         self.proj = Dense(width, width)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def split(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Queries, keys and values [B, heads, H * W, 32] of [B, H, W, C]."""
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3 * C // HEAD_DIM, HEAD_DIM)
-        q, k, v = mx.split(qkv.swapaxes(1, 2), 3, axis=1)  # each [B, heads, H * W, 32]
+        return tuple(mx.split(qkv.swapaxes(1, 2), 3, axis=1))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        q, k, v = self.split(x)
         x = attention(q, k, v, HEAD_DIM**-0.5)
         return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
 
@@ -201,6 +207,18 @@ class Stage(nn.Module):
         for layer in (*self.entry, *self.blocks):
             x = layer(x)
         return x
+
+    def attended(self, x: mx.array) -> tuple[mx.array, list[Attended]]:
+        """The same of a stage with attention, and what each of its blocks says of the positions."""
+        seen: list[Attended] = []
+        for layer in self.entry:
+            x = layer(x)
+        for block in self.blocks:
+            q, k, _ = block.attention.split(block.norm(x))
+            received = scores(q, k, HEAD_DIM**-0.5, None).mean(axis=(1, 2))
+            seen.append(Attended(received, received, None, k.astype(mx.float32).mean(axis=1), x))
+            x = block(x)
+        return x, seen
 
 
 class Expansion(nn.Module):
@@ -249,5 +267,15 @@ class FastViTHD(nn.Module):
         *_, (_, features) = self.stage_outputs(x)
         return features.flatten(1, 2)  # rows first: token = row * width + column
 
+    def _telling(self, x: mx.array, calls: list[Attended]) -> mx.array:
+        """`features`, with what is told of the last stage's first and last block."""
+        before = dict(self.stage_outputs(x))[f"stage {len(self.stages) - 2}"]
+        x, blocks = self.stages[-1].attended(before)
+        features: mx.array = self.conv_exp(x).flatten(1, 2)
+        first, last = blocks[0], blocks[-1]
+        calls.append(replace(last, early=first.early, hidden=features))
+        return features
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self._features(x)
+        calls = told()
+        return self._features(x) if calls is None else self._telling(x, calls)

@@ -175,7 +175,7 @@ def squares(scores, rows, columns):
     return grid.mean(axis=(1, 3)).ravel()
 
 
-@pytest.mark.parametrize("name", ["llava", "mobilevlm", "idefics3", "llava_onevision"])
+@pytest.mark.parametrize("name", ["llava", "mobilevlm", "idefics3", "llava_onevision", "fastvlm"])
 def test_hiprune_in_every_family_that_has_attention(models, name):
     model, processor = models(name)
     pixels = processor(QUESTION, images=[picture(1)]).pixels[0]
@@ -202,6 +202,34 @@ def test_hiprune_in_every_family_that_has_attention(models, name):
     got = np.array(model.encode_image(fewer))
     assert len(got) == processor.visual_tokens(fewer) == len(wanted)
     assert distance(got, every[wanted]) < FLOAT32
+
+
+def test_what_fastvithd_tells_is_its_last_stage_s_attention(models):
+    """Of its first and last block, from their own weights in float64."""
+    model, processor = models("fastvlm")
+    pixels = processor(QUESTION, images=[picture(1)]).pixels[0]
+    tower = model.vision_tower
+    stage = tower.stages[-1]
+    with listening() as calls:
+        told_features = result(model.stages(pixels))
+    (call,) = calls
+    x = dict(tower.stage_outputs(normalized(pixels.data[None], mx.float32)))[
+        f"stage {len(tower.stages) - 2}"
+    ]
+    for layer in stage.entry:
+        x = layer(x)
+    wanted = []
+    for block in stage.blocks:
+        normed = np.array(block.norm(x), np.float64).reshape(-1, x.shape[-1])
+        qkv = normed @ np.array(block.attention.qkv.weight, np.float64)
+        q, k, _ = np.split(qkv.reshape(len(qkv), -1, 32).swapaxes(0, 1), 3)  # [heads, n, 32]
+        logits = q @ k.swapaxes(1, 2) * 32**-0.5
+        a = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        wanted.append((a / a.sum(axis=-1, keepdims=True)).mean(axis=(0, 1)))
+        x = block(x)
+    assert distance(call.early[0], wanted[0]) < FLOAT32
+    assert distance(call.late[0], wanted[-1]) < FLOAT32
+    assert distance(told_features, result(model.stages(pixels))) < FLOAT32
 
 
 @pytest.mark.parametrize("method", ["hiprune", "visionzip"])
