@@ -9,6 +9,7 @@ Source: apple/ml-fastvlm, llava/model/multimodal_encoder/mobileclip/mci.py; arXi
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -269,7 +270,7 @@ class FastViTHD(nn.Module):
 
     def _telling(self, x: mx.array, calls: list[Attended]) -> mx.array:
         """`features`, with what is told of the last stage's first and last block."""
-        before = dict(self.stage_outputs(x))[f"stage {len(self.stages) - 2}"]
+        *_, (_, before) = islice(self.stage_outputs(x), len(self.stages))  # but the last stage's
         x, blocks = self.stages[-1].attended(before)
         features: mx.array = self.conv_exp(x).flatten(1, 2)
         first, last = blocks[0], blocks[-1]
