@@ -264,6 +264,7 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     """What a native config says, asked of the model in its shapes and of its processor."""
     from ..loading.cost import blueprint
     from ..picture.pieces import cut_out
+    from ..picture.token_budget import METHODS
 
     plan = blueprint(config, dtype=None, quantization=config.get("quantization"))
     text, tower = plan.config.text, config.get("vision_config") or {}
@@ -291,6 +292,8 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     counts = {size: plan.processor.visual_tokens(pixels) for size, pixels in views.items()}
     same = len(set(counts.values())) == 1
     facts["tokens per image"] = next(iter(counts.values())) if same else counts
+    methods = plan.family.Processor.token_methods
+    facts["fewer of them by"] = ", ".join(name for name in METHODS if name in methods)
     facts["quantisation"] = _quantisation(plan.model)
     facts["memory"] = _memory(config)
     return facts

@@ -73,6 +73,8 @@ def test_a_mistake_is_one_line(generate, flags, message):
 
 
 def test_fewer_visual_tokens(generate):
+    code, out, _ = generate("--video", "clip.gif", "--visual-tokens", 6)  # of three frames
+    assert (code, json.loads(out)["visual_tokens"]) == (0, 6)
     for flags, count in ((("--visual-tokens", 34), 34), (("--visual-tokens", "50%"), 34),
                          (("--visual-tokens", 0.25, "--token-method", "pool"), 17)):  # fmt: skip
         code, out, err = generate("--image", "square.png", *flags)
