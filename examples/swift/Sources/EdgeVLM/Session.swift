@@ -80,32 +80,28 @@ public actor Session {
         prompt = try Prompt(bundle.manifest, system: options.system)
         tokenizer = try Tokenizer(file: bundle.folder.appending(path: "tokenizer.json"))
         let trial = Trial(bundle)
-        let units = options.units ?? trial.remembered
-        let models = try Models(
-            bundle, try await Packages.load(bundle, units: units, progress: progress))
-        let risky = units == nil && bundle.asksForNeuralEngine
-        guard options.tries else {
-            self.models = models
-            return
+        let asked = options.units ?? trial.remembered
+        var failure: (any Error)?
+        for units in try asked.map({ [$0] }) ?? [nil] + bundle.fallbackUnits {
+            try Task.checkCancellation()
+            do {
+                let packages = try await Packages.load(bundle, units: units, progress: progress)
+                let models = try Models(bundle, packages)
+                if options.tries {
+                    // What ends the process is a failure too, and leaves this mark.
+                    trial.begin()
+                    try models.run()
+                }
+                self.models = models
+                trial.end()
+                if let units, options.units == nil { trial.remember(units) }
+                return
+            } catch {
+                trial.end()
+                failure = failure ?? error
+            }
         }
-        if !risky {
-            try models.run()
-            self.models = models
-            if trial.remembered != nil { trial.remember(.cpuAndGPU) }
-            return
-        }
-        trial.begin()
-        do {
-            try models.run()
-            self.models = models
-            trial.end()
-        } catch {
-            trial.remember(.cpuAndGPU)
-            let packages = try await Packages.load(bundle, units: .cpuAndGPU, progress: progress)
-            let fallback = try Models(bundle, packages)
-            try fallback.run()
-            self.models = fallback
-        }
+        throw failure ?? CancellationError()
     }
 
     /// Run every package once, so that the first question does not wait for it.
@@ -348,11 +344,16 @@ private struct StageClock {
 }
 
 extension ModelBundle {
-    var asksForNeuralEngine: Bool {
-        let parts = manifest.parts
-        let units = [
-            parts.vision?.computeUnits, parts.connector?.computeUnits, parts.decoder?.computeUnits,
-        ]
-        return units.contains(ComputeUnits.cpuAndNeuralEngine.rawValue)
+    /// What the manifest says to try in turn where loading or the trial fails; nothing but where
+    /// some part is for the Neural Engine, whose failures other units do not share.
+    var fallbackUnits: [ComputeUnits] {
+        get throws {
+            let parts = manifest.parts
+            let units = [parts.vision, parts.connector].map { $0?.computeUnits }
+            let engine = ComputeUnits.cpuAndNeuralEngine.rawValue
+            guard units.contains(engine) || parts.decoder?.computeUnits == engine else { return [] }
+            let names = parts.decoder?.fallbackUnits ?? parts.vision?.fallbackUnits ?? []
+            return try names.map { try ComputeUnits(manifest: $0) }
+        }
     }
 }

@@ -29,6 +29,11 @@ final class Embeddings {
     }
 
     init(bundle: ModelBundle, described: Manifest.EmbeddingsFile) throws {
+        if let bits = described.bits {
+            throw EdgeVLMError(
+                "the embeddings are packed in \(bits) bits, which EdgeVLM does not read",
+                "export the bundle without --embedding-bits")
+        }
         let url = bundle.folder.appending(path: described.file)
         guard let data = try? Data(contentsOf: url, options: .alwaysMapped), data.count > 8 else {
             throw EdgeVLMError("\(url.path): cannot be read", "copy or export the bundle again")
