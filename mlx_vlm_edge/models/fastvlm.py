@@ -139,7 +139,7 @@ class Processor(prompt.Processor):
     token_methods = OF_TOKENS | {"hiprune"}  # by the last stage's two blocks
 
     def draft_side(self) -> int:
-        return max(self.config.image_size, *self.config.sides)
+        return max((self.config.image_size, *self.config.sides))
 
     def preprocess(self, image: Picture) -> Pixels:
         """uint8 [side, side, 3], by the checkpoint's strategy; padded black, before the resize."""
