@@ -28,7 +28,8 @@ WORDS = 3  # tokens that must have stood together before
 LENGTHS = (2, 4, 8, 16)  # drafts of one pass
 ROUNDS = 3  # of which the fastest counts
 WORTH = 1.05  # a pass must promise so many tokens for one plain step's time
-CREDIT, SHARE = 0.5, 0.02  # plain steps that drafts may have cost: at first, and of each token said
+LEAST = 0.05  # of a plain step: what a draft costs at least, however well a busy machine measured
+CREDIT, SHARE = 0.4, 0.02  # plain steps that drafts may have cost: at first, and of each token said
 RATE, RETURN = 0.2, 0.01  # how fast the estimate follows what came true, and forgets it
 PLACE = -1  # stands for a visual token, which is no word
 
@@ -151,7 +152,7 @@ def _measured(model: VisionLanguageModel) -> dict[int, float]:
         cost = min(long for _, long in pairs) / min(one for one, _ in pairs)
         if cost * WORTH >= 1 + length:
             break
-        costs[length] = max(cost, 1.0)
+        costs[length] = max(cost, 1 + LEAST * length, *costs.values())
     return costs
 
 

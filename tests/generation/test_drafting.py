@@ -347,6 +347,16 @@ def test_a_batch_goes_on_with_drafts_or_without():
     assert len(ids) == 1
 
 
+def test_a_longer_pass_never_counts_as_free_or_cheaper(demo, monkeypatch):
+    """A busy machine's clock may say so; wrong drafts would then go on for ever."""
+    lasts = iter([1.0, *[1.0, 2.0] * 3, *[1.0, 1.5] * 3, *[1.0, 0.5] * 6])  # seconds of each pass
+    ends = (t for last in lasts for t in (0.0, last))
+    monkeypatch.setattr(drafting.time, "perf_counter", lambda: next(ends))
+    assert drafting._measured(demo[0]) == {2: 2.0, 4: 2.0, 8: 2.0, 16: 2.0}
+    monkeypatch.setattr(drafting.time, "perf_counter", iter(range(1000)).__next__)
+    assert drafting._measured(demo[0]) == pytest.approx({2: 1.1, 4: 1.2, 8: 1.4, 16: 1.8})
+
+
 def test_costs_are_measured_on_the_model_once(demo, monkeypatch):
     model, _ = demo
     model.pass_costs = None
