@@ -22,6 +22,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 MAX_COUNT = 9
 KINDS = ("text", "shapes", "position", "unknown")
 MIX = {"text": 0.62, "page": 0.16, "shapes": 0.12, "position": 0.04, "unknown": 0.06}
+POLISH_MIX = {"text": 0.5, "shapes": 0.26, "position": 0.08, "unknown": 0.16}
 LENGTHS = (1.2, 1.6, 2.0, 2.2, 2.2, 2.2, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5)  # 1 ... 12 characters
 LEAST_EM = 0.085  # smaller print has under 8 pixels to a capital in the model's 128
 SIDE_EM = 200  # pixels per em at which texts are measured
@@ -377,8 +378,9 @@ def scene(seed: int | str, kind: str = "", most: int = texts.MAX_TEXT) -> Scene:
     return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)
 
 
-def asked_scene(seed: int | str) -> Scene:
-    """The scene of a seed, never a page: for the stages with questions."""
+def asked_scene(seed: int | str, mix: dict[str, float] = MIX, most: int = texts.MAX_TEXT) -> Scene:
+    """The scene of a seed, never a page: for the stages with questions; texts of up to `most`."""
     rng = Random(seed)
-    kinds = [kind for kind in MIX if kind != "page"]
-    return MAKERS[rng.choices(kinds, [MIX[kind] for kind in kinds])[0]](rng)
+    kinds = [kind for kind in mix if kind != "page"]
+    kind = rng.choices(kinds, [mix[kind] for kind in kinds])[0]
+    return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)

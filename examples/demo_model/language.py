@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from random import Random
 
 import numpy as np
+import plain
 import torch
 import torch.nn.functional as F
 from decoder import DemoModel
-from draw import KINDS, asked_scene, scene
+from draw import KINDS, POLISH_MIX, asked_scene, scene
 from prompts import Prompter
 from questions import answers, pairs, phrase
 from render import draw
 from settle import VISUAL
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from vision import cells, drawn_at, facts, pixels_of, to_float, yielding
+from vision import cells, drawn_at, facts, labelled, pixels_of, to_float, yielding
 
+POLISH_TEXT = 6  # characters of the wider drawings, at most
 Sample = dict[str, np.ndarray]
 
 
@@ -35,7 +37,12 @@ class Questions(IterableDataset[Sample]):
         index, before = self.start, self.prompter.before
         while True:
             seed = f"{self.stage}-{index}"
-            one = asked_scene(seed)
+            if index % 2:
+                flat = plain.reading_scene(seed) if index % 4 == 1 else plain.scene(seed)
+                one, image = labelled(flat), plain.draw(flat, drawn_at(seed))
+            else:
+                one = asked_scene(seed, POLISH_MIX, most=POLISH_TEXT)
+                image = draw(one, drawn_at(seed))
             rng = Random(f"{seed}-questions")
             ids, branch = before + [0] * VISUAL, [0] * (len(before) + VISUAL)
             positions, targets = list(range(len(ids))), [-100] * len(ids)
@@ -48,7 +55,7 @@ class Questions(IterableDataset[Sample]):
                 positions += range(shared, shared + len(ask) + len(say) - 1)
                 targets += [-100] * (len(ask) - 1) + say
             yield {
-                "pixels": pixels_of(draw(one, drawn_at(seed))),
+                "pixels": pixels_of(image),
                 "tokens": np.array([ids, branch, positions, targets], np.int64),
                 "cells": cells(one),
                 "facts": facts(one),

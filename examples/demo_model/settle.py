@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from vision import drawn_at, pixels_of, to_float
 
 VISUAL = 4
-PLAIN_SHARE = 8  # every eighth picture is one of the plain ones
-PAIR_SHARE = 10  # every tenth batch has two pictures in a row
+PLAIN_OF_NINE = 4  # so many of nine pictures are plain ones
+POOL = 16  # batches drawn together; after them comes one with two pictures in a row
 WEIGHTS = {"read": 7.0, "describe": 2.0, "colour": 1.0, "background": 1.0}  # about a text
 SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 1.5, "is it not": 1.0, "read": 0.6}
 Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
@@ -43,7 +43,7 @@ def talk(one: AnyScene, rng: Random) -> list[Turn]:
     fair = list(answers(one))
     table = WEIGHTS if one.text else SHAPE_WEIGHTS
     chosen: list[str] = []
-    for _ in range(rng.choices((1, 2, 3), (5, 3, 2))[0]):
+    for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0]):
         left = [category for category in fair if category not in chosen]
         chosen += rng.choices(left, [table.get(category, 1.0) for category in left]) if left else []
     return [turn(one, category, rng) for category in chosen]
@@ -86,8 +86,8 @@ class Store:
 
 
 def stored_scene(index: int) -> AnyScene:
-    if index % PLAIN_SHARE == 0:
-        return plain.reading_scene(f"cache-{index}")
+    if index % 9 < PLAIN_OF_NINE:
+        return plain.reading_scene(f"cache-{index}") if index % 3 else plain.scene(f"cache-{index}")
     return asked_scene(f"cache-{index}")
 
 
@@ -130,7 +130,7 @@ def store(model: DemoModel, count: int) -> Store:
     return Store(scenes, features[:count], changes, features[count:].unflatten(0, (-1, 2)))
 
 
-def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     """ids[B, L] and targets[B, L] of rows of unequal length."""
     longest = max(len(ids) for ids, _ in rows)
     ids = [ids + [0] * (longest - len(ids)) for ids, _ in rows]
@@ -141,18 +141,23 @@ def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 def stored_batches(
     stored: Store, prompter: Prompter, size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """features[B, pictures, C, 2, 2], ids[B, L] and targets[B, L], in random order."""
+    """features[B, pictures, C, 2, 2], ids[B, L] and targets[B, L], in random order.
+
+    Rows of like length go together: of POOL batches, so that little is padding.
+    """
     rng = Random(f"settle-{seed}")
     while True:
-        order = rng.sample(range(len(stored.scenes)), len(stored.scenes))
-        for number, start in enumerate(range(0, len(order) - size + 1, size)):
-            chosen = order[start : start + size]
-            rows = [row(talk(stored.scenes[i], rng), 1, prompter) for i in chosen]
-            yield stored.features[chosen, None].float(), *padded(rows)
-            if number % PAIR_SHARE == 0 and stored.changes:
-                two = [rng.randrange(len(stored.changes)) for _ in range(size)]
-                rows = [said_of_pair(stored.changes[i], rng, prompter) for i in two]
-                yield stored.pair_features[two].float(), *padded(rows)
+        pool = [
+            (i, row(talk(stored.scenes[i], rng), 1, prompter))
+            for i in rng.choices(range(len(stored.scenes)), k=POOL * size)
+        ]
+        pool.sort(key=lambda item: len(item[1][0]))
+        for start in rng.sample(range(0, POOL * size, size), POOL):
+            chosen, rows = zip(*pool[start : start + size], strict=True)
+            yield stored.features[list(chosen), None].float(), *padded(rows)
+        two = [rng.randrange(len(stored.changes)) for _ in range(size)]
+        pair_rows = [said_of_pair(stored.changes[i], rng, prompter) for i in two]
+        yield stored.pair_features[two].float(), *padded(pair_rows)
 
 
 def embedded(model: DemoModel, features: Tensor, ids: Tensor, start: int) -> Tensor:

@@ -26,7 +26,9 @@ from vision import Heads, accuracy, batches, losses, to_float
 
 Batch = dict[str, Tensor]
 WEIGHTS = {"text": 1.0, "cells": 1.0, "order": 1.0}  # of the vision losses; others 0.5
-POLISH_VISION = 0.5  # weight of the vision losses in stage 3
+POLISHED = ("background", "colour", "shape", "count")  # the vision losses of stage 3
+POLISH_VISION = 0.3  # their weight
+HEADS_RATE = 2e-3  # peak rate of the heads in stage 3: they may be new
 DECAY = {"polish": 0.985}  # of the averaged weights; other stages 0.998
 
 
@@ -74,7 +76,7 @@ def language_run(args: argparse.Namespace, stage: str, model: DemoModel, heads: 
         trained += groups(part, peak, 0.05)
     trained += groups(model.model.norm, peak, 0.0)
     if polish:
-        trained += groups(model.tower, peak, 0.05) + groups(heads, peak, 0.05)
+        trained += groups(model.tower, peak, 0.05) + groups(heads, HEADS_RATE, 0.0)
     tuner = torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
     steps = int(getattr(args, f"{stage}_steps"))
     return Run(args.out / f"{stage}.pt", module, tuner, steps, DECAY.get(stage, 0.998))
@@ -106,8 +108,9 @@ def train_polish(args: argparse.Namespace, run: Run, prompter: Prompter) -> None
         features, middle = model.tower(to_float(batch["pixels"]))
         loss, right = answer_loss(model, features, batch, start)
         vision = losses(heads, features, middle, batch)
-        parts = {"answers": loss.item(), "tokens": right.item(), "text": vision["text"].item()}
-        run.update(loss + POLISH_VISION * vision_loss(vision), parts)
+        parts = {"answers": loss.item(), "tokens": right.item()}
+        attributes = torch.stack([vision[name] for name in POLISHED]).sum()
+        run.update(loss + POLISH_VISION * attributes, parts)
         if run.step % args.check == 0 or run.step == run.steps:
             run.save()
             checkpoint(args, run, prompter, f"polish, step {run.step}")

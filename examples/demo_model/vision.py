@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from random import Random
 
 import numpy as np
+import plain
 import torch
 import torch.nn.functional as F
 from colours import COLOURS
-from draw import MAX_COUNT, PLACES, SHAPES, Scene, scene
+from draw import MAX_COUNT, PLACES, SHAPES, Mark, Scene, scene
 from network import Shape, VisionTower
 from PIL import Image
 from render import draw, padded
@@ -36,6 +37,7 @@ CHARACTERS = " " + ALPHABET  # of a slot of the text head, after 0: none
 SHORT_TEXT = 4  # characters at most, for this many pictures; then one more for each so many
 SHORT_PICTURES = 90_000
 LENGTHEN_EVERY = 20_000
+PLAIN_EVERY = 3  # every third picture is a plain one
 NEVER = -100  # a class that is not asked
 Sample = dict[str, np.ndarray]
 
@@ -94,6 +96,18 @@ def longest(index: int) -> int:
     return min(MAX_TEXT, SHORT_TEXT + max(0, index - SHORT_PICTURES) // LENGTHEN_EVERY)
 
 
+def labelled(flat: plain.Scene) -> Scene:
+    """A plain scene as one of the wider drawings, for its labels."""
+    marks = tuple(
+        Mark(mark.label, mark.box, number if flat.text else 0)
+        for number, mark in enumerate(flat.marks, 1)
+    )
+    return Scene(
+        flat.kind, flat.colour, flat.background, flat.colour_rgb, flat.background_rgb, marks,
+        shape=flat.shape, place=flat.place, text=flat.text,
+    )  # fmt: skip
+
+
 class Pictures(IterableDataset[Sample]):
     """Scenes `name-start`, `name-(start+1)`, ... without end."""
 
@@ -104,8 +118,13 @@ class Pictures(IterableDataset[Sample]):
         index = self.start
         while True:
             seed = f"{self.name}-{index}"
-            one = scene(seed, most=longest(index) if self.name == "train" else MAX_TEXT)
-            pixels = pixels_of(draw(one, drawn_at(seed)))
+            if self.name == "train" and index % PLAIN_EVERY == 0:
+                flat = plain.reading_scene(seed)
+                one, image = labelled(flat), plain.draw(flat, drawn_at(seed))
+            else:
+                one = scene(seed, most=longest(index) if self.name == "train" else MAX_TEXT)
+                image = draw(one, drawn_at(seed))
+            pixels = pixels_of(image)
             yield {"pixels": pixels, "cells": cells(one), "facts": facts(one)}
             index += 1
 
