@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
@@ -32,6 +32,8 @@ _UNKNOWN = (
 )  # fmt: skip
 # Initialisations that change the base's weights: such an adapter does not fit the published ones.
 _MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# What patterns of layers are made of; no group under a repetition, which could match for ever.
+_PLAIN = re.compile(r"[\^\$]?(?:[\w|]|\\?\.|\.\*|\\d\+?|\[[\d-]+\])*[\$]?")
 _WRAPPERS = ("base_layer.", "original_module.", "modules_to_save.default.", "modules_to_save.")
 
 Torch = Callable[[Path], dict[str, mx.array]]  # reads a .bin file
@@ -128,6 +130,8 @@ def read_adapter(path: Path, scale: float, torch: Torch) -> Adapter:
             f"adapter {path}: holds {some(adapter.whole)} whole, which no scale goes with; leave "
             "the scale out"
         )
+    if not adapter.low_rank and not adapter.whole:
+        raise UsageError(f"adapter {path}: its file of weights is empty; save it again")
     scaled = {name: replace(u, scale=u.scale * scale) for name, u in adapter.low_rank.items()}
     return replace(adapter, low_rank=scaled)
 
@@ -187,22 +191,35 @@ def _peft_scale(path: Path, config: Mapping[str, Any], layer: str, a: mx.array) 
     """alpha / r, or alpha / sqrt(r) with rsLoRA; a pattern's alpha and rank before the common."""
     rank = _matched(config.get("rank_pattern"), layer, config.get("r"))
     alpha = _matched(config.get("alpha_pattern"), layer, config.get("lora_alpha"))
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+    if type(rank) is not int or rank < 1 or not _finite(alpha):
         raise UsageError(f"adapter {path}: r {rank!r} or lora_alpha {alpha!r} is no number above 0")
-    if a.shape[0] != rank:
-        raise UsageError(f"adapter {path}: {layer} has rank {a.shape[0]}, {rank} by its {CONFIG}")
+    if a.ndim != 2 or a.shape[0] != rank:
+        raise UsageError(
+            f"adapter {path}: {layer} is {tuple(a.shape)}, of rank {rank} by its {CONFIG}"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _matched(patterns: Any, layer: str, common: Any) -> Any:
     """What a pattern says of a layer, the first that matches the end of its name."""
+    if not isinstance(patterns or {}, Mapping):
+        raise UsageError(f"{CONFIG}: a pattern of ranks or alphas is no object")
     for pattern, value in (patterns or {}).items():
+        if not _PLAIN.fullmatch(pattern):
+            raise UsageError(
+                f"{CONFIG}: the pattern {pattern[:80]!r} is not of names, dots, .*, \\d+ and |"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
                 return value
         except re.error as error:
             raise UsageError(f"{CONFIG}: {pattern!r} is no pattern ({error})") from None
     return common
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
@@ -235,11 +252,13 @@ def _read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
 
 def _mlx_scale(path: Path, parameters: Mapping[str, Any], layer: str, a: mx.array) -> float:
     rank, scale = parameters.get("rank"), parameters.get("scale")
-    if a.ndim != 2 or a.shape[1] != rank:
-        raise UsageError(f"adapter {path}: {layer} has rank {a.shape[-1]}, {rank} by its {CONFIG}")
-    if scale is None and isinstance(alpha := parameters.get("alpha"), int | float):
-        return alpha / rank
-    if not isinstance(scale, int | float):
+    if type(rank) is not int or rank < 1 or a.ndim != 2 or a.shape[1] != rank:
+        raise UsageError(
+            f"adapter {path}: {layer} is {tuple(a.shape)}, of rank {rank} by its {CONFIG}"
+        )
+    if scale is None and _finite(alpha := parameters.get("alpha")):
+        return float(alpha) / rank
+    if not _finite(scale):
         raise UsageError(f"adapter {path}: scale {scale!r} is no number")
     return float(scale)
 

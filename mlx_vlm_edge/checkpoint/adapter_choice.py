@@ -1,7 +1,6 @@
 """What a user says of adapters -> folders and how much of each one's update counts."""
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +37,14 @@ class AdapterChoice:
             )
         return cls(Path(folder).expanduser(), float(scale))
 
-    @property
     def identity(self) -> str:
-        """A name that changes when a file of the folder does."""
-        files = sorted(path for path in self.path.iterdir() if path.is_file())
-        told = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        """A name of what the folder's files hold, whatever they are called and however old."""
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.path.iterdir() if path.is_file()):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name} {content}\n".encode())
+        return f"{self.scale:g} of {digest.hexdigest()[:16]}"
 
 
 def _split(named: str) -> tuple[str, float]:

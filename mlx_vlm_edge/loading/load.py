@@ -178,7 +178,9 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
     blas.check()
     forked.check()
     options.check()
-    adapters = read_adapters(choices(options.adapter))  # before a model is looked for
+    chosen = choices(options.adapter)
+    adapters = read_adapters(chosen)  # before a model is looked for
+    changed = [choice.identity() for choice in chosen]  # of what was read, whatever becomes of it
     folder = obtain(name, revision=options.revision, offline=options.offline)
     if on_cpu():
         steps = Steps(_reading(folder, options, adapters))
@@ -192,7 +194,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         tokenizer = parsing.wait()
     Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
-    model.identify = partial(_identity, folder, options, on_cpu())
+    model.identify = partial(_identity, folder, options, on_cpu(), changed)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
     processor.offline = options.offline
@@ -236,13 +238,12 @@ def _reading(
     yield kind, model
 
 
-def _identity(folder: Path, options: LoadOptions, cpu: bool) -> str:
-    """cpu: where it was loaded, which decides on dtypes and kernels."""
+def _identity(folder: Path, options: LoadOptions, cpu: bool, changed: Sequence[str]) -> str:
+    """cpu: where it was loaded, which decides on dtypes and kernels. changed: by which adapters."""
     from ..checkpoint.identity import identity
 
     told = options.dtype, options.bits, options.vision_backend, cpu
-    changed = [f"{choice.scale:g} of {choice.identity}" for choice in choices(options.adapter)]
-    return f"{identity(folder)} {told} {changed}" if changed else f"{identity(folder)} {told}"
+    return f"{identity(folder)} {told} {list(changed)}" if changed else f"{identity(folder)} {told}"
 
 
 def use_backend(

@@ -90,6 +90,8 @@ def _native(
     }
     names = native_names(config, adapter.whole, adapter.called)
     whole = {names[name].name: names[name].transform(a) for name, a in adapter.whole.items()}
+    if len(low) != len(adapter.low_rank) or len(whole) != len(adapter.whole):
+        raise UsageError(f"{adapter.called}: two of its names are of the same weight")
     return low, whole
 
 

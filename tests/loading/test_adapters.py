@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -270,6 +271,21 @@ def test_the_prefix_cache_tells_models_with_other_adapters_apart(folders, adapte
     assert len(set(identities)) == len(named)
 
 
+def test_an_adapter_is_known_by_what_was_read(folders, adapters, tmp_path):
+    """Not by what its folder has become, nor by when its files were written."""
+    folder = shutil.copytree(adapters("lora")[0], tmp_path / "mine")
+    model, _ = load(str(folders["hub"]), adapter=folder)
+    before = model.identify()
+    file = folder / "adapter_model.safetensors"
+    written = file.stat()
+    save_file({name: 2 * array for name, array in load_file(file).items()}, file)
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert model.identify() == before
+    assert load(str(folders["hub"]), adapter=folder)[0].identify() != before
+    shutil.rmtree(folder)
+    assert model.identify() == before
+
+
 def broken(folder, target, change):
     """An adapter with one thing wrong with it."""
     shutil.copytree(folder, target)
@@ -297,6 +313,22 @@ def broken(folder, target, change):
         arrays = {name.replace("layers.", "blocks."): array for name, array in arrays.items()}
     elif change == "deeper":
         arrays = {name.replace("layers.0.", "layers.9."): array for name, array in arrays.items()}
+    elif change == "empty":
+        arrays = {}
+    elif change == "not finite":
+        arrays[first] = np.full_like(arrays[first], np.nan)
+    elif change == "no matrix":
+        arrays[first] = np.array(1, np.float32)
+    elif change == "alpha is no number":
+        config = {"lora_alpha": float("nan")}
+    elif change == "patterns are a list":
+        config = {"rank_pattern": ["q_proj"]}
+    elif change == "a pattern that never ends":
+        config = {"rank_pattern": {"([a-z._0-9]+)+X": 3}}
+    elif change == "two of one weight":
+        other = to_original(first)
+        arrays[other] = arrays[first]
+        arrays[other.replace("lora_A", "lora_B")] = arrays[first.replace("lora_A", "lora_B")]
     elif change == "another kind":
         config = {"peft_type": "IA3"}
     elif change == "moves its base":
@@ -324,7 +356,14 @@ def broken(folder, target, change):
         ("half of an update", "lora_B.weight is missing"),
         ("a tensor too many", "layers.0.x.weight is no weight of a llava model"),
         ("of another shape", "it is of another base"),
-        ("of another rank", "has rank 3, 4 by its adapter_config.json"),
+        ("of another rank", "of rank 4 by its adapter_config.json"),
+        ("empty", "its file of weights is empty"),
+        ("not finite", "has values that are not finite"),
+        ("no matrix", "of rank 3 by its adapter_config.json"),
+        ("alpha is no number", "lora_alpha nan is no number"),
+        ("patterns are a list", "is no object"),
+        ("a pattern that never ends", "is not of names"),
+        ("two of one weight", "two of its names are of the same weight"),
         ("of another base", "it is of another base"),
         ("deeper", "this model (llava) has no"),
         ("another kind", "only LORA is known"),
