@@ -20,6 +20,7 @@ from mlx_vlm_edge.vision.several import Tower, TowerConfig, fold
 
 from ....reference import cambrian as theirs
 from ....reference import dinov2 as plain
+from .. import schema
 from .test_vision import model_of, part_of, verified
 
 TOWERS = ("siglip", "clip", "dinov2", "convnext")
@@ -87,7 +88,9 @@ def test_the_matrix_resizes_as_mlx_does():
 
 def test_a_bundle_of_four_packages(folder, tmp_path):
     out = exporting.export(folder, tmp_path / "out", parts=["vision"], verify=False)
-    parts = manifest.read(out)["parts"]
+    content = manifest.read(out)
+    assert schema.faults(content) == []
+    parts = content["parts"]
     assert [*parts] == [f"vision_{index}" for index in range(4)]
     assert [part["preprocessing"]["height"] for part in parts.values()] == [98, 84, 98, 224]
     assert [part["tower"] for part in parts.values()] == [0, 1, 2, 3]
