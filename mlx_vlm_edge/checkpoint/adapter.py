@@ -113,8 +113,9 @@ def read_adapter(path: Path, scale: float, torch: Torch) -> Adapter:
     not known, and tensors that are damaged, doubled or of no update.
     """
     if not path.is_dir():
+        what = "a file, not a folder" if path.exists() else "no such folder"
         raise UsageError(
-            f"adapter {path}: no such folder; give one with {CONFIG} and the adapter's weights"
+            f"adapter {path}: {what}; give one with {CONFIG} and the adapter's weights"
         )
     config = read_json(path / CONFIG)
     if not config:

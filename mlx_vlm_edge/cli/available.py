@@ -5,6 +5,7 @@ Sizes are counted on the shipped configs: nothing is fetched, and no weights are
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..checkpoint import configs
@@ -13,6 +14,8 @@ from ..hub.models import ALIASES
 from ..loading import memory
 from ..loading.cost import blueprint, own_dtype
 from ..wording import gigabytes
+
+UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,21 @@ def line(model: Available, limit: int | None) -> str:
     state = "here" if model.here else ""
     if limit is not None and model.memory > limit:
         state = ", ".join(filter(None, (state, "does not fit here")))
-    return (
-        f"{model.name:21} {gigabytes(model.bytes):>9} {gigabytes(model.memory):>9}  "
-        f"{model.licence or 'not known':12}  {state}"
-    ).rstrip()
+    licence = model.licence or UNKNOWN
+    return _columns(model.name, gigabytes(model.bytes), gigabytes(model.memory), licence, state)
 
 
-HEADING = f"{'name':21} {'weights':>9} {'memory':>9}  {'licence':12}"
+def heading() -> str:
+    return _columns("name", "weights", "memory", "licence")
+
+
+@cache
+def _widths() -> tuple[int, int]:
+    """Of the names and the licences, which are known before anything is counted."""
+    licences = [configs.licence(alias) or UNKNOWN for alias in ALIASES]
+    return max(map(len, ALIASES)), max(map(len, licences))
+
+
+def _columns(name: str, weights: str, taken: str, licence: str, state: str = "") -> str:
+    names, licences = _widths()
+    return f"{name:{names}} {weights:>9} {taken:>9}  {licence:{licences}}  {state}".rstrip()

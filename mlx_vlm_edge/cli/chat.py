@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..generation.answer import GenerationResult
     from ..generation.conversation import Conversation
 
-HELP = "Talk with a model about pictures."
+HELP = (
+    "Talk with a model about pictures. At a terminal, question after question; piped standard "
+    "input is one question."
+)
 COMMANDS = {
     "/image PATH...": "add pictures to the next question (paths or URLs)",
     "/clear": "forget the conversation and its pictures",
@@ -72,6 +75,11 @@ def _piped() -> str:
     text = sys.stdin.read().strip()
     if not text:
         raise UsageError("standard input is empty: pipe a question in")
+    if text.startswith("/"):
+        raise UsageError(
+            f"{text.split()[0]} is a command of chat's at a terminal; piped standard input is one "
+            "question, and pictures are given with --image"
+        )
     return text
 
 

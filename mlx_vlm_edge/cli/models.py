@@ -93,17 +93,18 @@ def _list_available(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from ..loading.memory import usable
-    from .available import HEADING, line, models
+    from .available import heading, line, models
 
     if args.json:
         print(json.dumps([asdict(model) for model in models()]))
         return 0
-    print(HEADING)
+    print(heading())
     limit = usable()
     for model in models():
         print(line(model, limit), flush=True)
     print(
-        "weights as published; memory for a short question about a picture on this machine; "
+        "weights in their published dtype, towers that stand elsewhere with them; memory for a "
+        "short question about a picture on this machine; "
         "the licence is the publisher's word for it: read it before use",
         file=sys.stderr,
     )

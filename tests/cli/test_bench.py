@@ -229,8 +229,8 @@ def test_counted_claims_are_printed_and_saved(capsys, tmp_path, clean):
     assert main(["bench", "--claims", *names, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "256 tokens" in out
-    assert "2 counts: 2 reproduced\n" in out
-    assert out.strip().endswith("1 timings: 1 not runnable here")
+    assert "counts, 2: 2 reproduced\n" in out
+    assert out.strip().endswith("timings, 1: 1 not runnable here")
     assert max(map(len, out.splitlines())) <= 80
     record = json.loads(path.read_text())
     assert [claim["verdict"] for claim in record["claims"]].count("reproduced") == 2

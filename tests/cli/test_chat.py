@@ -158,6 +158,7 @@ def test_from_a_pipe_it_is_one_answer_without_decoration():
     ("", (), "empty"), ("  \n", (), "empty"), ("x", ("--image", "no-such.png"), "no such file"),
     ("x", ("--load", "no-such.json"), "cannot be read"),
     ("x", ("--temperature", "-1"), "temperature"),
+    ("/image no-such.png\nWhat is it?", (), "is one question"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(text, arguments, said):
     done = piped(text, *arguments)

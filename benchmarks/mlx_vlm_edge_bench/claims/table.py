@@ -83,7 +83,7 @@ def summary(records: Sequence[Record], width: int = 80) -> str:
         members = [record for record in records if KINDS[record["kind"]].group == group]
         head = f"{group:{room}}{'paper':>{FIGURE}}{'ours':>{FIGURE}}" if wide else group
         lines = [head, *(_line(record, room, wide) for record in members)]
-        told.append("\n".join([*lines, f"{len(members)} {group}: {verdicts}"]))
+        told.append("\n".join([*lines, f"{group}, {len(members)}: {verdicts}"]))
     return "\n\n".join(told)
 
 

@@ -296,11 +296,11 @@ def test_a_summary_keeps_counts_and_timings_apart(claim):
     assert text.splitlines() == [
         "counts          paper          ours",
         "b              85.1 x          84 x  reproduced",
-        "1 counts: 1 reproduced",
+        "counts, 1: 1 reproduced",
         "",
         "timings         paper          ours",
         "a-ratio        85.1 x             -  not runnable here",
-        "1 timings: 1 not runnable here",
+        "timings, 1: 1 not runnable here",
     ]
     assert "not runnable here: a-ratio" in claim_table.summary([record], 40)
 
