@@ -18,7 +18,14 @@ from ..picture.check import refuse_remote
 from ..picture.image import Pixels, open_picture
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..picture.resize import Picture, begin
-from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method, planned
+from ..picture.token_budget import (
+    ATTENDED,
+    OF_TOKENS,
+    Block,
+    TokenBudget,
+    check_method,
+    planned,
+)
 from ..picture.video import Video
 from ..timings import Steps, result
 from .chat_template import render_chat_template, takes_parts
@@ -292,7 +299,9 @@ class Processor(ABC):
         if budget is None:
             return pixels if pixels.reduction is None else replace(pixels, reduction=None)
         check_method(budget.method, self.token_methods)
-        blocks = [band for block in self.blocks(pixels) for band in block.bands()]
+        blocks = self.blocks(pixels)
+        if budget.method not in ATTENDED:  # which compare no pairs, and score whole tiles
+            blocks = tuple(band for block in blocks for band in block.bands())
         return replace(pixels, reduction=planned(budget, blocks))
 
     @abstractmethod

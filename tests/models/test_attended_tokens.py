@@ -168,6 +168,18 @@ def test_anchors_bring_their_neighbours():
     assert got.tolist() == sorted([*body[chosen], *staying_places(part)])
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_onevision"])
+def test_attention_is_not_taken_in_bands(models, name, monkeypatch):
+    """A tile has its scores as a whole, and no pairs of tokens are compared."""
+    model, processor = models(name)
+    pixels = processor(QUESTION, images=[picture(1)]).pixels[0]
+    budget = TokenBudget(0.5, "hiprune")
+    whole = np.array(model.encode_image(processor.within(pixels, budget)))
+    monkeypatch.setattr("mlx_vlm_edge.picture.token_budget.TOGETHER", 5)
+    got = np.array(model.encode_image(processor.within(pixels, budget)))
+    assert np.array_equal(got, whole)
+
+
 def squares(scores, rows, columns):
     """The means of squares of patches, rows * columns of them."""
     side = math.isqrt(len(scores))
