@@ -96,7 +96,7 @@ class LoadOptions:
 
     def check(self) -> None:
         """Raises UsageError for all that can be told before a model is looked for."""
-        for name in ("bits", "max_tiles"):
+        for name in ("bits", "max_tiles", "max_resolution"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import UsageError
 from .resize import Levels, Picture
 
 CELLS = 16  # along either side
@@ -22,11 +23,13 @@ MOST_LOST = 0.25  # of a cell's variance
 def auto_sides(whole: int, step: int, largest: int | None = None) -> tuple[int, ...]:
     """A quarter, a half, three quarters and all of a side, in whole steps, up to `largest`.
 
-    auto_sides(1024, 64) -> (256, 512, 768, 1024); what is too small for the limit is the smallest.
+    auto_sides(1024, 64) -> (256, 512, 768, 1024). Raises UsageError where none is within the limit.
     """
     sides = sorted({max(step, whole * part // 4 // step * step) for part in (1, 2, 3, 4)})
-    fitting = [side for side in sides if largest is None or side <= largest]
-    return tuple(fitting or sides[:1])
+    fitting = tuple(side for side in sides if largest is None or side <= largest)
+    if not fitting:
+        raise UsageError(f"max_resolution {largest}: the smallest size is {sides[0]} pixels")
+    return fitting
 
 
 def chosen_side(image: Picture, sides: Sequence[int], length: int) -> int:

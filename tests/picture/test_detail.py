@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture.detail import MOST_LOST, auto_sides, chosen_side, lost
 
 SIDES = (256, 512, 768, 1024)
@@ -59,5 +60,6 @@ def test_a_picture_of_a_gradient_is_small():
 def test_sides_are_quarters_in_whole_steps():
     assert auto_sides(1024, 64) == SIDES
     assert auto_sides(1024, 64, 800) == (256, 512, 768)
-    assert auto_sides(1024, 64, 100) == (256,)
+    with pytest.raises(UsageError, match="max_resolution 100: the smallest size is 256 pixels"):
+        auto_sides(1024, 64, 100)
     assert auto_sides(128, 64) == (64, 128)
