@@ -23,8 +23,8 @@ def largest_within(name: str, options: LoadOptions, limit: float) -> tuple[int, 
     """
     config = cost.config_of(name)
     plan = cost.blueprint(config, asked=options.preprocessing)
-    sides = plan.config.adapted(options.preprocessing).sides
-    costs = {side: _cost(plan, side, options) for side in sides}
+    costs = _costs(plan, options)
+    sides = list(costs)
     times, source = _times(name, options, plan, costs)
     fitting = [side for side in sides if times[side] <= limit]
     if not fitting:
@@ -35,6 +35,22 @@ def largest_within(name: str, options: LoadOptions, limit: float) -> tuple[int, 
         )
     side = fitting[-1]
     return side, f"up to {side} px, about {times[side]:.0f} ms to the first token ({source})"
+
+
+def _costs(plan: Blueprint, options: LoadOptions) -> dict[int, Cost]:
+    """Of each side that has as many visual tokens as are asked for, from the smallest.
+
+    Raises UsageError where none has.
+    """
+    costs: dict[int, Cost] = {}
+    for side in plan.config.adapted(options.preprocessing).sides:
+        try:
+            costs[side] = _cost(plan, side, options)
+        except UsageError as error:
+            refused = error
+    if not costs:
+        raise refused
+    return costs
 
 
 def _cost(plan: Blueprint, side: int, options: LoadOptions) -> Cost:
@@ -50,7 +66,7 @@ def _times(
     measured = last.recall(name, options.bits, options.dtype)
     if measured is not None:
         whole = measured.resolution or plan.config.image_size
-        then = costs.get(whole) or _cost(plan, whole, replace(options, visual_tokens=None))
+        then = _cost(plan, whole, replace(options, visual_tokens=None, token_method=None))
         times = {
             side: 1000 * (
                 measured.vision * own.vision.flops / then.vision.flops

@@ -16,11 +16,13 @@ from .flags import (
     load_options,
     prefix_cache,
     sampling_options,
+    within_budget,
 )
 
 if TYPE_CHECKING:
     from ..generation.batch import Batch, Progress
     from ..generation.engine import Engine
+    from ..loading.load import LoadOptions
 
 HELP = "Ask the same questions about many pictures; answers go to a file of JSON lines."
 SUFFIXES = (
@@ -69,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
     rank, size = _group()
     pictures = share(pictures, rank, size, content_of) if size > 1 else pictures
     name = args.model or default_model()
-    loading = repr(load_options(args))
-    asked = Run(name, args.prompt, args.system, options, loading)
+    loading = within_budget(args, name, load_options(args))
+    asked = Run(name, args.prompt, args.system, options, repr(loading))
     output = Output(_output(args.output, rank, size), asked, args.retry_errors)
     try:
-        engine = _engine(args, name)
+        engine = _engine(args, name, loading)
         try:
             return _answer(Batch(engine, asked, output, pictures))
         finally:
@@ -82,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
         output.close()
 
 
-def _engine(args: argparse.Namespace, name: str) -> "Engine":
+def _engine(args: argparse.Namespace, name: str, loading: "LoadOptions") -> "Engine":
     from ..generation.engine import Engine
 
-    model, processor = load_model(args, name)
+    model, processor = load_model(args, name, loading)
     waiting, remembered = 2 * args.rows + 8, prefix_cache(args)
     return Engine(model, processor, rows=args.rows, waiting=waiting, prefix_cache=remembered)
 

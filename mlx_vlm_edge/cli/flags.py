@@ -312,11 +312,16 @@ def fit_into_memory(args: argparse.Namespace, name: str, options: "LoadOptions")
     limit_buffers(limit)
 
 
-def load_model(args: argparse.Namespace, name: str) -> "tuple[VisionLanguageModel, Processor]":
-    """The whole model that the same flags ask for, where it fits into memory."""
+def load_model(
+    args: argparse.Namespace, name: str, options: "LoadOptions | None" = None
+) -> "tuple[VisionLanguageModel, Processor]":
+    """The whole model that the same flags ask for, where it fits into memory.
+
+    options: what they ask for, `within_budget`, where that is known already.
+    """
     from ..loading.load import start_loading
 
-    options = within_budget(args, name, load_options(args))
+    options = options or within_budget(args, name, load_options(args))
     fit_into_memory(args, name, options)
     model, processor = start_loading(name, options)
     model.finish_loading()

@@ -99,12 +99,16 @@ def _needed(config: dict[str, Any], options: LoadOptions) -> Any:
 
 def check_pictures(name: str, options: LoadOptions, sizes: Sequence[Size]) -> None:
     """Raises UsageError for a number of visual tokens that a picture of these, all in one prompt,
-    does not have. A share fits any, and costs nothing here."""
+    does not have. A share fits any, and costs nothing here; of resolution auto the largest side
+    counts, since what is in a picture is not known yet."""
     if not isinstance(options.visual_tokens, int):
         return
     from .cost import blueprint
 
     plan = blueprint(_config(name, options), asked=options.preprocessing)
+    if plan.asked.auto:  # for which a blank picture would be made small
+        side = plan.config.adapted(plan.asked).sides[-1]
+        plan = replace(plan, asked=replace(plan.asked, auto=False, resolution=side))
     for size in sizes:
         try:
             plan.pixels(_smaller_picture(size), len(sizes))

@@ -10,6 +10,7 @@ import time
 from itertools import chain
 
 import pytest
+from mlx_vlm_edge_bench import budget
 
 from mlx_vlm_edge import Options
 from mlx_vlm_edge.cli import main
@@ -129,6 +130,18 @@ def test_a_file_of_another_run_is_refused_and_stays_as_it_was(batch, pictures, m
     assert "name another file" in said.err
     assert len(said.err.splitlines()) == 1
     assert batch.out.read_bytes() == before
+
+
+def test_a_file_knows_the_size_that_a_time_left(batch, pictures, monkeypatch):
+    sides = iter([64, 64, 128])
+    monkeypatch.setattr(budget, "largest_within", lambda *_: (next(sides), "said"))
+    timed = ["--resolution", "auto", "--ttft-budget", "60s"]
+    assert batch(pictures / "text.png", *timed)[0] == 0
+    assert batch(pictures, *timed)[0] == 0
+    code, _, said = batch(pictures, *timed)
+    assert code == 2
+    assert "name another file" in said.err
+    assert next(sides, None) is None, "a size is chosen once a run"
 
 
 @pytest.mark.parametrize("content", ["a thesis\n", "{}\n", "[1]\n"])

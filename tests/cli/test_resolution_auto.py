@@ -1,6 +1,7 @@
 """`--resolution auto` and `--ttft-budget`, from the flag to what is told."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,9 @@ def test_in_python_and_within_a_limit():
     for options, message in (
         ({"resolution": "large"}, "pixels or auto, not 'large'"),
         ({"max_resolution": 64}, "max_resolution limits resolution auto"),
+        ({"resolution": "auto", "max_resolution": "512"}, "max_resolution must be a whole number"),
+        ({"resolution": "auto", "max_resolution": 0}, "max_resolution must be a whole number"),
+        ({"resolution": "auto", "max_resolution": 63}, "the smallest size is 64 pixels"),
         ({"resolution": "auto", "vision_backend": "coreml"}, "a Core ML package has one size"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -124,6 +128,19 @@ def test_the_last_bench_decides(bench_file):
     assert "by the last bench of fastvlm-0.5b at 1024 px" in told
     with pytest.raises(UsageError, match=r"--ttft-budget 90ms: even 256 px would take about 1\d\d"):
         budget.largest_within("fastvlm-0.5b", options, 90)
+
+
+def test_fewer_visual_tokens_leave_room_for_a_larger_size(bench_file):
+    """A bench has all of them; sizes that have not as many as are asked for are left out."""
+    last.remember(case(vision=0.2, prefill=0.8), None)
+    whole = LoadOptions(resolution="auto")
+    assert budget.largest_within("fastvlm-0.5b", whole, 700)[0] == 768
+    few = replace(whole, visual_tokens=64, token_method="pool")
+    assert budget.largest_within("fastvlm-0.5b", few, 700)[0] == 1024
+    with pytest.raises(UsageError, match="even 512 px would take"):
+        budget.largest_within("fastvlm-0.5b", few, 60)
+    with pytest.raises(UsageError, match="the picture has 256 and no more"):
+        budget.largest_within("fastvlm-0.5b", replace(whole, visual_tokens=257), 700)
 
 
 def test_without_a_bench_it_is_the_estimate_of_a_mac(bench_file, monkeypatch):

@@ -1,6 +1,7 @@
 """What will not fit is refused before it is read or fetched, with a setting that does."""
 
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -100,6 +101,16 @@ def test_the_flag_of_serve():
     args = parser.parse_args(["--model", "demo", "--max-memory", "20MB"])
     with pytest.raises(UsageError, match="demo would take"):
         flags.load_model(args, "demo")
+
+
+@pytest.mark.parametrize(("largest", "most"), [(None, 256), (512, 64)])
+def test_a_picture_may_have_the_tokens_of_the_largest_automatic_size(largest, most):
+    """What is in it is seen when it is read."""
+    asked = LoadOptions(resolution="auto", max_resolution=largest, visual_tokens=most)
+    fitting.check_pictures("fastvlm-0.5b", asked, [(1600, 1200)])
+    more = replace(asked, visual_tokens=most + 1)
+    with pytest.raises(UsageError, match=f"the picture has {most} and no more"):
+        fitting.check_pictures("fastvlm-0.5b", more, [(1600, 1200)])
 
 
 def test_an_answer_within_the_limit(capsys):
