@@ -70,12 +70,12 @@ def heading() -> str:
 
 
 @cache
-def _widths() -> tuple[int, int]:
+def _widths(aliases: tuple[str, ...]) -> tuple[int, int]:
     """Of the names and the licences, which are known before anything is counted."""
-    licences = [configs.licence(alias) or UNKNOWN for alias in ALIASES]
-    return max(map(len, ALIASES)), max(map(len, licences))
+    licences = [configs.licence(alias) or UNKNOWN for alias in aliases]
+    return max(map(len, aliases)), max(map(len, licences))
 
 
 def _columns(name: str, weights: str, taken: str, licence: str, state: str = "") -> str:
-    names, licences = _widths()
+    names, licences = _widths(tuple(ALIASES))
     return f"{name:{names}} {weights:>9} {taken:>9}  {licence:{licences}}  {state}".rstrip()
