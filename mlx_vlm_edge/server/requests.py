@@ -155,11 +155,11 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def _visual_tokens(number: Any) -> int | float:
-    """Whole numbers count tokens, those below 1 are a share of them."""
-    number = _whole(number)
+    """Whole numbers count tokens, those up to 1.0 are a share of them: 1 is one, 1.0 all."""
+    number = number if number == 1 else _whole(number)
     whole = type(number) is int and number >= 1
-    if not whole and not (type(number) is float and 0 < number < 1):
-        raise ValueError("give a whole number of at least 1, or a share between 0 and 1")
+    if not whole and not (type(number) is float and 0 < number <= 1):
+        raise ValueError("give a whole number of at least 1, or a share up to 1.0")
     share: int | float = number
     return share
 
@@ -171,8 +171,9 @@ VisualTokens = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1},
-                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-            ]
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            ],
+            "description": "How many, or a share as 0.25: 1 is one token, 1.0 is all of them.",
         }
     ),
 ]

@@ -361,11 +361,13 @@ def test_fewer_visual_tokens_of_a_picture(ask, client):
 
     assert counted() == 4
     assert counted(visual_tokens=2) == counted(visual_tokens=2.0) == 2
+    assert (counted(visual_tokens=1), counted(visual_tokens=1.0)) == (1, 4)
     assert counted(visual_tokens=0.25, token_method="random") == 1
     for fields, message in (
         ({"visual_tokens": 0}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": 1.5}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": "many"}, "visual_tokens: give a whole number of at least 1"),
+        ({"visual_tokens": True}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": 5}, "visual tokens 5: the picture has 4 and no more"),
         ({"token_method": "pool"}, "token_method needs visual_tokens"),
         ({"visual_tokens": 2, "token_method": "visionzip"}, "is not defined for this model"),
