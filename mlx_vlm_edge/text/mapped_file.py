@@ -9,7 +9,8 @@ import json
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,18 @@ def read(key: str) -> Arrays | None:
 
 def write(key: str, content: bytes) -> None:
     """Put a file into the cache, and the oldest out where that gets too large. Raises OSError."""
+    with writing(key) as put:
+        put(content)
+
+
+@contextmanager
+def writing(key: str) -> Iterator[Callable[[bytes], None]]:
+    """`write` with a function for the content; a cache that cannot be written raises OSError before
+    anybody makes any."""
     path = path_of(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole_file.write(path, content, 0o600)
+    with whole_file.replacing(path, 0o600) as put:
+        yield put
     others = [other for other in path.parent.iterdir() if other.is_file()]
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
     total = 0
@@ -117,6 +127,11 @@ def write(key: str, content: bytes) -> None:
         total += other.stat().st_size
         if total > CACHE_BYTES and other != path:
             other.unlink(missing_ok=True)
+
+
+def unfit_path(key: str) -> Path:
+    """An empty file, where arrays are known not to stand for a tokenizer.json."""
+    return path_of(key).with_suffix(f".{VERSION}-unfit")
 
 
 def spelling(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,12 +149,11 @@ def spelling(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pack(spec: Mapping[str, Any], more: Mapping[str, Any]) -> bytes:
-    """The file of a tokenizer.json. more: what else stands in its head. Raises UnfitError."""
+    """The file of a tokenizer.json that `check` lets through. more: what else is in its head."""
     import numpy as np
 
     model = spec["model"]
     vocab: dict[str, int] = model["vocab"]
-    _check(spec, vocab)
     size = max(vocab.values()) + 1
     texts = [b""] * size
     for text, id in vocab.items():
@@ -174,8 +188,10 @@ def _framed(head: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
     return MAGIC + _digest(rest) + rest
 
 
-def _check(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
+def check(spec: Mapping[str, Any]) -> None:
+    """Raises UnfitError for a tokenizer.json that arrays cannot stand for."""
     model, letters = spec["model"], byte_of()
+    vocab: Mapping[str, int] = model["vocab"]
     added = {entry["content"] for entry in spec["added_tokens"]}
     unfit = (
         model.get("type") != "BPE"

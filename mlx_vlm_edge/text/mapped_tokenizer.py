@@ -178,7 +178,8 @@ def known(path: Path, parse: "Callable[[], Backend]") -> MappedTokenizer | None:
 def remember(path: Path) -> bool:
     """Put a tokenizer.json into the cache where it is worth it; whether it is there now.
 
-    A tokenizer is left out whose ids the arrays cannot give exactly, or did not for some texts.
+    A tokenizer is left out, and not tried again, whose ids the arrays cannot give exactly, or did
+    not for some texts.
     """
     content = _content(path)
     if content is None:
@@ -186,13 +187,19 @@ def remember(path: Path) -> bool:
     key = mapped_file.content_key(content)
     if mapped_file.read(key) is not None:
         return True
-    packed = _packed(content)
+    unfit = mapped_file.unfit_path(key)
     try:
-        if packed is not None:
-            mapped_file.write(key, packed)
-    except OSError:  # a cache that cannot be written
+        if unfit.exists():
+            return False
+        with mapped_file.writing(key) as put:
+            packed = _packed(content)
+            if packed is None or len(packed) > mapped_file.MOST:
+                unfit.touch(0o600)
+                return False
+            put(packed)
+    except (OSError, MemoryError):  # a cache that cannot be written, or no room just now
         return False
-    return packed is not None
+    return True
 
 
 def _content(path: Path) -> bytes | None:
@@ -210,7 +217,9 @@ def _packed(content: bytes) -> bytes | None:
 
     try:
         text = content.decode()
-        spec, backend = json.loads(text), Backend.from_str(text)
+        spec = json.loads(text)
+        mapped_file.check(spec)
+        backend = Backend.from_str(text)
         backend.no_truncation()
         backend.no_padding()
         added = [backend.token_to_id(entry["content"]) for entry in spec["added_tokens"]]
@@ -222,6 +231,8 @@ def _packed(content: bytes) -> bytes | None:
         })  # fmt: skip
         mapped = MappedTokenizer(Arrays(memoryview(packed)), lambda: backend)
         return packed if _agree(mapped, backend) else None
+    except MemoryError:  # which says nothing of the tokenizer
+        raise
     except Exception:  # noqa: BLE001  (the library raises nothing narrower; it has the last word)
         return None
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -280,11 +281,29 @@ def unfit(change):
         lambda spec: spec.pop("model"),
     ],
 )
-def test_what_arrays_cannot_say_is_left_to_the_library(tmp_path, change):
+def test_what_arrays_cannot_say_is_left_to_the_library(tmp_path, change, monkeypatch):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(unfit(change)))
     assert not mapped_tokenizer.remember(path)
     assert not list((tmp_path / "cache").rglob("*.1"))
+    monkeypatch.setattr(mapped_tokenizer, "_packed", lambda _: pytest.fail("tried again"))
+    assert not mapped_tokenizer.remember(path)
+
+
+def test_what_does_not_fit_is_not_parsed(tmp_path, monkeypatch):
+    path, parsed = tmp_path / "tokenizer.json", []
+    path.write_text(json.dumps(unfit(lambda spec: spec["model"].update(byte_fallback=True))))
+    monkeypatch.setattr("tokenizers.Tokenizer", SimpleNamespace(from_str=parsed.append))
+    assert not mapped_tokenizer.remember(path)
+    assert not parsed
+
+
+def test_more_than_is_ever_read_is_not_written(folder, monkeypatch):
+    path = folder / "tokenizer.json"
+    monkeypatch.setattr(mapped_file, "MOST", path.stat().st_size)
+    monkeypatch.setattr(mapped_tokenizer, "_packed", lambda _: bytes(mapped_file.MOST + 1))
+    assert not mapped_tokenizer.remember(path)
+    assert not list((folder / "cache").rglob("*.1"))
 
 
 def test_arrays_that_differ_from_the_library_are_not_kept(folder, monkeypatch):
@@ -312,6 +331,7 @@ def test_the_oldest_leave_where_the_cache_gets_too_large(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(mapped_tokenizer, "_packed", lambda _: pytest.fail("packed for nothing"))
     assert not saved_tokenizer.remember(folder)
     assert type(Tokenizer.from_folder(folder).backend) is Backend
 
