@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = share(pictures, rank, size, content_of) if size > 1 else pictures
     name = args.model or default_model()
     loading = within_budget(args, name, load_options(args))
-    asked = Run(name, args.prompt, args.system, options, repr(loading))
+    asked = Run(name, args.prompt, args.system, options, loading)
     output = Output(_output(args.output, rank, size), asked, args.retry_errors)
     try:
         engine = _engine(args, name, loading)

@@ -8,7 +8,7 @@ Pictures are read and cut up while the model answers earlier ones.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,22 +30,33 @@ Key = tuple[str, str]  # a picture's name and a question
 class Run:
     """What makes answers comparable: an output file has those of one run only.
 
-    loading: all that was said of how to load the model and of preprocessing, as text.
+    loading: how the model is loaded, and preprocessing: a dataclass of options.
     """
 
     model: str
     prompts: Sequence[str]
     system: str | None
     options: Options
-    loading: str = ""
+    loading: Any = None
 
     @property
     def id(self) -> str:
         """16 hexadecimal digits of everything an answer depends on, but for the questions."""
-        options = asdict(self.options)
-        del options["draft"]  # answers are the same without
-        told = [self.model, self.system, options, self.loading]
-        return blake2b(json.dumps(told, default=str).encode(), digest_size=8).hexdigest()
+        options = _changed(self.options)
+        options.pop("draft", None)  # answers are the same without
+        told = [self.model, self.system, options, _changed(self.loading)]
+        text = json.dumps(told, default=str, sort_keys=True)
+        return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    """What differs from its default, so that an option which a later version has changes no run."""
+    values = {} if options is None else {item.name: item.default for item in fields(options)}
+    return {
+        name: getattr(options, name)
+        for name, default in values.items()
+        if getattr(options, name) != default
+    }
 
 
 class Output:

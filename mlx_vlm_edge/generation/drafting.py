@@ -126,7 +126,8 @@ def prompt_lookup(model: VisionLanguageModel, inputs: Inputs, ends: Set[int]) ->
 
 
 def pass_costs(model: VisionLanguageModel) -> Mapping[int, float]:
-    """Drafts in a pass -> its time in plain steps; lengths that can never pay are left out.
+    """Drafts in a pass -> its time in plain steps; lengths that can never pay are left out, and
+    those of which an expert may drop some, which a plain step never does.
 
     Measured once, on the decoder's first layer, and remembered with the model.
     """
@@ -136,6 +137,8 @@ def pass_costs(model: VisionLanguageModel) -> Mapping[int, float]:
 
 
 def _measured(model: VisionLanguageModel) -> dict[int, float]:
+    from ..language.mixture import Mixture
+
     language, costs = model.language_model, dict[int, float]()
     layer = language.model.layers[0]
 
@@ -146,8 +149,11 @@ def _measured(model: VisionLanguageModel) -> dict[int, float]:
         mx.eval(layer(x, "causal" if rows > 1 else None, None))
         return time.perf_counter() - started
 
+    mixtures = [part for part in language.modules() if isinstance(part, Mixture)]
     seconds(1)  # first use may compile
     for length in LENGTHS:
+        if any(mixture.drops(1 + length) for mixture in mixtures):
+            break
         pairs = [(seconds(1), seconds(1 + length)) for _ in range(ROUNDS)]
         cost = min(long for _, long in pairs) / min(one for one, _ in pairs)
         if cost * WORTH >= 1 + length:

@@ -1,5 +1,6 @@
 """Drafts from what was said before: the same answers in fewer passes, or no drafts at all."""
 
+from dataclasses import make_dataclass
 from types import MappingProxyType, SimpleNamespace
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from mlx_vlm_edge.generation.batch import Run
 from mlx_vlm_edge.generation.drafting import PromptLookup, room
 from mlx_vlm_edge.generation.engine import Engine, pieces
 from mlx_vlm_edge.language.cache import KVCache, QuantizingCaches
+from mlx_vlm_edge.language.mixture import Mixture, MixtureConfig
+from mlx_vlm_edge.loading.load import LoadOptions
 from mlx_vlm_edge.text.prompt import Inputs
 
 from ..demo import IMAGES
@@ -345,6 +348,29 @@ def test_refused(options, message):
 def test_a_batch_goes_on_with_drafts_or_without():
     ids = {Run("m", ["Q"], None, Options(draft=draft)).id for draft in (None, "prompt-lookup")}
     assert len(ids) == 1
+
+
+@pytest.mark.parametrize("options", [Options, LoadOptions])
+def test_a_batch_goes_on_where_a_version_has_more_options(options):
+    newer = make_dataclass("Newer", [("more", int, 0)], bases=(options,), frozen=True)
+
+    def id_of(options):
+        both = (options, None) if isinstance(options, Options) else (Options(), options)
+        return Run("m", ["Q"], None, *both).id
+
+    assert id_of(newer()) == id_of(options())
+    assert id_of(newer(more=1)) != id_of(options())
+    assert id_of(options(visual_tokens=2)) != id_of(options())
+
+
+def test_no_draft_is_so_long_that_an_expert_may_drop_one(demo, monkeypatch):
+    """A plain step drops nothing: capacities of 6 positions leave drafts of 2 and 4."""
+    monkeypatch.setattr(drafting.time, "perf_counter", iter(range(1000)).__next__)
+    config = MixtureConfig((8,), eval_capacity_factor=0.1, min_capacity=6)
+    language = demo[0].language_model
+    layer = language.model.layers[-1]
+    monkeypatch.setattr(layer, "mlp", Mixture(config, 64, [layer.mlp] * 8))
+    assert drafting._measured(demo[0]).keys() == {2, 4}
 
 
 def test_a_longer_pass_never_counts_as_free_or_cheaper(demo, monkeypatch):
