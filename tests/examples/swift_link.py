@@ -25,7 +25,9 @@ class Link:
         self.toolchain, self.bundle, self.folder = toolchain, bundle, folder
         self.calls: list[tuple[str, str]] = []
         self.units: list[tuple[str, str, str]] = []  # the same with the compute units
-        self.fails: set[tuple[str, str, str]] = set()
+        self.fails: set[tuple[str, str, str]] = set()  # predictions that fail
+        # ("load" or "run", package, function, units) that end the process
+        self.kills: set[tuple[str, str, str, str]] = set()
         self.packages: dict[str, Package] = {}
         self.states: dict[int, Any] = {}
         for name in ("asked", "answered"):
@@ -84,11 +86,16 @@ class Link:
             "orientation": orientation,
         }  # fmt: skip
 
+    def _load(self, package: str, function: str, units: str) -> dict[str, Any]:
+        return {"dies": True} if ("load", package, function, units) in self.kills else {}
+
     def _run(
         self, package: str, function: str, units: str, state: int, inputs: dict[str, Any]
     ) -> dict[str, Any]:
         self.calls.append((package, function))
         self.units.append((package, function, units))
+        if ("run", package, function, units) in self.kills:
+            return {"dies": True}
         if (package, function, units) in self.fails:
             return {"error": "this one fails"}
         if package not in self.packages:

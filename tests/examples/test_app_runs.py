@@ -58,6 +58,9 @@ def test_a_chat_goes_from_state_to_state(told):
         ["model", "0 pictures of for ever", "0", "", "[]"],
     ]
     assert (result["cleared"], result["resets"], result["unloads"]) == (True, 1, 1)
+    # The text that was typed goes only where it was asked.
+    assert result["asked"] == [False, False, True, False]
+    assert result["answered"] == 1  # neither what failed nor what was stopped
     assert result["shares"] == [75, 25]
     expected = "First word after 400 milliseconds: looking 300 milliseconds, thinking 100"
     assert result["spoken"].startswith(expected)
@@ -135,7 +138,7 @@ def server():
 
 def test_a_download_goes_on_where_it_broke(told, server, tmp_path):
     Server.broken = {"/model/parts/large.bin"}
-    result = told("download", f"{server}/model", str(tmp_path / "bundles"))
+    result = told("download", f"{server}/model", str(tmp_path / "bundles"), "model")
     assert result["mistakes"] == ["broken off"]
     assert Server.ranges == ["bytes=256000-"]
     whole = sum(map(len, Server.files.values()))
@@ -148,7 +151,7 @@ def test_a_download_goes_on_where_it_broke(told, server, tmp_path):
 
 def test_a_file_that_comes_damaged_is_no_bundle(told, server, tmp_path):
     Server.files["/model/a.txt"] = b"other"
-    result = told("download", f"{server}/model", str(tmp_path / "bundles"))
+    result = told("download", f"{server}/model", str(tmp_path / "bundles"), "model")
     assert result["mistakes"] == ["a.txt: came damaged; download it again"] * 4
     assert result["entries"] == []
 
@@ -166,6 +169,15 @@ def test_a_file_that_comes_damaged_is_no_bundle(told, server, tmp_path):
 )
 def test_what_is_no_bundle_is_refused(told, server, tmp_path, files, message):
     Server.files = files
-    result = told("download", f"{server}/model", str(tmp_path / "bundles"))
+    result = told("download", f"{server}/model", str(tmp_path / "bundles"), "model")
     assert result["mistakes"][0].endswith(message)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["", "/", "..", "a/b"])
+def test_a_bundle_needs_a_folder_s_name(told, server, tmp_path, name):
+    folder = tmp_path / "bundles"
+    result = told("download", server, str(folder), name)
+    message = f"{server}: has no folder's name; give the address of a bundle's folder"
+    assert result["mistakes"] == [message] * 4
+    assert [*folder.iterdir()] == []

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(
     reason="Debian's Swift is unpacked where apt-get is, on Linux and x86_64",
 )
 QUESTIONS = ("Describe the image.", "What colour is it?", "How many shapes are there?")
+KILLED = 9  # the exit code where the stand-in for Core ML takes the process down
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +323,32 @@ def test_what_fails_on_the_neural_engine_runs_elsewhere_from_then_on(
     second = link.run(*command, "--json")
     assert second.returncode == 0, second.stderr
     assert {units for _, _, units in link.units} == {"cpuAndGPU"}
+    # Where that fails one day, the units behind it are tried.
+    link.fails.add(("decoder.mlpackage", "prefill", "cpuAndGPU"))
+    third = link.run(*command, "--json")
+    assert third.returncode == 0, third.stderr
+    assert link.units[-1][2] == "cpuOnly"
+
+
+def test_what_takes_the_process_down_is_passed_over_at_the_next_start(
+    tools, ask, demo_bundles, tmp_path
+):
+    """The Neural Engine kills the process while loading, the GPU at the first prediction."""
+    bundle = demo_bundles["readonly"]
+    link = Link(tools, bundle, tmp_path)
+    command = [ask, str(bundle), str(IMAGES / "shapes.png"), QUESTIONS[0], "--json"]
+    link.kills = {
+        ("load", "vision.mlpackage", "main", "cpuAndNeuralEngine"),
+        ("run", "decoder.mlpackage", "prefill", "cpuAndGPU"),
+    }
+    assert link.run(*command).returncode == KILLED
+    assert link.units == []
+    assert link.run(*command).returncode == KILLED
+    assert {units for _, _, units in link.units} == {"cpuAndGPU"}
+    for _ in range(2):  # the verdict is remembered
+        done = link.run(*command)
+        assert done.returncode == 0, done.stderr
+        assert {units for _, _, units in link.units} == {"cpuOnly"}
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,17 @@ struct CameraView: View {
                     .font(.caption)
             }
             if let mistake { Text(mistake).foregroundStyle(.red) }
+            Text("The camera has begun a new conversation")
+                .font(.caption).foregroundStyle(.secondary)
             Button("Done") { dismiss() }
         }
         .task { await watch() }
     }
 
-    /// Until the view goes.
+    /// Until the view goes. Captions are of the chat's own model, whose conversation they end.
     private func watch() async {
         guard let model = host.session else { return }
+        await host.chat.newConversation()
         let question = host.chat.settings.cameraQuestion
         let start = ContinuousClock.now
         let captions = Captions<Picture>(

@@ -87,6 +87,7 @@ struct ChatView: View {
         }
         ToolbarItem {
             Button("Camera", systemImage: "camera") { showsCamera = true }.disabled(!chat.canAsk)
+                .accessibilityHint("Begins a new conversation")
         }
         ToolbarItem {
             Button("Settings", systemImage: "gear") { showsSettings = true }
@@ -94,8 +95,7 @@ struct ChatView: View {
     }
 
     private func send() {
-        chat.ask(question)
-        question = ""
+        if chat.ask(question) { question = "" }
     }
 
     private func attach(_ data: Data) {

@@ -25,6 +25,8 @@ final class Host {
     private(set) var session: Session?
     private(set) var notice: String?
     private(set) var download: DownloadProgress?
+    /// One download at a time: two would write into the same file.
+    private(set) var isFetching = false
     private(set) var captionInterval: Double? = 0
     private var pressure = Pressure()
     private var memory: (any DispatchSourceMemoryPressure)?
@@ -36,12 +38,14 @@ final class Host {
         } catch {
             chat.failed(error)
         }
+        chat.answered = { [weak self] in self?.pressure.calm() }
         watch()
         if let name = chat.settings.bundle ?? library?.entries.first?.name { await load(name) }
     }
 
     func load(_ name: String) async {
         guard let library else { return }
+        notice = nil
         await chat.unload()
         chat.settings.bundle = name
         chat.settings.keep(in: .standard)
@@ -65,17 +69,22 @@ final class Host {
             notice = "An address begins with https://"
             return
         }
+        guard !isFetching else { return }
+        isFetching = true
+        var target: URL?
         do {
             let downloader = Downloader(transport: URLSessionTransport(), folder: library.folder)
-            let target = try await downloader.download(url, as: url.lastPathComponent) { progress in
-                Task { @MainActor in self.download = progress }
+            target = try await downloader.download(url, as: url.lastPathComponent) { progress in
+                Task { @MainActor in
+                    if self.isFetching { self.download = progress }  // it may come late
+                }
             }
-            download = nil
-            await load(target.lastPathComponent)
         } catch {
-            download = nil
             notice = error.localizedDescription
         }
+        isFetching = false
+        download = nil
+        if let target { await load(target.lastPathComponent) }
     }
 
     private func watch() {

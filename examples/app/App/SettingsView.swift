@@ -26,6 +26,7 @@ struct SettingsView: View {
                     }
                     TextField("https://… of a bundle's folder", text: $address)
                     Button("Download") { Task { await host.fetch(address) } }
+                        .disabled(host.isFetching)
                     Button("Unload") { Task { await host.chat.unload() } }
                 }
                 Section("Answers") {

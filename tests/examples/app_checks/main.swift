@@ -46,21 +46,23 @@ actor Actor: Answering {
 func chat() async throws -> Data {
     let chat = Chat()
     let model = Actor()
-    chat.ask("too early")
+    var answered = 0
+    chat.answered = { answered += 1 }
+    var asked = [chat.ask("too early")]
     var states = ["\(chat.state)"]
     chat.loading(done: 1, total: 3)
     states.append("\(chat.state)")
     chat.loaded(model)
     states.append("\(chat.state)")
-    chat.ask("  ")
+    asked.append(chat.ask("  "))
     let picture = try Picture(width: 1, height: 1, rgb: [1, 2, 3])
     chat.attach(picture)
     chat.attach(picture)
     chat.detach(5)
     chat.settings.maxTokens = 7
-    chat.ask(" what? ")
+    asked.append(chat.ask(" what? "))
     states.append("\(chat.state)")
-    chat.ask("while it answers")
+    asked.append(chat.ask("while it answers"))
     await chat.finish()
     states.append("\(chat.state)")
     chat.ask("fail")
@@ -80,6 +82,7 @@ func chat() async throws -> Data {
     return try json([
         "states": states, "messages": messages, "cleared": cleared, "resets": await model.resets,
         "unloads": await model.unloads, "spoken": bar.spoken,
+        "answered": answered, "asked": asked,
         "shares": bar.parts.map { ($0.share * 100).rounded() },
     ])
 }
@@ -181,8 +184,8 @@ func settings() -> [String: Any] {
     ]
 }
 
-/// Downloads ADDRESS into FOLDER as often as it takes, at most four times.
-func download(_ address: String, _ folder: String) async throws -> [String: Any] {
+/// Downloads ADDRESS into FOLDER as NAME as often as it takes, at most four times.
+func download(_ address: String, _ folder: String, _ name: String) async throws -> [String: Any] {
     guard let url = URL(string: address) else { return [:] }
     let told = Told()
     let home = URL(fileURLWithPath: folder, isDirectory: true)
@@ -191,7 +194,7 @@ func download(_ address: String, _ folder: String) async throws -> [String: Any]
     var mistakes: [String] = []
     for _ in 0..<4 {
         do {
-            _ = try await downloader.download(url, as: "model") { progress in
+            _ = try await downloader.download(url, as: name) { progress in
                 told.add("\(progress.done)/\(progress.total)")
             }
             break
@@ -215,7 +218,7 @@ func told() async throws -> Data {
     case "captions": return try json(try await captions())
     case "pressure": return try json(pressure())
     case "settings": return try json(settings())
-    default: return try json(try await download(words[2], words[3]))
+    default: return try json(try await download(words[2], words[3], words[4]))
     }
 }
 

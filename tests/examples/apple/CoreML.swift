@@ -150,7 +150,13 @@ public final class MLModel {
         contentsOf url: URL, configuration: MLModelConfiguration
     ) async throws -> MLModel {
         let package = try String(contentsOf: url, encoding: .utf8)
-        return MLModel(package, configuration.functionName ?? "main", configuration.computeUnits)
+        let function = configuration.functionName ?? "main"
+        let told = Link.shared.ask([
+            "call": "load", "package": package, "function": function,
+            "units": "\(configuration.computeUnits)",
+        ])
+        if told["dies"] != nil { exit(9) }
+        return MLModel(package, function, configuration.computeUnits)
     }
 
     public func makeState() -> MLState { MLState() }
@@ -170,6 +176,7 @@ public final class MLModel {
             "units": "\(units)",
             "inputs": values,
         ])
+        if told["dies"] != nil { exit(9) }
         if let error = told["error"] { throw Failed(error: "\(error)") }
         let outputs = try (told["outputs"] as! [String: [String: Any]]).mapValues { output in
             let shape = (output["shape"] as! [Int]).map { NSNumber(value: $0) }

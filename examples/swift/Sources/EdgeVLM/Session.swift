@@ -11,7 +11,7 @@ public actor Session {
         public var system: String?
         /// In the place of the units that the manifest asks for.
         public var units: ComputeUnits?
-        /// Run every package once after loading, and take the GPU where the Neural Engine fails.
+        /// Run every package once after loading: what fails there is tried on other units too.
         public var tries: Bool
         /// Pictures whose visual tokens stay.
         public var pictures: Int
@@ -79,25 +79,22 @@ public actor Session {
         self.options = options
         prompt = try Prompt(bundle.manifest, system: options.system)
         tokenizer = try Tokenizer(file: bundle.folder.appending(path: "tokenizer.json"))
-        let trial = Trial(bundle)
-        let asked = options.units ?? trial.remembered
+        let trial = options.units == nil ? Trial(bundle) : nil
+        let candidates = try trial?.candidates(bundle.fallbackUnits) ?? [options.units]
         var failure: (any Error)?
-        for units in try asked.map({ [$0] }) ?? [nil] + bundle.fallbackUnits {
+        for units in candidates {
             try Task.checkCancellation()
+            // What ends the process is a failure too, and leaves this mark.
+            trial?.begin(units)
+            defer { trial?.end() }
             do {
                 let packages = try await Packages.load(bundle, units: units, progress: progress)
                 let models = try Models(bundle, packages)
-                if options.tries {
-                    // What ends the process is a failure too, and leaves this mark.
-                    trial.begin()
-                    try models.run()
-                }
+                if options.tries { try models.run() }
                 self.models = models
-                trial.end()
-                if let units, options.units == nil { trial.remember(units) }
+                if let units { trial?.remember(units) }
                 return
             } catch {
-                trial.end()
                 failure = failure ?? error
             }
         }

@@ -47,6 +47,8 @@ public final class Chat {
     public private(set) var attached: [Picture] = []
     public private(set) var stages: [StageTime] = []
     public var settings: Settings
+    /// Called when an answer has come to its end.
+    @ObservationIgnored public var answered: (@MainActor () -> Void)?
 
     private var model: (any Answering)?
     private var task: Task<Void, Never>?
@@ -89,10 +91,11 @@ public final class Chat {
 
     public var isBusy: Bool { state == .thinking || state == .answering }
 
-    /// Ask about what is attached. An empty question is not asked.
-    public func ask(_ question: String) {
+    /// Ask about what is attached; whether it is asked, which an empty question is not.
+    @discardableResult
+    public func ask(_ question: String) -> Bool {
         let words = question.trimmingCharacters(in: .whitespacesAndNewlines)
-        guard canAsk, !words.isEmpty, let model else { return }
+        guard canAsk, !words.isEmpty, let model else { return false }
         let pictures = attached
         attached = []
         append(.user, words, pictures: pictures.count)
@@ -110,6 +113,7 @@ public final class Chat {
             }
             self?.end()
         }
+        return true
     }
 
     /// Break off the answer; what was said stays.
@@ -140,6 +144,7 @@ public final class Chat {
         case .done(let report):
             show()
             last { $0.report = report }
+            answered?()
         }
     }
 

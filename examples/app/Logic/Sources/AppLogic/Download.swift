@@ -47,11 +47,16 @@ public actor Downloader {
 
     /// Download a bundle's folder at a URL; its folder here. Called again, it goes on.
     ///
-    /// Raises EdgeVLMError for an answer that is no bundle, and a file that has not its hash.
+    /// Raises EdgeVLMError for a name that is none of a folder, an answer that is no bundle, and a
+    /// file that has not its hash.
     public func download(
         _ url: URL, as name: String,
         progress: @escaping @Sendable (DownloadProgress) -> Void
     ) async throws -> URL {
+        guard Self.isInside(name), !name.contains("/") else {
+            throw EdgeVLMError(
+                "\(url): has no folder's name", "give the address of a bundle's folder")
+        }
         let target = folder.appending(path: name)
         let files = FileManager.default
         if files.fileExists(atPath: target.appending(path: Self.manifest).path) { return target }

@@ -45,10 +45,11 @@ public struct Pressure: Equatable, Sendable {
         warnings = 0
         return [
             .forgetPictures, .unload,
-            .tell("The system needed memory: the model was unloaded; ask again to load it"),
+            .tell(
+                "The system needed memory, the model was unloaded; choose it in the settings"),
         ]
     }
 
-    /// An answer came without a warning in between.
+    /// An answer came to its end: the memory was enough.
     public mutating func calm() { warnings = 0 }
 }

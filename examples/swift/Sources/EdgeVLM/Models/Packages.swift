@@ -139,19 +139,21 @@ struct Trial {
         verdict = bundle.caches.appending(path: "\(key).units")
     }
 
-    /// The units that a trial, finished or not, has left in the place of the manifest's.
-    var remembered: ComputeUnits? {
-        if FileManager.default.fileExists(atPath: mark.path) { return .cpuAndGPU }
-        let text = try? String(contentsOf: verdict, encoding: .utf8)
-        return text.flatMap { ComputeUnits(rawValue: $0) }
+    /// What to try in turn, nil being the manifest's own units: from those on that worked last, or
+    /// behind those that ended the process; the last of all in any case.
+    func candidates(_ fallback: [ComputeUnits]) -> [ComputeUnits?] {
+        let all = [nil] + fallback
+        let killed = FileManager.default.fileExists(atPath: mark.path)
+        let text = try? String(contentsOf: killed ? mark : verdict, encoding: .utf8)
+        let place = all.firstIndex(of: text.flatMap { ComputeUnits(rawValue: $0) }) ?? 0
+        return Array(all.dropFirst(min(killed ? place + 1 : place, all.count - 1)))
     }
 
-    func begin() { try? Data().write(to: mark) }
+    func begin(_ units: ComputeUnits?) { try? Data((units?.rawValue ?? "").utf8).write(to: mark) }
 
     func end() { try? FileManager.default.removeItem(at: mark) }
 
     func remember(_ units: ComputeUnits) {
         try? Data(units.rawValue.utf8).write(to: verdict)
-        end()
     }
 }
