@@ -177,6 +177,7 @@ def _refuse_for_curve(args: argparse.Namespace) -> None:
 
 def _curve(args: argparse.Namespace, save: Callable[..., None]) -> int:
     from mlx_vlm_edge_bench.bench import cases, machine
+    from mlx_vlm_edge_bench.bench.saved import replacing
     from mlx_vlm_edge_bench.curve import run as curve
     from mlx_vlm_edge_bench.curve import shown
     from mlx_vlm_edge_bench.random.question import QUESTION
@@ -196,28 +197,19 @@ def _curve(args: argparse.Namespace, save: Callable[..., None]) -> int:
         "kind": "curve", "machine": machine.record(), "model": choice.model,
         "weights": choice.weights, "image": asked.image_name, "points": [],
     }  # fmt: skip
-    _say(_heading(record["machine"]), width)
     code = 0
-    try:
-        record["points"].extend(curve.run(choice, options, progress))
-    except KeyboardInterrupt:
-        code, record["interrupted"] = 130, True
-    progress.clear()
-    if record["points"]:
-        print(f"\n{shown.table(record['points'], choice.random, width)}")
-        save(record)
-        if args.plot:
-            _write_page(args.plot, shown.page(record))
+    with replacing("--plot", args.plot) as put_page:
+        _say(_heading(record["machine"]), width)
+        try:
+            record["points"].extend(curve.run(choice, options, progress))
+        except KeyboardInterrupt:
+            code, record["interrupted"] = 130, True
+        progress.clear()
+        if record["points"]:
+            print(f"\n{shown.table(record['points'], choice.random, width)}")
+            save(record)
+            put_page(shown.page(record).encode() if args.plot else b"")
     return code
-
-
-def _write_page(name: str, text: str) -> None:
-    from .. import whole_file
-
-    try:
-        whole_file.write(Path(name).expanduser(), text.encode())
-    except OSError as error:
-        raise UsageError(f"--plot {name}: cannot be written ({error.strerror})") from None
 
 
 def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
@@ -234,7 +226,8 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
         for case in cases.run(options, progress):
             progress.clear()
             record["cases"].append(case)
-            last.remember(case, options.dtype)
+            if options.usual:
+                last.remember(case, options.dtype)
             print(f"\n{table.case(case, width)}", flush=True)
     except KeyboardInterrupt:
         progress.clear()

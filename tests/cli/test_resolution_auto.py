@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mlx_vlm_edge_bench import budget
-from mlx_vlm_edge_bench.bench import last
+from mlx_vlm_edge_bench.bench import cases, last, table
 from mlx_vlm_edge_bench.estimate import chips
 from PIL import Image
 
@@ -158,9 +158,40 @@ def test_without_a_bench_it_is_the_estimate_of_a_mac(bench_file, monkeypatch):
 
 def test_a_bench_that_cannot_be_read_is_none(bench_file):
     bench_file.parent.mkdir()
-    for content in ("", "[]", '{"fastvlm-0.5b as it is as it is": {"old": 1}}'):
+    sound = {"resolution": None, "vision": 0.8, "prefill": 1, "rest": 0.0}
+    damaged: list[object] = [{"old": 1}, [1], "x", None]
+    for key in sound:
+        damaged += [sound | {key: value} for value in ("1", True, [], -1, float("nan"))]
+    for entry in damaged:
+        bench_file.write_text(json.dumps({"fastvlm-0.5b as it is as it is": entry}))
+        assert last.recall("fastvlm-0.5b", None, None) is None
+    for content in ("", "[]"):
         bench_file.write_text(content)
         assert last.recall("fastvlm-0.5b", None, None) is None
+    bench_file.write_text(json.dumps({"fastvlm-0.5b as it is as it is": sound}))
+    assert last.recall("fastvlm-0.5b", None, None) == last.Measured(**sound)
+
+
+@pytest.mark.parametrize(
+    ("flags", "usual"),
+    [
+        ([], True),
+        (["--resolution", "64", "--max-tokens", "3"], True),
+        (["--prompt-tokens", "64"], False),
+        (["--image", "page.png"], False),
+        (["--vision-backend", "coreml"], False),
+    ],
+)
+def test_only_a_usual_bench_is_remembered(pictures, flags, usual, monkeypatch, capfd):
+    remembered = []
+    one = {"model": "demo"}
+    monkeypatch.chdir(pictures)
+    monkeypatch.setattr(cases, "check", lambda _: None)
+    monkeypatch.setattr(cases, "run", lambda *_: [one])
+    monkeypatch.setattr(table, "case", lambda *_: "")
+    monkeypatch.setattr(last, "remember", lambda case, _: remembered.append(case))
+    assert main(["bench", "--model", "demo", *flags]) == 0
+    assert remembered == ([one] if usual else [])
 
 
 def test_bench_leaves_what_the_budget_takes(bench_file, ask, pictures, capfd):

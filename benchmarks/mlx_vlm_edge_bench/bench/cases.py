@@ -21,6 +21,7 @@ from . import cold, energy, machine
 from .figures import UNACCOUNTED, Runs, figures, unaccounted
 from .loaded import Choice, LoadedModel
 from .measure import Question, measure, plain_run
+from .picture import NAME as DRAWN
 
 Progress = Callable[[str], None]
 COLD_RUNS = 3  # at most; each loads the model
@@ -52,6 +53,12 @@ class BenchOptions:
             for model in self.models
             for bits in self.bits
         ]
+
+    @property
+    def usual(self) -> bool:
+        """Whether its times are those of a short question about a picture, answered by MLX."""
+        own = self.image_name == DRAWN and self.prompt_tokens is None
+        return own and self.vision_backend == "mlx"
 
     @property
     def count(self) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,21 @@ def remember(case: Mapping[str, Any], dtype: str | None) -> None:
 def recall(model: str, bits: int | None, dtype: str | None) -> Measured | None:
     """What was measured of a model at that precision; None where nothing was, or is readable."""
     entry = _read().get(key(model, bits, dtype))
+    if not isinstance(entry, dict):
+        return None
     try:
-        return None if entry is None else Measured(**entry)
+        measured = Measured(**entry)
     except TypeError:  # of another version
         return None
+    return measured if _sound(measured) else None
+
+
+def _sound(measured: Measured) -> bool:
+    """Whether every value is what the file's writer puts there: people edit files."""
+    side, times = measured.resolution, (measured.vision, measured.prefill, measured.rest)
+    return (side is None or (type(side) is int and side > 0)) and all(
+        type(seconds) in (int, float) and 0 <= seconds < inf for seconds in times
+    )
 
 
 def _read() -> dict[str, Any]:

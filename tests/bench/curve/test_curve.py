@@ -114,6 +114,18 @@ def test_the_command_writes_record_and_page(capsys, tmp_path, monkeypatch):
     mx.clear_cache()
 
 
+@pytest.mark.parametrize("place", ["/no/such/x.html", "/"])
+def test_a_page_that_cannot_be_written_is_told_before_the_curve_is_measured(
+    capsys, monkeypatch, place
+):
+    monkeypatch.setattr("mlx_vlm_edge_bench.curve.run.run", lambda *_: pytest.fail("was run"))
+    assert main(["bench", "--model", "demo", "--visual-tokens", "2", "--plot", place]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"--plot {place}: " in told.err
+    assert told.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
