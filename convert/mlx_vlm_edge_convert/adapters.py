@@ -36,7 +36,7 @@ def native_names(config: Mapping[str, Any], names: Iterable[str], called: str) -
     if lost := [name for name, native in ruled.items() if native is None]:
         raise UsageError(
             f"{called}: {some(lost)} is no weight of a {config.get('model_type')} model that an "
-            "adapter may change; it is of another base"
+            "adapter may change; it is of another base, or of a part that adapters may not change"
         )
     return {name: native for name, native in ruled.items() if native is not None}
 

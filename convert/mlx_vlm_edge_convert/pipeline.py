@@ -106,9 +106,11 @@ def convert(
     def whole() -> tuple[dict[str, Any], Arrays]:
         return _with_adapters(*to_native(folder, read_config(folder)), adapters, bits)
 
-    config, weights = whole()
+    config, weights = to_native(folder, read_config(folder))
+    note = _requantised(config, bits)  # of the source: adapters may have it dequantised
+    config, weights = _with_adapters(config, weights, adapters, bits)
     module = source_family(config)
-    if note := _requantised(config, bits):
+    if note:
         say(note)
     config, weights = _reshape(config, weights, bits, group_size, dtype)
     build(family(config), config, weights)  # strict, and evaluates nothing

@@ -8,11 +8,12 @@ def licence(folder: Path) -> str:
     readme = folder / "README.md"
     if readme.is_file():
         front = readme.read_text(encoding="utf-8", errors="replace").split("---")
-        for line in front[1].splitlines() if len(front) > 2 else []:
-            key, _, value = line.partition(":")
-            if key.strip() in ("license_name", "license") and value.strip():
-                return value.strip()
+        lines = front[1].splitlines() if len(front) > 2 else []
+        pairs = [line.partition(":") for line in lines]
+        said = {key.strip(): value.strip() for key, _, value in pairs}
+        if name := said.get("license_name") or said.get("license"):
+            return name
     for path in sorted(folder.glob("LICENSE*")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return f"{path.name}: {next((line.strip() for line in lines if line.strip()), '')}"
+        text = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return f"{path.name}: {next((line.strip() for line in text if line.strip()), '')}"
     return "not stated in its files"

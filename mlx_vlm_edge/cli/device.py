@@ -21,7 +21,8 @@ PHONES = {  # GB
 PHONE, MAC, MODEL = 0.5, 0.67, 0.8
 BITS = (16, 8, 4)
 CONTEXTS = (2048, 1024, 512)
-HALF = 2  # bytes of an embedding, which is kept dense beside the decoder
+# Bytes of a number, and of a group's scale and offset: of the embeddings beside the decoder.
+HALF, GROUP, SCALES = 2, 64, 3
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,48 @@ def room(device: str) -> int:
 
 
 def choices(
-    config: Mapping[str, Any], device: str, bits: int | None, contexts: Sequence[int] = CONTEXTS
+    config: Mapping[str, Any],
+    device: str,
+    bits: int | None,
+    contexts: Sequence[int] = CONTEXTS,
+    embedding_bits: int | None = None,
 ) -> Iterator[Choice]:
-    """Every setting in the order of preference. bits: the only ones, where they are asked for."""
+    """Every setting in the order of preference. bits: the only ones, where they are asked for.
+
+    Raises UsageError where the model's own context is shorter than all of them.
+    """
     from mlx_vlm_edge_bench.estimate.costs import memory_bytes
 
-    limit, text = room(device), config.get("text_config") or config
-    table = text["vocab_size"] * text["hidden_size"] * HALF
+    from ..loading.cost import blueprint
+
+    limit, text = room(device), blueprint(config).config.text
+    table = _embeddings(text.vocab_size * text.hidden_size, embedding_bits)
     quantised = (config.get("quantization") or {}).get("bits")
     only: int | None = bits or quantised
     wanted = BITS if only is None else (only,)
-    longest = text.get("max_position_embeddings") or max(contexts)
+    longest = text.max_position_embeddings
+    if min(contexts) > longest:
+        raise UsageError(f"--context {min(contexts)}: this model's is at most {longest}")
     for each in wanted:
         for context in (context for context in contexts if context <= longest):
             counted = memory_bytes(config, each, context, dtype="float16")["total"]
             yield Choice(each, context, counted + table, limit)
 
 
-def choose(name: str, device: str, bits: int | None, context: int | None) -> Choice:
+def _embeddings(count: int, bits: int | None) -> int:
+    """Bytes of so many numbers, dense or in groups."""
+    return count * HALF if bits is None else count * bits // 8 + count // GROUP * SCALES
+
+
+def choose(
+    name: str, device: str, bits: int | None, context: int | None, embedding_bits: int | None = None
+) -> Choice:
     """The first that fits. Raises UsageError, with what the smallest takes, where none does."""
     from ..loading.cost import config_of
 
     tried: list[Choice] = []
     contexts = CONTEXTS if context is None else (context,)
-    for choice in choices(config_of(name), device, bits, contexts):
+    for choice in choices(config_of(name), device, bits, contexts, embedding_bits):
         tried.append(choice)
         if choice.fits:
             return choice

@@ -12,7 +12,24 @@ HELP = (
     "compared with the MLX model (needs the extra coreml)."
 )
 CONTEXT = 2048
+_TABLES: dict[str | None, Any] = {None: None, "4": 4, "8": 8}  # --embedding-bits
 PARTS = ("vision", "connector", "decoder", "all")
+_PICTURES = ("is for pictures", ("vision", "connector"))
+_DECODER = ("is the decoder's", ("decoder",))
+# Flag -> its default, what it does, and the parts that it does it for.
+_OF_PARTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "bits": (None, "compresses the decoder", ("decoder",)),
+    "embedding_bits": (None, *_DECODER),
+    "context": (None, *_DECODER),
+    "device": (None, "chooses for the decoder", ("decoder",)),
+    "image_size": (None, *_PICTURES),
+    "resolution": (None, *_PICTURES),
+    "image_strategy": (None, *_PICTURES),
+    "image": (None, *_PICTURES),
+    "input": ("image", "is the vision part's", ("vision",)),
+    "format": ("mlpackage", "is the vision part's", ("vision",)),
+    "separate_connector": (False, "parts vision and connector", ("vision", "connector")),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +120,7 @@ def _weights_and_context(args: argparse.Namespace) -> tuple[Any, int]:
     from ..wording import gigabytes
     from .device import choose
 
-    choice = choose(args.model, args.device, bits, args.context)
+    choice = choose(args.model, args.device, bits, args.context, _TABLES[args.embedding_bits])
     told = f"--bits {choice.bits}" if choice.bits in (4, 8) else "weights as they are"
     _report(
         f"for {args.device}: {told}, --context {choice.context}: about {gigabytes(choice.nbytes)} "
@@ -119,21 +136,28 @@ def _asked(model: str, bits: int) -> int | None:
     return None if bits not in (4, 8) or config_of(model).get("quantization") else bits
 
 
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that would be ignored, or counted wrongly."""
+    for name, (default, does, parts) in _OF_PARTS.items():
+        value = getattr(args, name)
+        if value != default and args.part not in ("all", *parts):
+            said = f" {value}" if isinstance(default, str) else ""
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag}{said} {does}, which --part {args.part} leaves out")
+    if args.image is not None and not args.verify:
+        raise UsageError("--image is what packages are verified on, which --no-verify leaves out")
+    if args.device and (args.compute == "cpu-ne" or args.bits == "palette4"):
+        raise UsageError("--device chooses for the GPU: leave --compute cpu-ne and palettes out")
+    if args.device and args.precision == "fp32":
+        raise UsageError("--device counts float16: leave --precision fp32 out")
+
+
 def run(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
     if args.context is not None and args.context < 1:
         raise UsageError(f"context {args.context}: give a number of positions above zero")
-    if args.bits and args.part in ("vision", "connector"):
-        raise UsageError(f"--bits compresses the decoder, which --part {args.part} leaves out")
-    if args.embedding_bits and args.part in ("vision", "connector"):
-        raise UsageError(f"--embedding-bits is the decoder's, which --part {args.part} leaves out")
-    if args.format == "coreai" and args.part in ("connector", "decoder"):
-        raise UsageError(
-            f"--part {args.part} leaves out the vision part, which --format coreai is for"
-        )
-    if args.device and (args.compute == "cpu-ne" or args.bits == "palette4"):
-        raise UsageError("--device chooses for the GPU: leave --compute cpu-ne and palettes out")
+    _refuse_unused(args)
     size = _size(args)
     bits, context = _weights_and_context(args)
     from mlx_vlm_edge_convert.coreml.export import export, precheck
@@ -142,12 +166,12 @@ def run(args: argparse.Namespace) -> int:
     from ..hub.models import expanded, obtain
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
-    table: Any = {"4": 4, "8": 8}.get(args.embedding_bits)
     options = Options(
         precision=args.precision, compute=args.compute, size=size,
         strategy=args.image_strategy, bits=bits,
-        embedding_bits=table, context=context, fused=not args.separate_connector,
-        image_input=args.input == "image", coreai=args.format == "coreai",
+        embedding_bits=_TABLES[args.embedding_bits], context=context,
+        fused=not args.separate_connector, image_input=args.input == "image",
+        coreai=args.format == "coreai",
     )  # fmt: skip
     precheck(expanded(args.out), options, args.image, args.overwrite)
     target = export(

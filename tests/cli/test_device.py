@@ -35,6 +35,15 @@ def test_the_context_shrinks_before_the_model_is_refused(monkeypatch):
         device.choose("fastvlm-0.5b", "iphone-13", 4, 2048)
 
 
+def test_what_a_published_config_leaves_out_is_its_family_s_default():
+    config = configs.read("llava-1.5-7b")
+    assert "hidden_size" not in config["text_config"]
+    (whole,) = device.choices(config, "m1", 4, (512,))
+    (packed,) = device.choices(config, "m1", 4, (512,), embedding_bits=8)
+    numbers = 32064 * 4096
+    assert whole.nbytes - packed.nbytes == numbers * 2 - (numbers + numbers // 64 * 3)
+
+
 def test_a_quantised_model_keeps_its_bits_and_a_short_one_its_context():
     config = configs.read("fastvlm-0.5b") | {"max_position_embeddings": 1024}
     quantised = config | {"quantization": {"bits": 4, "group_size": 64}}
@@ -48,6 +57,8 @@ def test_a_quantised_model_keeps_its_bits_and_a_short_one_its_context():
         (["fastvlm-7b", "--device", "iphone-13"], "more than the 1.60 GB there: take a smaller"),
         (["demo", "--device", "nokia-3310"], "--device: no figures of a chip called 'nokia-3310'"),
         (["demo", "--device", "m1", "--compute", "cpu-ne"], "--device chooses for the GPU"),
+        (["demo", "--device", "m1", "--precision", "fp32"], "leave --precision fp32 out"),
+        (["llava-1.5-7b", "--device", "m1", "--context", "8192"], "this model's is at most 4096"),
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments, said, tmp_path, capsys):

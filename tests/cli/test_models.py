@@ -262,3 +262,5 @@ def test_licences(tmp_path):
     assert licence(tmp_path) == "LICENSE: Apache License"
     (tmp_path / "README.md").write_text("---\nlicense_name: own\nlicense: other\n---\nx")
     assert licence(tmp_path) == "own"
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: apple-amlr\n---\nx")
+    assert licence(tmp_path) == "apple-amlr"

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_vlm_edge_convert import convert
+from mlx_vlm_edge_convert.adapters import native_names
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -162,7 +163,11 @@ def test_packed_weights_take_nothing_up_in_a_converted_model(packed, adapters, t
     with pytest.raises(UsageError, match="or say --bits to quantise these anew"):
         convert(packed[0], tmp_path / "fused", adapter=str(folder))
     assert not (tmp_path / "fused").exists()
-    again = convert(packed[0], tmp_path / "anew", adapter=str(folder), bits=8)
+    said = []
+    again = convert(
+        packed[0], tmp_path / "anew", adapter=str(folder), bits=8, report=said.append
+    )  # fmt: skip
+    assert said[0].startswith("note: the source has 4 bits already: rounding it to 8 again")
     model, processor = load(str(again))
     merged, _ = load(str(packed[1]), adapter=str(folder))
     inputs = processor("What is it?", images=[picture()])
@@ -343,6 +348,12 @@ def broken(folder, target, change):
         path = target / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return target
+
+
+def test_a_part_that_adapters_may_not_change_is_told_from_another_base():
+    tower = "vision_tower.vision_tower.model.patch_embed.0.weight"
+    with pytest.raises(UsageError, match="or of a part that adapters may not change"):
+        native_names({"model_type": "llava_qwen2"}, [tower], "x")
 
 
 @pytest.mark.parametrize(

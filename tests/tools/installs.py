@@ -31,9 +31,10 @@ def interpreters(version: str) -> list[str]:
 
 
 def python_of(version: str) -> str | None:
-    """One of them that runs."""
+    """One of them that runs, and can make an environment with pip in it."""
     for program in interpreters(version):
-        if subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0:
+        command = [program, "-c", "import ensurepip, venv"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return program
     return None
 

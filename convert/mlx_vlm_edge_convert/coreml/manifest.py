@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
-
 from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
@@ -18,7 +16,7 @@ from ..save import save_json
 from .names import PACKAGE_SUFFIX
 from .package.interface import interface
 from .package.malformed import reading
-from .package.save import readable
+from .package.save import save_arrays
 from .parity import Check
 from .part import MINIMUM, Options, Part
 from .parts.encoders import AppPixels
@@ -63,8 +61,7 @@ def part_entry(
         file = package.with_name(f"{part.name}{TRIAL}")
         ports = {port["name"] for name in _PORTS for port in _all(entry["functions"], name)}
         used = {name: x for name, x in check.trial.items() if name in ports | _TOKENS}
-        save_file(used, str(file))
-        readable(file)
+        save_arrays(used, file)
         entry["trial"] = {"file": file.name, "limit": DEVICE}
     if check is not None and check.ranges:
         entry["largest_activation"] = max(check.ranges.values())

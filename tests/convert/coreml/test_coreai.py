@@ -88,4 +88,4 @@ def test_without_the_extra_one_line_says_so(tools, native_folder, tmp_path, monk
 def test_the_other_parts_have_no_asset(native_folder, tmp_path, capsys):
     command = ["export", str(native_folder), "-o", str(tmp_path / "x"), "--part", "decoder"]
     assert main([*command, "--format", "coreai"]) == 2
-    assert "--part decoder leaves out the vision part" in capsys.readouterr().err
+    assert "--format coreai is the vision part's, which --part decoder" in capsys.readouterr().err

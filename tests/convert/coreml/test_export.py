@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert.coreml import card, manifest
 from mlx_vlm_edge_convert.coreml import export as exporting
-from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check import lint
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.parity import distance
@@ -113,6 +113,18 @@ def test_the_card_names_licence_needs_and_parts(bundle):
     assert "Needs iOS 16.0 or macOS 13.0" in card
     assert "| connector | connector.mlpackage |" in card
     assert "FastVLM in miniature" in (folder / "MODEL_README.md").read_text()
+
+
+def test_the_card_says_of_what_was_not_verified_that_it_was_not_run(bundle, tmp_path):
+    content = manifest.read(bundle[0])
+    card.write(tmp_path, content)
+    assert "Packages were run by an interpreter" in (tmp_path / "README.md").read_text()
+    content["parts"]["vision"]["parity"] = None
+    (tmp_path / "README.md").unlink()
+    card.write(tmp_path, content)
+    text = (tmp_path / "README.md").read_text()
+    assert "were run" not in text
+    assert "neither run nor compared with the MLX model (--no-verify)" in text
 
 
 def vocab_and_merges(folder):
@@ -277,6 +289,16 @@ def test_an_interrupt_leaves_nothing_behind(tools, native_folder, tmp_path, monk
         (["--resolution", "huge"], "resolution 'huge': give pixels, as 1024 or HEIGHTxWIDTH"),
         (["--resolution", "512x768x3"], "--resolution '512x768x3': give pixels"),
         (["--part", "vision", "--bits", "4"], "--bits compresses the decoder"),
+        (["--part", "vision", "--context", "64"], "--context is the decoder's, which --part v"),
+        (["--part", "connector", "--device", "m1"], "--device chooses for the decoder, which"),
+        (["--part", "connector", "--input", "tensor"], "--input tensor is the vision part's"),
+        (["--part", "decoder", "--input", "tensor"], "--input tensor is the vision part's"),
+        (["--part", "decoder", "--image-size", "64"], "--image-size is for pictures, which"),
+        (["--part", "decoder", "--resolution", "64"], "--resolution is for pictures, which"),
+        (["--part", "decoder", "--image-strategy", "pad"], "--image-strategy is for pictures"),
+        (["--part", "decoder", "--image", "x.png"], "--image is for pictures, which"),
+        (["--part", "decoder", "--separate-connector"], "--separate-connector parts vision and"),
+        (["--no-verify", "--image", "x.png"], "--image is what packages are verified on"),
         (["--context", "0"], "context 0"),
         (["--image-strategy", "odd"], "image strategy 'odd'"),
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
@@ -326,7 +348,7 @@ def test_a_family_without_a_tower(tools, tmp_path):
         pass
 
     with pytest.raises(UsageError, match="no vision tower that can be exported"):
-        exporting.encoder(Other(), None, None)
+        exporting.encoders(Other(), None, None)
 
 
 def test_a_bundle_is_replaced_only_when_asked_for(bundle, capsys):

@@ -1,9 +1,14 @@
-"""Functions -> a saved .mlpackage."""
+"""Functions -> a saved .mlpackage; arrays -> a file beside it."""
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.wording import first_line
@@ -27,6 +32,15 @@ def save_package(part: Part, path: Path) -> None:
         if isinstance(error, OSError) or "write" in str(error).lower():
             raise UsageError(f"{path.name}: cannot be written ({_reason(error)})") from error
         raise
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write them as the safetensors file `path`. Raises UsageError when the disk is full."""
+    try:
+        save_file(dict(arrays), str(path))
+        readable(path)
+    except (OSError, SafetensorError) as error:  # the library wraps some of the system's
+        raise UsageError(f"{path.name}: cannot be written ({_reason(error)})") from error
 
 
 def readable(path: Path) -> None:

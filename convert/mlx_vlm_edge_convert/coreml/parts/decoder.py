@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from safetensors.numpy import save_file
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
@@ -22,7 +21,7 @@ from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, packed, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
 from ..names import DECODE, prefill_name
-from ..package.save import readable, save_package
+from ..package.save import save_arrays, save_package
 from ..parity import Check
 from ..part import Function, Options
 from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, Geometry
@@ -186,11 +185,7 @@ class DecoderPart:
 
     def write_files(self, folder: Path) -> None:
         """The embeddings, which are looked up outside of the package."""
-        try:
-            save_file(self._table_arrays(), folder / EMBEDDINGS_FILE)
-            readable(folder / EMBEDDINGS_FILE)
-        except OSError as error:
-            raise UsageError(f"{EMBEDDINGS_FILE}: cannot be written ({error})") from error
+        save_arrays(self._table_arrays(), folder / EMBEDDINGS_FILE)
 
     def _table_arrays(self) -> dict[str, np.ndarray]:
         """Dense, or packed with scales and offsets [V, groups]: scale * (value - offset)."""

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -19,7 +18,7 @@ from ..emit import connectors
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, IMAGE, MAIN, TOKENS
-from ..package.save import readable, save_package
+from ..package.save import save_arrays, save_package
 from ..parity import Check, Parity, distance
 from ..part import Function, Options
 from .encoders import Encoder
@@ -181,9 +180,7 @@ class VisionPart:
     def write_files(self, folder: Path) -> None:
         """What of the family's vision weights the host computes with, where there is any."""
         if self.arrays:
-            path = folder / f"{self.name}{ARRAYS}"
-            save_file(dict(self.arrays), str(path))
-            readable(path)
+            save_arrays(self.arrays, folder / f"{self.name}{ARRAYS}")
 
     def memory(self) -> dict[str, int]:
         """Nothing that lasts."""
