@@ -227,8 +227,10 @@ def prepare_bundles(folder: Path) -> Attempt:
     (data / "model.mlmodel").write_bytes(spec)
     (package / "Manifest.json").write_text(inner)
     part = {"package": package.name, "minimum_os": {}, "functions": manifest.interface(package),
-            "precision": "fp16", "compute_units": "cpuAndGPU", "parity": []}  # fmt: skip
-    manifest.write(folder, {"model": "x", "parts": {"vision": part}, "tokens": {}})
+            "precision": "fp16", "compute_units": "cpuAndGPU", "fallback_units": [],
+            "memory": {}, "parity": []}  # fmt: skip
+    manifest.write(folder, {"model": "x", "licence": "y", "minimum_os": {},
+                            "parts": {"vision": part}, "tokens": {}})  # fmt: skip
     outer = json.loads((folder / manifest.NAME).read_text())
     assert manifest.read(folder) == outer
 

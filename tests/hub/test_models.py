@@ -343,9 +343,10 @@ def test_ctrl_c_is_answered_while_the_download_goes_on(online, monkeypatch, caps
     gone_on.set()
     assert "of 2 MB are here: the same command goes on" in capsys.readouterr().err
     codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), sys.exit(code)))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    main(["models", "pull", "fastvlm-0.5b"])
+    with pytest.raises(SystemExit):
+        main(["models", "pull", "fastvlm-0.5b"])
     assert codes == [130]
 
 

@@ -71,7 +71,7 @@ def _merges(more: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     "is" -> "is", "Ġi", "Ġis" from ("i", "s"), ("Ġ", "i"), ("Ġi", "s").
     """
     merges: dict[tuple[str, str], str] = {}
-    for word in (*WORDS.split(), *more):
+    for word in (*more, *WORDS.split()):  # the first keep their merges
         for spelled in (word, SPACE + word):
             for end in range(1, len(spelled)):
                 merges[spelled[:end], spelled[end]] = spelled[: end + 1]
