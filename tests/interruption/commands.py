@@ -273,10 +273,9 @@ def _doctor(root: Path) -> int:
 def _bench_double(_: Path) -> None:
     from mlx_vlm_edge_bench.bench import cases, last, machine, table
 
-    last.remember = lambda *_: None  # a file of its own, which is the user's
     cases.check = lambda *_: None
     cases.run = lambda *_: iter([{"mark": "new"}])
-    last.remember = lambda *_: None  # of the case's figures, which it has none of
+    last.remember = lambda *_: None  # the user's own file, of figures that are none here
     machine.record, machine.summary = lambda: {"cores": 1, "filler": "x" * 9000}, lambda _: ""
     table.case = table.notes = lambda *_: ""
 
