@@ -70,9 +70,10 @@ def test_other_weights_settings_and_models_see_nothing(demo, folder):
 
 
 def test_numbers_of_another_device_are_not_taken_over(demo):
-    folder, options, cpu = demo[0].identify.args
-    assert _identity(folder, options, cpu) == demo[0].identity
-    assert _identity(folder, options, not cpu) != demo[0].identity
+    folder, options, cpu, adapters = demo[0].identify.args
+    assert _identity(folder, options, cpu, adapters) == demo[0].identity
+    assert _identity(folder, options, not cpu, adapters) != demo[0].identity
+    assert _identity(folder, options, cpu, ["1 of another"]) != demo[0].identity
 
 
 def test_a_model_without_files_keeps_nothing_there(demo, folder, monkeypatch):
