@@ -11,28 +11,9 @@ import numpy as np
 import photos
 from draw import Mark, Scene, homography
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from plain import outline
 
 FINER = 2  # smooth shapes are drawn this much larger, then averaged
-
-
-def outline(shape: str) -> list[tuple[float, float]]:
-    """Corner points of a shape in the unit circle, y downwards."""
-    turn = [math.tau * k / 60 - math.pi / 2 for k in range(60)]
-    point = [(math.cos(a), math.sin(a)) for a in turn]
-    if shape == "triangle":
-        return [(x, y + 0.15) for x, y in (point[0], point[20], point[40])]
-    if shape == "star":
-        rings = [(point[6 * k], 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
-        return [(x * r, y * r) for (x, y), r in rings]
-    if shape == "square":
-        return [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]
-    if shape == "cross":
-        a, b = 0.3, 0.95
-        return [
-            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
-        ]  # fmt: skip
-    return [(0.92 * x, 0.92 * y) for x, y in point]
 
 
 def rectangle(rng: Random) -> list[tuple[float, float]]:

@@ -95,6 +95,24 @@ class Config:
             source=config,
         )
 
+    @classmethod
+    def flat(cls, config: Mapping[str, Any], text: Any, projector: str) -> Self:
+        """The config of a family that keeps LLaVA's own words beside its text's fields."""
+        return cls(
+            text=text,
+            vision=ViTConfig.from_dict(
+                config["vision_config"], config.get("mm_vision_select_layer", -2)
+            ),
+            image_strategy=image_strategy(config),
+            image_token_index=config.get("image_token_index", -200),
+            bos_token_id=first(config.get("bos_token_id"), BOS),
+            eos_token_ids=eos_ids(config),
+            context=text.max_position_embeddings,
+            keeps_class_token=keeps_class_token(config.get("mm_vision_select_feature", "patch")),
+            projector=projector,
+            source=config,
+        )
+
     def adapted(self, asked: Preprocessing) -> Self:
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         refuse_max_tiles(asked)

@@ -14,17 +14,13 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoint.config import first
 from ..checkpoint.weights import Weights
 from ..connectors.ldp import LDP, POOLED, LDPv2
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..picture.image import Pixels
-from ..picture.preprocessing import image_strategy
 from ..picture.token_budget import OF_TOKENS, Block
-from ..vision.vit import ViTConfig
 from . import llava
-from .base import eos_ids
 from .contract import Family
 
 CONNECTORS = {"ldpnet": LDP, "ldpnetv2": LDPv2}
@@ -62,22 +58,7 @@ class Config(llava.Config):
         if "vision_config" not in config:
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.from_dict(config, "llama")
-        return cls(
-            text=text,
-            vision=ViTConfig.from_dict(
-                config["vision_config"], config.get("mm_vision_select_layer", -2)
-            ),
-            image_strategy=image_strategy(config),
-            image_token_index=config.get("image_token_index", -200),
-            bos_token_id=first(config.get("bos_token_id"), llava.BOS),
-            eos_token_ids=eos_ids(config),
-            context=text.max_position_embeddings,
-            keeps_class_token=llava.keeps_class_token(
-                config.get("mm_vision_select_feature", "patch")
-            ),
-            projector=projector,
-            source=config,
-        )
+        return cls.flat(config, text, projector)
 
 
 def rename(name: str) -> str:

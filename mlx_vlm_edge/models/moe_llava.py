@@ -16,20 +16,18 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.config import first
 from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.moe_llava import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
-from ..picture.preprocessing import image_strategy
 from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method
 from ..text import prompt
 from ..vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
-from ..vision.vit import ViT, ViTConfig
+from ..vision.vit import ViT
 from . import llava
-from .base import VisionLanguageModel, eos_ids
+from .base import VisionLanguageModel
 from .contract import Family
 
 BASES = {f"moe_llava_{base}": base for base in ("stablelm", "qwen", "phi")}
@@ -72,22 +70,7 @@ class Config(llava.Config):
         if not isinstance(config.get("vision_config"), Mapping):
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.of(config, BASES[kind])
-        return cls(
-            text=text,
-            vision=ViTConfig.from_dict(
-                config["vision_config"], config.get("mm_vision_select_layer", -2)
-            ),
-            image_strategy=image_strategy(config),
-            image_token_index=config.get("image_token_index", -200),
-            bos_token_id=first(config.get("bos_token_id"), llava.BOS),
-            eos_token_ids=eos_ids(config),
-            context=text.max_position_embeddings,
-            keeps_class_token=llava.keeps_class_token(
-                config.get("mm_vision_select_feature", "patch")
-            ),
-            projector=projector,
-            source=config,
-        )
+        return cls.flat(config, text, projector)
 
 
 def rename(name: str) -> str:
