@@ -1,7 +1,7 @@
 """mlx-vlm and mlx-vlm-edge on the same checkpoint, pictures and prompts, in turn: the ratios.
 
 python benchmarks/against_mlx_vlm.py --peer-python PATH [--peer-python-with-torch PATH]
-    [--rows ID ...] [--runs N] [--blas PATH|stock] [--json FILE]
+    [--rows ID ...] [--runs N] [--blas PATH|stock] [--threads N] [--json FILE]
 
 First both must agree: the same greedy ids with a picture, the same vision features. Then every row
 is measured in pairs, one program right after the other. No ratio is told when they disagree or
@@ -25,7 +25,7 @@ import random_checkpoint
 import rows as table
 from mlx_vlm_edge_bench.bench import machine
 from mlx_vlm_edge_bench.bench.saved import writable
-from pairs import Pairs, verdict
+from pairs import Pairs, ratio, verdict
 from rows import COLD, FIXED, MEMORY, QUESTION, SHOWN, Row, chat, draw, view
 from sides import STOCK, FailedError, Side, Worker, pair
 
@@ -40,6 +40,7 @@ SAMPLE = 0.2  # seconds a timed sample should take at least; shorter ones are re
 REPEATS = 64
 PARITY_SIDES = (256, 512)
 SMALL = 256
+MET = {True: "met", False: "NOT met", None: "without a verdict"}
 DEFECTS = (
     "mlx-vlm 0.7.10 puts text on the wrong side of the second image",
     "mlx-vlm 0.7.10 takes a picture whose brightest value is 1 of 255 for white",
@@ -287,13 +288,8 @@ def line(row: Mapping[str, Any]) -> str:
         return f"{row['title']}: not available ({row['not_available']})"
     show = SHOWN[row["unit"]]
     both = f"ours {show(row['ours']['min'])}, peer {show(row['peer']['min'])}"
-    if row["refusal"]:
-        return f"{row['title']}: {both}; no ratio: {row['refusal']}"
-    told = f"{row['ratio_of_minima']:.2f}x (pairs {row['median_pair_ratio']:.2f}x)"
-    if row["target"] is None:
-        return f"{row['title']}: {both}: {told}"
-    met = "met" if row["met"] else "NOT met"
-    return f"{row['title']}: {both}: {told}; target {row['target']}x {met}"
+    target = "" if row["target"] is None else f"; target {row['target']}x {MET[row['met']]}"
+    return f"{row['title']}: {both}: {ratio(row)}{target}"
 
 
 def checkpoints(folder: Path, models: set[str], say: Callable[[str], None]) -> dict[str, Path]:
@@ -318,6 +314,10 @@ def parse() -> argparse.Namespace:
         "--blas", default="libopenblas.so.0" if sys.platform == "linux" else STOCK,
         help="a library for both sides, or stock (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="N",
+        help="of the BLAS, for both sides (default: %(default)s, the cores of this machine)",
+    )  # fmt: skip
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: made, 3.3 GB")
     parser.add_argument("--rows", nargs="+", metavar="ID", help="`list` shows them")
     parser.add_argument("--runs", type=int, metavar="N", help="pairs of each row")
@@ -327,12 +327,12 @@ def parse() -> argparse.Namespace:
 
 def programs(args: argparse.Namespace) -> tuple[Side, Side, Side | None]:
     """Ours, the peer without torch and the one with it. Raises FailedError when torch is amiss."""
-    ours, peer = pair(args.our_python, args.peer_python, args.blas)
+    ours, peer = pair(args.our_python, args.peer_python, args.blas, args.threads)
     if peer.has("torch"):
         raise FailedError("--peer-python has torch; name an environment without: it loads faster")
     if not args.peer_python_with_torch:
         return ours, peer, None
-    other = pair(None, args.peer_python_with_torch, args.blas)[1]
+    other = pair(None, args.peer_python_with_torch, args.blas, args.threads)[1]
     if not other.has("torch"):
         raise FailedError("--peer-python-with-torch has no torch")
     return ours, peer, other
@@ -364,10 +364,11 @@ def header(args: argparse.Namespace, with_torch: bool) -> dict[str, Any]:
         "kind": "against mlx-vlm",
         "block": "stock" if args.blas == STOCK else "fast BLAS",
         "blas": args.blas,
-        "threads": 1,
+        "threads": args.threads,
         "machine": machine.record(),
         "model": "FastVLM-0.5B, random weights, float32 or a 4-bit language model",
-        "command": f"against_mlx_vlm.py --blas {os.path.basename(args.blas)}",
+        "command": "against_mlx_vlm.py "
+        f"--blas {os.path.basename(args.blas)} --threads {args.threads}",
         "warm": "Page cache and MLX's compile cache warm: one run of each side goes before",
         "peer_without_torch": True,
         "peer_with_torch": with_torch,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_vlm_edge_bench.claims.read import KINDS, tally
 from mlx_vlm_edge_bench.plots import STYLE, Bar, Point, milliseconds, scatter, stacked
+from pairs import ratio
 from rows import SHOWN
 
 PAPER = Path(__file__).parent / "mlx_vlm_edge_bench" / "claims" / "table6.json"
@@ -169,10 +170,10 @@ def memory(case: Mapping[str, Any]) -> str:
 def against(block: str, record: Mapping[str, Any]) -> str:
     """The table of ratios to mlx-vlm."""
     rows = [against_row(row) for row in record["rows"]]
-    peer = record["peer"]["versions"]
+    peer, threads = record["peer"]["versions"], record["threads"]
     told = (
         f"{record['model']}. mlx-vlm {peer['mlx-vlm']} on the same MLX {peer['mlx']}, same files, "
-        f"pictures and prompt ids, in turn; {record['threads']} thread. Ratio: of the fastest "
+        f"pictures and prompt ids, in turn; BLAS threads: {threads}. Ratio: of the fastest "
         f"runs, and the median of the pairs. Spread is {record['spread']}. {record['warm']}."
     )
     heads = ("what", "ours", "mlx-vlm", "mlx-vlm / ours", "target")
@@ -204,10 +205,7 @@ def against_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         return title, "not available", "", escape(row["not_available"]), target(row)
     show = SHOWN[row["unit"]]
     sides = [f"{show(row[side]['min'])} ({row[side]['spread']:.0%})" for side in ("ours", "peer")]
-    if row["refusal"]:
-        return title, *sides, f"no ratio: {escape(row['refusal'])}", target(row)
-    told = f"<b>{row['ratio_of_minima']:.2f}x</b>, pairs {row['median_pair_ratio']:.2f}x"
-    return title, *sides, told, target(row)
+    return title, *sides, escape(ratio(row)), target(row)
 
 
 def target(row: Mapping[str, Any]) -> str:

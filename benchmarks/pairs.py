@@ -4,13 +4,13 @@ Pure arithmetic: values come in, in the order they were measured; less is better
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 WIDE = 0.25  # the spread from which no ratio is told
-KEPT = 0.75  # of the runs, the fastest, are what the spread is taken of
+COUNTED = 0.75  # of the runs, the fastest, are what the spread is taken of
 
 
 def spread(values: Sequence[float]) -> float:
@@ -19,8 +19,13 @@ def spread(values: Sequence[float]) -> float:
     Other programs' load only ever adds time, so one slow run among several says nothing about the
     rest: [10, 11, 12, 30] -> 0.2, [10, 14, 15, 30] -> 0.5.
     """
-    kept = sorted(values)[: max(1, math.ceil(KEPT * len(values)))]
-    return (kept[-1] - kept[0]) / kept[0]
+    fastest = _fastest(values)
+    return (fastest[-1] - fastest[0]) / fastest[0]
+
+
+def _fastest(values: Sequence[float]) -> list[float]:
+    """Three quarters of the runs, in order."""
+    return sorted(values)[: max(1, math.ceil(COUNTED * len(values)))]
 
 
 def figure(values: Sequence[float]) -> dict[str, Any]:
@@ -57,6 +62,14 @@ class Pairs:
         }
 
     @property
+    def at_least(self) -> float:
+        """What the ratio is at least, however far the runs lie apart.
+
+        The peer's fastest run / the slowest of the fastest three quarters of ours.
+        """
+        return min(self.peer) / max(_fastest(self.ours))
+
+    @property
     def refusal(self) -> str:
         """Why the runs allow no ratio; "" when they do."""
         if len(self.ours) < 2:
@@ -74,14 +87,25 @@ def best_attempt(attempts: Sequence[Pairs]) -> Pairs:
 def verdict(attempts: Sequence[Pairs], target: float | None, refusal: str = "") -> dict[str, Any]:
     """What a row comes to. Both ratios must reach the target for it to be met.
 
-    A refusal, the caller's or the runs' own, leaves no ratio at all in the record.
+    A refusal, the caller's or the runs' own, leaves no ratio in the record. Runs that lie too far
+    apart still tell what the ratio is at least, and meet a target that is no more than that.
     """
     pairs = best_attempt(attempts)
-    found = pairs.record()
-    refusal = refusal or pairs.refusal
-    if refusal:
-        for name in ("ratio_of_minima", "median_pair_ratio", "pair_ratios"):
-            found[name] = None
-    reached = None if refusal else min(found["ratio_of_minima"], found["median_pair_ratio"])
-    met = None if target is None or reached is None else reached >= target
-    return found | {"refusal": refusal, "target": target, "met": met}
+    recorded = pairs.record()
+    bound = None if refusal or len(pairs.ours) < 2 else pairs.at_least
+    met = None
+    if refusal := refusal or pairs.refusal:
+        recorded |= dict.fromkeys(("ratio_of_minima", "median_pair_ratio", "pair_ratios"))
+        if target is not None and bound is not None and bound >= target:
+            met = True
+    elif target is not None:
+        met = min(recorded["ratio_of_minima"], recorded["median_pair_ratio"]) >= target
+    return recorded | {"at_least": bound, "refusal": refusal, "target": target, "met": met}
+
+
+def ratio(row: Mapping[str, Any]) -> str:
+    """A row's ratio, or why there is none, for people."""
+    if not row["refusal"]:
+        return f"{row['ratio_of_minima']:.2f}x (pairs {row['median_pair_ratio']:.2f}x)"
+    bound = row.get("at_least")
+    return (f"at least {bound:.2f}x" if bound else "no ratio") + f": {row['refusal']}"

@@ -15,6 +15,7 @@ from mlx_vlm_edge_bench.bench.figures import WIDE, Figure, doubts
 from mlx_vlm_edge_bench.bench.machine import summary
 from mlx_vlm_edge_bench.claims.read import tally
 from page import milliseconds, name_of, page
+from pairs import ratio
 from rows import SHOWN
 
 from mlx_vlm_edge.errors import UsageError
@@ -120,10 +121,8 @@ def against_rows(rows: Sequence[Mapping[str, Any]]) -> str:
             cells = ["-", "-", f"not available: {row['not_available']}", target]
         else:
             show = SHOWN[row["unit"]]
-            ratio = row["refusal"] and f"none: {row['refusal']}"
-            ratio = ratio or f"{row['ratio_of_minima']:.2f}x"
             met = {True: ", met", False: ", not met", None: ""}[row["met"]]
-            cells = [show(row["ours"]["min"]), show(row["peer"]["min"]), ratio, target + met]
+            cells = [show(row["ours"]["min"]), show(row["peer"]["min"]), ratio(row), target + met]
         lines.append(f"| {row['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

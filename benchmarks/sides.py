@@ -27,13 +27,13 @@ class FailedError(RuntimeError):
     """A program ended where it should not have; the text has what it said last."""
 
 
-def environment(name: str, blas: str) -> dict[str, str]:
-    """What a side runs in: one BLAS for both, one thread, no network.
+def environment(name: str, blas: str, threads: int) -> dict[str, str]:
+    """What a side runs in: one BLAS and its threads for both, no network.
 
     Our own loader of a BLAS is off, so that none is loaded on one side only.
     """
     kept = {key: value for key, value in os.environ.items() if key not in DROPPED}
-    kept |= dict.fromkeys(THREADS, "1")
+    kept |= dict.fromkeys(THREADS, str(threads))
     kept |= {"HF_HUB_OFFLINE": "1", "MLX_VLM_EDGE_BLAS": "off", "TOKENIZERS_PARALLELISM": "false"}
     if blas != STOCK:
         kept["LD_PRELOAD"] = blas
@@ -55,9 +55,9 @@ def _core(blas: str) -> dict[str, str]:
 class Side:
     """One program: its interpreter and environment; `open` starts a worker that stays."""
 
-    def __init__(self, name: str, python: str, blas: str) -> None:
+    def __init__(self, name: str, python: str, blas: str, threads: int) -> None:
         self.name, self.python = name, python
-        self.environment = environment(name, blas)
+        self.environment = environment(name, blas, threads)
 
     def open(self) -> "Worker":
         return Worker(self)
@@ -139,5 +139,7 @@ def _tail(file: Any, letters: int = 1500) -> str:
     return str(file.read().decode("utf-8", "replace")[-letters:]).strip() or "it said nothing"
 
 
-def pair(ours: str | None, peer: str, blas: str) -> tuple[Side, Side]:
-    return Side("ours", ours or sys.executable, blas), Side("peer", peer, blas)
+def pair(ours: str | None, peer: str, blas: str, threads: int) -> tuple[Side, Side]:
+    both = ("ours", ours or sys.executable), ("peer", peer)
+    first, second = (Side(name, python, blas, threads) for name, python in both)
+    return first, second

@@ -33,7 +33,7 @@ class Scripted:
 
 
 def bench_of(tmp_path: Path, **more) -> against.Bench:
-    sides = Side("ours", sys.executable, "stock"), Side("peer", sys.executable, "stock")
+    sides = Side("ours", sys.executable, "stock", 1), Side("peer", sys.executable, "stock", 1)
     bench = against.Bench(
         *sides, None, {}, tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path, None, **more
     )
@@ -142,13 +142,13 @@ def test_an_unfair_pair_is_refused(tmp_path, peer, said):
 def test_both_sides_get_the_same_blas_and_threads(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("LD_PRELOAD", "other.so")
-    ours, peer = environment("ours", "some.so"), environment("peer", "some.so")
+    ours, peer = environment("ours", "some.so", 2), environment("peer", "some.so", 2)
     for side in (ours, peer):
         assert side["LD_PRELOAD"] == "some.so"
         assert side["MLX_VLM_EDGE_BLAS"] == "off"
-        assert side["OPENBLAS_NUM_THREADS"] == "1"
+        assert side["OPENBLAS_NUM_THREADS"] == "2"
     assert "PYTHONPATH" not in peer
-    assert "LD_PRELOAD" not in environment("ours", "stock")
+    assert "LD_PRELOAD" not in environment("ours", "stock", 1)
 
 
 def test_rows_are_the_targets(tmp_path):
@@ -174,7 +174,7 @@ def picture(tmp_path_factory) -> Path:
 
 def test_our_worker_does_every_order(folder, picture, tmp_path):
     image = str(picture)
-    side = Side("ours", sys.executable, BLAS)
+    side = Side("ours", sys.executable, BLAS, 1)
     worker = side.open()
     try:
         assert worker.ask({"do": "load", "folder": str(folder)})["seconds"] > 0
@@ -203,7 +203,7 @@ def test_our_worker_does_every_order(folder, picture, tmp_path):
 
 
 def test_a_worker_that_ends_is_quoted(tmp_path):
-    worker = Side("ours", sys.executable, "stock").open()
+    worker = Side("ours", sys.executable, "stock", 1).open()
     with pytest.raises(FailedError, match="no such"):
         worker.ask({"do": "load", "folder": str(tmp_path / "nothing")})
     worker.close()
@@ -220,7 +220,7 @@ def test_the_view_of_a_checkpoint_changes_the_picture_size_only(folder):
 
 @pytest.mark.skipif(not PEER, reason="needs MLX_VLM_PYTHON, an interpreter with mlx-vlm")
 def test_both_programs_agree_and_are_timed(folder, picture, tmp_path, monkeypatch):
-    sides = Side("ours", sys.executable, BLAS), Side("peer", str(PEER), BLAS)
+    sides = Side("ours", sys.executable, BLAS, 1), Side("peer", str(PEER), BLAS, 1)
     bench = against.Bench(*sides, None, {"f32": folder}, picture, picture, tmp_path, 1)
     bench.record = {"machine": {}, "parity": {}, "rows": []}
     every = {row.id: row for row in table.rows(picture, picture)}

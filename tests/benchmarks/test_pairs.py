@@ -1,7 +1,7 @@
 """The arithmetic of the comparison, on values that are given."""
 
 import pytest
-from pairs import Pairs, best_attempt, spread, verdict
+from pairs import Pairs, best_attempt, ratio, spread, verdict
 
 EVEN = Pairs([1.0, 1.1, 1.05], [4.0, 4.2, 4.4])
 WILD = Pairs([1.0, 2.0, 3.0], [4.0, 4.2, 4.4])
@@ -48,6 +48,24 @@ def test_no_ratio_is_left_where_there_is_a_refusal(attempt, given, said):
     assert found["ratio_of_minima"] is found["median_pair_ratio"] is found["pair_ratios"] is None
     assert found["met"] is None
     assert found["ours"]["values"] == list(attempt.ours)  # the runs stay on record
+
+
+def test_runs_far_apart_still_tell_what_the_ratio_is_at_least():
+    """Our slowest but for the slowest quarter, against the peer's fastest."""
+    uneven = Pairs([1.0, 1.1, 1.1, 9.0], [4.4, 5.0, 8.0, 9.0])
+    found = verdict([uneven], 4.0)
+    assert found["refusal"]
+    assert found["at_least"] == pytest.approx(4.0)
+    assert found["met"] is True
+    assert verdict([uneven], 4.1)["met"] is None
+    assert ratio(found).startswith("at least 4.00x: the runs spread")
+
+
+def test_no_bound_where_the_answers_differ():
+    found = verdict([EVEN], 1.0, "greedy ids differ")
+    assert found["at_least"] is None
+    assert found["met"] is None
+    assert ratio(found) == "no ratio: greedy ids differ"
 
 
 def test_the_attempt_with_the_least_spread_counts():
