@@ -74,8 +74,8 @@ class Bundle:
     def answer(self, picture: str | Path, question: str, max_tokens: int) -> Iterator[int]:
         """Greedy token ids, without the one that ends the answer."""
         prompt = self.prompt(picture, question)
-        self.decoder.start()
-        for token in self.decoder.generate(prompt, max_tokens, self.ends):
+        known = self.decoder.begin(self.before)  # by the bundle's prompt cache
+        for token in self.decoder.generate(prompt[known:], max_tokens, self.ends):
             if token not in self.ends:
                 yield token
 

@@ -31,7 +31,7 @@ from ..pipeline import native_checkpoint
 from ..save import copy_files
 from . import card, manifest
 from .check import lint
-from .check.verify import saved_and_checked
+from .check.verify import judge, saved_and_checked
 from .coreai import authoring, refuse_untranslated, write_asset
 from .emit.toolkit import tools
 from .package.save import save_package
@@ -39,6 +39,7 @@ from .part import Options, Part
 from .parts.decoder import DecoderPart, refuse_groups
 from .parts.encoders import AppPixels, Encoder, encoders
 from .parts.pictures import drawn_cases, picture_cases
+from .parts.prompt_cache import STEPS, write_prompt_cache
 from .parts.vision import Connector, Tower, VisionPart
 from .prompts import prompt_entry
 from .run.cache import label
@@ -73,6 +74,7 @@ def export(
     folder = obtain(str(source))
     model, processor = _load(folder, parts)
     built, pixels = _parts(model, parts, options, image)
+    prompt = prompt_entry(processor)
     with new_folder(target, overwrite=overwrite, listed=manifest.listed) as partial:
         entries = {}
         for part in built:
@@ -85,11 +87,12 @@ def export(
             part.write_files(partial)
             findings = _lint(path, say) if show_lint else None
             entries[part.name] = manifest.part_entry(part, options, path, check, findings)
+            if verify and prompt is not None and isinstance(part, DecoderPart):
+                entries[part.name] |= _prompt_cache(part, path, prompt["before_image"], say)
             if options.coreai and isinstance(part, VisionPart) and part.name == "vision":
                 asset = path.with_suffix(".aimodel")
                 entries[part.name]["coreai"] = write_asset(part, asset, verify, say)
         _copy(folder, processor, partial)
-        prompt = prompt_entry(processor)
         if processor is None:
             say(f"{folder} has no tokenizer: the bundle is without tokenizer and prompt")
         elif prompt is None:
@@ -188,6 +191,18 @@ def _save(part: Part, path: Path, say: Report) -> None:
     save_package(part, path)
     for line in part.warnings():
         say(f"  {part.name}: {line}")
+
+
+def _prompt_cache(
+    part: DecoderPart, package: Path, ids: Sequence[int], say: Report
+) -> dict[str, Any]:
+    """The manifest's entry of it; nothing where a prompt begins with its picture, or the context
+    has no room behind its first ids."""
+    if not 0 < len(ids) <= part.options.context - STEPS:
+        return {}
+    entry, parity = write_prompt_cache(part, package, ids)
+    judge("the prompt cache", [parity], say)
+    return {"prompt_cache": entry}
 
 
 def _lint(path: Path, say: Report) -> dict[str, int]:

@@ -70,6 +70,14 @@ class Package:
             for name, kind in kinds.items()
         }
 
+    def read(self, state: State, name: str) -> np.ndarray:
+        """What a state holds under a name."""
+        return state[name]
+
+    def write(self, state: State, name: str, values: np.ndarray) -> None:
+        """Put values at the start of a state, along each of its axes."""
+        state[name][tuple(map(slice, values.shape))] = values
+
     def run(
         self,
         function: str = MAIN,

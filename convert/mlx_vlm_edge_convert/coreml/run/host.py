@@ -32,6 +32,7 @@ from ..names import (
     prefill_name,
 )
 from ..package.malformed import reading
+from .prompt_cache import PromptCache
 from .runner import Runner
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
@@ -66,6 +67,18 @@ class Geometry:
             geometry._check()
         return geometry
 
+    @property
+    def position_axis(self) -> int:
+        """Of the cache's axes, the one of positions."""
+        return 2 if self.form == "stateful" else 3
+
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        """Of keys, and of values."""
+        stateful = self.form == "stateful"
+        last = (self.context, self.head_dim) if stateful else (self.head_dim, self.context)
+        return self.layers, self.kv_heads, *last
+
     def size(self, remaining: int, room: int) -> int:
         """Positions of the next pass over a prompt: the most of which more than half are used.
 
@@ -98,10 +111,18 @@ class DecoderHost:
     """Generates with a decoder package and its embeddings [V, D].
 
     token: the one that leads in the last logits, by the package; None where it does not say.
+    prompt_cache: the bundle's, None where it has none.
     """
 
-    def __init__(self, package: Runner, geometry: Geometry, embeddings: np.ndarray) -> None:
+    def __init__(
+        self,
+        package: Runner,
+        geometry: Geometry,
+        embeddings: np.ndarray,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
         self._package, self._geometry, self.embeddings = package, geometry, embeddings
+        self.prompt_cache = prompt_cache
         self._dtype = np.dtype(geometry.dtype)
         self.start()
 
@@ -116,7 +137,10 @@ class DecoderHost:
             table = _table(load_file(file), described)
             if table.ndim != 2 or table.dtype.kind != "f":
                 raise ValueError(f"{table.dtype} of {table.ndim} axes")
-        return cls(package, Geometry.from_manifest(entry), table)
+        geometry, known = Geometry.from_manifest(entry), entry.get("prompt_cache")
+        if known is not None:
+            known = PromptCache.read(folder, known, geometry.cache_shape, geometry.position_axis)
+        return cls(package, geometry, table, known)
 
     def start(self) -> None:
         """Forget everything."""
@@ -128,8 +152,34 @@ class DecoderHost:
         if g.form == "stateful":
             self._state = self._package.new_state(PREFILL)
             return
-        shape = (g.layers, g.kv_heads, g.head_dim, g.context)
-        self._caches = {name: np.zeros(shape, self._dtype) for name in CACHES}
+        self._caches = {name: np.zeros(g.cache_shape, self._dtype) for name in CACHES}
+
+    def begin(self, ids: Sequence[int]) -> int:
+        """Forget everything but the bundle's prompt cache: how many of a prompt's first ids need
+        not be run, 0 where it begins otherwise. Some of the prompt must be left behind them."""
+        self.start()
+        known, axis = self.prompt_cache, self._geometry.position_axis
+        count = 0 if known is None else min(known.shared(ids), self._geometry.context)
+        if known is None or not count:
+            return 0
+        for name, array in known.arrays.items():
+            first = np.take(array, range(count), axis)
+            if self._state is not None:
+                self._package.write(self._state, name, first)
+            else:
+                self._caches[name][..., :count] = first
+        self.offset = count
+        return count
+
+    def cached(self) -> dict[str, np.ndarray]:
+        """Keys and values of all positions so far, as they lie in the cache."""
+        g = self._geometry
+        whole = self._caches or {name: self._package.read(self._state, name) for name in CACHES}
+        dtype = np.float16 if g.form == "stateful" else self._dtype  # as states are
+        return {
+            name: np.take(array, range(self.offset), g.position_axis).astype(dtype)
+            for name, array in whole.items()
+        }
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids -> input embeddings [L, D]."""

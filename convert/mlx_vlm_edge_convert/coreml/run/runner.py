@@ -39,6 +39,14 @@ class Runner(Protocol):
         """Outputs by name; a picture is an array [1, 3, H, W] of 0..255."""
         ...
 
+    def read(self, state: Any, name: str) -> np.ndarray:
+        """What a state holds under a name."""
+        ...
+
+    def write(self, state: Any, name: str, values: np.ndarray) -> None:
+        """Put values at the start of a state, along each of its axes."""
+        ...
+
 
 def runner(package: Path, units: str, folder: Path, say: Say) -> Runner:
     """What runs a package on this machine. units: of UNITS, for Core ML.
@@ -109,6 +117,16 @@ class CoreMLPackage:
     def new_state(self, function: str) -> Any:
         """A state of zeros; functions with the same states can share it."""
         return self.model(function).make_state()
+
+    def read(self, state: Any, name: str) -> np.ndarray:
+        """What a state holds under a name."""
+        return np.asarray(state.read_state(name))
+
+    def write(self, state: Any, name: str, values: np.ndarray) -> None:
+        """Put values at the start of a state, along each of its axes."""
+        whole = np.array(state.read_state(name))
+        whole[tuple(map(slice, values.shape))] = values
+        state.write_state(name, whole)
 
     def run(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None

@@ -642,3 +642,8 @@ def test_the_demo_s_bundle_answers_its_questions_with_mlx_s_tokens(bundle):
         found = answer(run, inputs, tokens[0], processor.eos_ids, 32)
         assert found == greedy(model, processor, question, picture, 32)
         assert processor.tokenizer.decode(found).strip() == known
+        begun = run.begin(inputs.input_ids[0].tolist())
+        assert begun == int(inputs.visual[0]) == len(content["prompt"]["before_image"]) > 9
+        behind = run.embed(inputs.input_ids[0].clip(0)).copy()
+        behind[inputs.visual] = tokens[0]
+        assert list(run.generate(behind[begun:], 32, processor.eos_ids)) == found

@@ -126,3 +126,18 @@ def test_elsewhere_the_interpreter_runs_it(package, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
     with pytest.raises(UsageError, match="on a Mac only"):
         running.compiled(package, tmp_path)
+
+
+def test_a_state_is_written_from_its_start(mac, package, tmp_path):
+    """Core ML's states, which are read and written whole, and the interpreter's."""
+
+    class State(dict):
+        read_state = dict.__getitem__
+        write_state = dict.__setitem__
+
+    model = running.runner(package, "cpu-ne", tmp_path, lambda _: None)
+    whole = Package(package)
+    for runs, state in ((model, State()), (whole, {})):
+        state["keys"] = np.arange(6.0).reshape(1, 3, 2)
+        runs.write(state, "keys", np.full((1, 2, 2), 9.0))
+        assert runs.read(state, "keys").tolist() == [[[9, 9], [9, 9], [4, 5]]]
