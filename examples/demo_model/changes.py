@@ -11,6 +11,7 @@ import draw
 import texts
 from draw import SHAPES, Mark, Scene
 
+MOST = 6  # characters of a text that changes
 NOTHING = "Nothing has changed."
 ASKED = (
     "What has changed?", "What changed?", "What is different?", "What is the difference?",
@@ -64,8 +65,9 @@ def change(scene: Scene, rng: Random) -> tuple[Scene, str]:
 
 
 def pair(seed: str) -> tuple[Scene, Scene, str]:
-    """Two scenes, and what has changed from the first to the second; half of the time reversed."""
+    """Two scenes, and what has changed from the first to the second."""
     rng = Random(seed)
-    one = draw.MAKERS[rng.choice(("text", "shapes", "position"))](rng)
+    kind = rng.choice(("text", "shapes", "position"))
+    one = draw.text_scene(rng, most=MOST) if kind == "text" else draw.MAKERS[kind](rng)
     other, said = change(one, rng)
     return one, other, said

@@ -21,9 +21,9 @@ PLACES = ("left", "right", "top", "bottom", "center")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_COUNT = 9
 KINDS = ("text", "shapes", "position", "unknown")
-MIX = {"text": 0.62, "page": 0.16, "shapes": 0.12, "position": 0.04, "unknown": 0.06}
-POLISH_MIX = {"text": 0.5, "shapes": 0.26, "position": 0.08, "unknown": 0.16}
-LENGTHS = (1.2, 1.6, 2.0, 2.2, 2.2, 2.2, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5)  # 1 ... 12 characters
+MIX = {"text": 0.7, "page": 0.06, "shapes": 0.14, "position": 0.03, "unknown": 0.07}
+ASKED_MIX = {"text": 0.56, "shapes": 0.22, "position": 0.07, "unknown": 0.15}
+LENGTHS = (1.0, 1.6, 2.0, 2.3, 2.5, 2.5, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5)  # 1 ... 12 characters
 LEAST_EM = 0.085  # smaller print has under 8 pixels to a capital in the model's 128
 SIDE_EM = 200  # pixels per em at which texts are measured
 
@@ -139,10 +139,10 @@ def moved(marks: Sequence[Mark], look: Look, width: float, height: float) -> tup
 
 
 def look(rng: Random, text: bool, width: float, height: float) -> Look:
-    """How to draw: plain and clean half of the time."""
+    """How to draw: plain and clean more than half of the time."""
     seed = rng.getrandbits(31)
-    warped = warp(rng, width, height) if text and rng.random() < 0.3 else ()
-    if rng.random() < 0.4:
+    warped = warp(rng, width, height) if text and rng.random() < 0.2 else ()
+    if rng.random() < 0.55:
         return Look(warp=warped, seed=seed, smooth=rng.random() > 0.08)
     backdrop = rng.choices(("plain", "gradient", "photo"), (6, 1.6, 1.6 if text else 0.3))[0]
     return Look(
@@ -202,8 +202,8 @@ def layout(
     )
     tall = ascent + max(0.0, descent) + spacing * (len(rows) - 1)
     most = 0.97 * min(width / wide, height / tall)
-    if rng.random() < 0.45:
-        em = most * rng.uniform(0.55, 1.0)
+    if rng.random() < 0.75:
+        em = most * rng.uniform(0.5, 1.0)
     else:
         em = math.exp(rng.uniform(math.log(least), math.log(0.8)))
     em = min(em, most, 0.85)
@@ -268,8 +268,8 @@ def _painted(
 def page_scene(rng: Random) -> Scene:
     """Several lines of print, to teach the tower what characters look like; asked nothing."""
     width, height = extent(rng)
-    small = rng.random() < 0.5
-    em, font = rng.uniform(0.085, 0.13) if small else rng.uniform(0.12, 0.2), ""
+    small = rng.random() < 0.3
+    em, font = rng.uniform(0.085, 0.13) if small else rng.uniform(0.12, 0.26), ""
     base, lines, marks = em, [], []
     while base < height - 0.2 * em:
         if not font or rng.random() < 0.4:
@@ -378,9 +378,8 @@ def scene(seed: int | str, kind: str = "", most: int = texts.MAX_TEXT) -> Scene:
     return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)
 
 
-def asked_scene(seed: int | str, mix: dict[str, float] = MIX, most: int = texts.MAX_TEXT) -> Scene:
+def asked_scene(seed: int | str, most: int = texts.MAX_TEXT) -> Scene:
     """The scene of a seed, never a page: for the stages with questions; texts of up to `most`."""
     rng = Random(seed)
-    kinds = [kind for kind in mix if kind != "page"]
-    kind = rng.choices(kinds, [mix[kind] for kind in kinds])[0]
+    kind = rng.choices(list(ASKED_MIX), list(ASKED_MIX.values()))[0]
     return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)

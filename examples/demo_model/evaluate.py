@@ -4,7 +4,8 @@ python examples/demo_model/evaluate.py --scenes 400 --others 120 --json \
     examples/demo_model/evaluation.json
 
 The plain drawings are freshly drawn scenes of plain.py, which need the fonts of PyPI only. The
-others' are drawn by other programs (others.py), which must be installed.
+others' are drawn by other programs (others.py), which must be installed. With them go pairs of
+pictures and what has changed, and talks of three turns (talks.py).
 
 record.py puts that file's figures into the READMEs.
 """
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image
 from plain import KINDS, Scene, draw, scene
@@ -46,6 +48,7 @@ TARGETS = {
 DECLINED = "drawings declined"  # the share of drawings that the model says it does not know
 MOST_DECLINED = 0.02
 Answer = Callable[[Image.Image, str], str]
+Counted = dict[str, dict[str, object]]  # row -> right, of, share, wrong
 
 
 def drawn(category: str, index: int, name: str) -> Scene:
@@ -54,12 +57,12 @@ def drawn(category: str, index: int, name: str) -> Scene:
     return scene(f"{name}-{category}-{index}", kinds[index % len(kinds)])
 
 
-def measure(answer: Answer, scenes: int, size: int, name: str) -> dict[str, dict[str, object]]:
+def measure(answer: Answer, scenes: int, size: int, name: str) -> Counted:
     """Per category: how many answers were right, of how many, and up to five wrong ones.
 
     Of texts also by their length: {length: [right, of]}.
     """
-    table: dict[str, dict[str, object]] = {}
+    table: Counted = {}
     for category in ASKED_OF:
         right, wrong = 0, []
         lengths: dict[int, list[int]] = {}
@@ -83,7 +86,7 @@ def measure(answer: Answer, scenes: int, size: int, name: str) -> dict[str, dict
     return table
 
 
-def measure_others(answer: Answer, pictures: int) -> dict[str, dict[str, object]]:
+def measure_others(answer: Answer, pictures: int) -> Counted:
     """Per group of the others' drawings: how many answers were right, of how many, and wrong ones.
 
     The last row counts the drawings that were declined.
@@ -95,18 +98,47 @@ def measure_others(answer: Answer, pictures: int) -> dict[str, dict[str, object]
     declined = [0, 0]
     for case in cases(pictures):
         said = answer(case.picture, case.question).strip()
-        counts = right.setdefault(case.group, [0, 0])
-        counts[0] += said == case.right
-        counts[1] += 1
+        count_up(right.setdefault(case.group, [0, 0]), said == case.right)
         if said != case.right:
             row = {"question": case.question, "expected": case.right, "said": said}
             wrong.setdefault(case.group, []).append(row)
         if case.group != PHOTOGRAPHS:
-            declined[0] += said == UNKNOWN
-            declined[1] += 1
+            count_up(declined, said == UNKNOWN)
     right[DECLINED] = declined
+    return counted(right, wrong)
+
+
+def measure_talks(loaded: tuple[Any, Any], count: int, name: str) -> Counted:
+    """Per row of the pairs and of the talks: how many answers were right, of how many, wrong ones.
+
+    A talk goes on from the model's own answers, right or not.
+    """
+    from talks import talks
+
+    from mlx_vlm_edge import Conversation
+
+    right: dict[str, list[int]] = {}
+    wrong: dict[str, list[dict[str, str]]] = {}
+    for one in talks(count, name):
+        chat, pictures = Conversation(*loaded, max_tokens=40), list(one.pictures)
+        for group, question, expected in zip(one.groups, one.questions, one.right, strict=True):
+            said, pictures = chat.ask(question, images=pictures).strip(), []
+            count_up(right.setdefault(group, [0, 0]), said == expected)
+            if said != expected:
+                row = {"question": question, "expected": expected, "said": said}
+                wrong.setdefault(group, []).append(row)
+    return counted(right, wrong)
+
+
+def count_up(counts: list[int], right: bool) -> None:
+    counts[0] += right
+    counts[1] += 1
+
+
+def counted(right: dict[str, list[int]], wrong: dict[str, list[dict[str, str]]]) -> Counted:
+    """The rows, each with up to five wrong answers; prints them."""
     for group, (hits, of) in right.items():
-        print(f"{group:<24}{hits:>6} of {of:<6}{hits / of:>8.1%}", flush=True)
+        print(f"{group:<32}{hits:>6} of {of:<6}{hits / of:>8.1%}", flush=True)
     return {
         group: {"right": hits, "of": of, "share": hits / of, "wrong": wrong.get(group, [])[:5]}
         for group, (hits, of) in right.items()
@@ -124,11 +156,11 @@ def short_of_target(group: str, share: float) -> bool:
     return share > MOST_DECLINED if group == DECLINED else share < target(group)
 
 
-def runtime(model_name: str | None) -> Answer:
+def runtime(loaded: tuple[Any, Any]) -> Answer:
     """Answers of the mlx_vlm_edge runtime, greedy."""
-    from mlx_vlm_edge import generate, load
+    from mlx_vlm_edge import generate
 
-    model, processor = load(model_name) if model_name else load("demo")
+    model, processor = loaded
 
     def answer(image: Image.Image, question: str) -> str:
         return str(generate(model, processor, question, images=[image], max_tokens=40))
@@ -161,10 +193,14 @@ def main() -> int:
     parser.add_argument("--name", default="evaluation", help="seed of the scenes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args()
+    from mlx_vlm_edge import load
+
     start = time.time()
-    answer = runtime(args.model)
+    loaded = load(args.model or "demo")
+    answer = runtime(loaded)
     table = measure(answer, args.scenes, args.size, args.name)
     others = measure_others(answer, args.others) if args.others else {}
+    talks = measure_talks(loaded, args.others, args.name) if args.others else {}
     short = [c for c, least in REQUIRED.items() if float(str(table[c]["share"])) < least]
     short += [g for g, row in others.items() if short_of_target(g, float(str(row["share"])))]
     print(f"{time.time() - start:.0f} s;", f"short of the mark: {', '.join(short) or 'none'}")
@@ -173,7 +209,7 @@ def main() -> int:
             "command": shlex.join(["python", *sys.argv]),
             "machine": machine(),
             "scenes": args.scenes, "size": args.size, "name": args.name, "table": table,
-            "others": others,
+            "others": others, "talks": talks,
         }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if short else 0

@@ -14,16 +14,15 @@ import plain
 import torch
 import torch.nn.functional as F
 from decoder import DemoModel
-from draw import KINDS, POLISH_MIX, asked_scene, scene
+from draw import KINDS, asked_scene, scene
 from prompts import Prompter
 from questions import answers, pairs, phrase
 from render import draw
-from settle import VISUAL
+from settle import ASKED_TEXT, VISUAL
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from vision import cells, drawn_at, facts, labelled, pixels_of, to_float, yielding
 
-POLISH_TEXT = 6  # characters of the wider drawings, at most
 Sample = dict[str, np.ndarray]
 
 
@@ -41,7 +40,7 @@ class Questions(IterableDataset[Sample]):
                 flat = plain.reading_scene(seed) if index % 4 == 1 else plain.scene(seed)
                 one, image = labelled(flat), plain.draw(flat, drawn_at(seed))
             else:
-                one = asked_scene(seed, POLISH_MIX, most=POLISH_TEXT)
+                one = asked_scene(seed, ASKED_TEXT)
                 image = draw(one, drawn_at(seed))
             rng = Random(f"{seed}-questions")
             ids, branch = before + [0] * VISUAL, [0] * (len(before) + VISUAL)

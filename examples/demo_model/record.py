@@ -142,9 +142,18 @@ def others_table(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines).replace("%", " %").replace("  %", " %")
 
 
+def talks_table(evaluation: dict[str, Any]) -> str:
+    """The shares of right answers about two pictures, and in talks of three turns."""
+    lines = ["| two pictures, and talks | right |", "| --- | --- |"]
+    for group, row in evaluation["talks"].items():
+        lines.append(f"| {group} | {percent(row['right'], row['of'])} of {row['of']} |")
+    return "\n".join(lines)
+
+
 def figures(evaluation: dict[str, Any]) -> str:
     """What stands between the marks of the READMEs."""
-    return f"{table(evaluation)}\n\n{others_table(evaluation)}"
+    tables = table(evaluation), others_table(evaluation), talks_table(evaluation)
+    return "\n\n".join(tables)
 
 
 def put(readme: str, text: str) -> str:

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from vision import drawn_at, pixels_of, to_float
 
 VISUAL = 4
+ASKED_TEXT = 7  # characters of the wider drawings, at most
 PLAIN_OF_NINE = 4  # so many of nine pictures are plain ones
-POOL = 16  # batches drawn together; after them comes one with two pictures in a row
+POOL = 8  # batches drawn together; after them comes one with two pictures in a row
 WEIGHTS = {"read": 7.0, "describe": 2.0, "colour": 1.0, "background": 1.0}  # about a text
 SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 1.5, "is it not": 1.0, "read": 0.6}
 Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
@@ -88,7 +89,7 @@ class Store:
 def stored_scene(index: int) -> AnyScene:
     if index % 9 < PLAIN_OF_NINE:
         return plain.reading_scene(f"cache-{index}") if index % 3 else plain.scene(f"cache-{index}")
-    return asked_scene(f"cache-{index}")
+    return asked_scene(f"cache-{index}", ASKED_TEXT)
 
 
 def picture(one: AnyScene, seed: str) -> Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+AVERAGED_EVERY = 4  # batches; the averaged weights take in every fourth state
 
-def rate(step: int, steps: int) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine down to 2 %."""
-    warmup = min(300, steps // 12)
+
+def rate(step: int, done: float, warmup: int) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine down to 2 % where `done` is 1."""
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 def groups(module: nn.Module, peak: float, decay: float) -> list[dict[str, object]]:
@@ -33,14 +33,19 @@ def groups(module: nn.Module, peak: float, decay: float) -> list[dict[str, objec
 
 @dataclass
 class Run:
-    """One stage: its modules, optimiser, averaged weights, step, and their checkpoint file."""
+    """One stage: its modules, optimiser, averaged weights, step, and their checkpoint file.
+
+    The stage is over after `steps` batches, or, with `minutes`, after so much time of training.
+    """
 
     path: Path
     module: nn.ModuleDict
     tuner: torch.optim.Optimizer
     steps: int
     decay: float = 0.998
+    minutes: float = 0.0
     step: int = 0
+    seconds: float = 0.0  # of training before this start
     average: dict[str, Tensor] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
     started: tuple[float, int] = (0.0, 0)
@@ -52,37 +57,59 @@ class Run:
             self.module.load_state_dict(saved["model"])
             self.tuner.load_state_dict(saved["tuner"])
             self.average, self.step = saved["average"], saved["step"]
+            self.seconds = saved.get("seconds", 0.0)
         self.started = time.time(), self.step
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training, this start's and earlier ones'."""
+        return self.seconds + time.time() - self.started[0]
+
+    @property
+    def done(self) -> float:
+        """Share of the stage that is over."""
+        return self.spent / (60 * self.minutes) if self.minutes else self.step / max(1, self.steps)
+
+    @property
+    def over(self) -> bool:
+        return self.done >= 1
 
     def save(self) -> None:
         """Write under a temporary name, then rename."""
         part = self.path.with_suffix(".part")
         state = {"model": self.module.state_dict(), "tuner": self.tuner.state_dict()}
-        torch.save(state | {"average": self.average, "step": self.step}, part)
+        state |= {"average": self.average, "step": self.step, "seconds": self.spent}
+        torch.save(state, part)
         part.rename(self.path)
 
     def update(self, loss: Tensor, parts: dict[str, float]) -> None:
         """One step of the optimiser and of the averaged weights."""
+        share = rate(self.step, self.done, min(300, self.steps // 12))
         for group in self.tuner.param_groups:
-            group["lr"] = group["peak"] * rate(self.step, self.steps)
+            group["lr"] = group["peak"] * share
         self.tuner.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
         self.tuner.step()
         self.step += 1
-        decay = min(self.decay, self.step / (self.step + 9))
-        with torch.no_grad():
-            for key, value in self.module.state_dict().items():
-                if value.is_floating_point():
-                    self.average[key].lerp_(value, 1 - decay)
-                else:
-                    self.average[key].copy_(value)
+        if self.step % AVERAGED_EVERY == 0:
+            self.take_average()
         for name, part in parts.items():
             self.means[name] = 0.95 * self.means.get(name, part) + 0.05 * part
         if self.step % 50 == 0:
             pace = (time.time() - self.started[0]) / (self.step - self.started[1])
             figures = " ".join(f"{k} {v:.3f}" for k, v in self.means.items())
             print(f"{self.path.stem} {self.step} {pace:.2f} s/step | {figures}", flush=True)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Move the averaged weights towards the present ones."""
+        decay = min(self.decay, self.step / (self.step + 9)) ** AVERAGED_EVERY
+        state = self.module.state_dict()
+        real = [key for key, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in real], [state[k] for k in real], 1 - decay)
+        for key in state.keys() - set(real):
+            self.average[key].copy_(state[key])
 
     def averaged(self, name: str, target: nn.Module) -> nn.Module:
         """`target` filled with the averaged weights of the module `name`."""

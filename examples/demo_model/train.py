@@ -22,14 +22,14 @@ from stage import Run, groups
 from start import begin
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from vision import Heads, accuracy, batches, losses, to_float
+from vision import Heads, accuracy, batches, losses, to_float, twice
 
 Batch = dict[str, Tensor]
-WEIGHTS = {"text": 1.0, "cells": 1.0, "order": 1.0}  # of the vision losses; others 0.5
+WEIGHTS = {"text": 1.0, "cells": 1.0, "order": 1.0, "colour": 0.8}  # of vision losses; others 0.5
 POLISHED = ("background", "colour", "shape", "count")  # the vision losses of stage 3
 POLISH_VISION = 0.3  # their weight
 HEADS_RATE = 2e-3  # peak rate of the heads in stage 3: they may be new
-DECAY = {"polish": 0.985}  # of the averaged weights; other stages 0.998
+DECAY = {"vision": 0.995, "settle": 0.998, "polish": 0.985}  # of the averaged weights
 
 
 def vision_loss(parts: dict[str, Tensor]) -> Tensor:
@@ -49,16 +49,19 @@ def train_vision(args: argparse.Namespace, model: DemoModel, heads: Heads) -> Ru
     both = nn.ModuleDict({"tower": model.tower, "heads": heads})
     both = both.to(memory_format=torch.channels_last)
     tuner = torch.optim.AdamW(groups(both, args.vision_rate, 0.05), betas=(0.9, 0.98), fused=True)
-    run = Run(args.out / "vision.pt", both, tuner, args.vision_steps)
-    if run.step >= run.steps:
+    run = Run(args.out / "vision.pt", both, tuner, args.vision_steps, DECAY["vision"],
+              args.vision_minutes)  # fmt: skip
+    if run.over:
         return run
     held_out = first(batches("held-out", 0, 64), 6)
-    source = batches("train", run.step * args.batch, args.batch)
-    while run.step < run.steps:
+    source = twice(batches("train", run.step * args.batch, args.batch), run.step)
+    over = False
+    while not over:
         batch = next(source)
         parts = losses(both["heads"], *both["tower"](to_float(batch["pixels"])), batch)
         run.update(vision_loss(parts), {k: v.item() for k, v in parts.items()})
-        if run.step % args.check == 0 or run.step == run.steps:
+        over = run.over
+        if run.step % args.check == 0 or over:
             run.save()
             tower = run.averaged("tower", VisionTower(model.shape))
             figures = accuracy(tower, run.averaged("heads", Heads(model.shape)), held_out)
@@ -79,7 +82,8 @@ def language_run(args: argparse.Namespace, stage: str, model: DemoModel, heads: 
         trained += groups(model.tower, peak, 0.05) + groups(heads, HEADS_RATE, 0.0)
     tuner = torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
     steps = int(getattr(args, f"{stage}_steps"))
-    return Run(args.out / f"{stage}.pt", module, tuner, steps, DECAY.get(stage, 0.998))
+    minutes = getattr(args, f"{stage}_minutes")
+    return Run(args.out / f"{stage}.pt", module, tuner, steps, DECAY[stage], minutes)
 
 
 def train_settle(args: argparse.Namespace, run: Run, prompter: Prompter) -> None:
@@ -90,10 +94,12 @@ def train_settle(args: argparse.Namespace, run: Run, prompter: Prompter) -> None
         torch.save(store(model, args.stored), path)
     stored = torch.load(path, weights_only=False)
     source = stored_batches(stored, prompter, args.batch, run.step)
-    while run.step < run.steps:
+    over = False
+    while not over:
         loss, right = stored_loss(model, next(source), start)
         run.update(loss, {"answers": loss.item(), "tokens": right.item()})
-        if run.step % (2 * args.check) == 0 or run.step == run.steps:
+        over = run.over
+        if run.step % (2 * args.check) == 0 or over:
             run.save()
             checkpoint(args, run, prompter, f"settle, step {run.step}")
 
@@ -103,7 +109,8 @@ def train_polish(args: argparse.Namespace, run: Run, prompter: Prompter) -> None
     model, heads, start = run.module["model"], run.module["heads"], len(prompter.before)
     source = question_batches(prompter, "polish", run.step * args.batch, args.batch, args.questions)
     model.train()
-    while run.step < run.steps:
+    over = False
+    while not over:
         batch = next(source)
         features, middle = model.tower(to_float(batch["pixels"]))
         loss, right = answer_loss(model, features, batch, start)
@@ -111,7 +118,8 @@ def train_polish(args: argparse.Namespace, run: Run, prompter: Prompter) -> None
         parts = {"answers": loss.item(), "tokens": right.item()}
         attributes = torch.stack([vision[name] for name in POLISHED]).sum()
         run.update(loss + POLISH_VISION * attributes, parts)
-        if run.step % args.check == 0 or run.step == run.steps:
+        over = run.over
+        if run.step % args.check == 0 or over:
             run.save()
             checkpoint(args, run, prompter, f"polish, step {run.step}")
             model.train()
@@ -137,6 +145,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vision-steps", type=int, default=2600, help="batches of stage 1")
     parser.add_argument("--settle-steps", type=int, default=4000, help="batches of stage 2")
     parser.add_argument("--polish-steps", type=int, default=500, help="batches of stage 3")
+    for stage in ("vision", "settle", "polish"):
+        parser.add_argument(f"--{stage}-minutes", type=float, default=0.0, metavar="N",
+                            help="end the stage after N minutes of training instead")  # fmt: skip
     parser.add_argument("--stored", type=int, default=25600, help="pictures of stage 2")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch")
     parser.add_argument("--questions", type=int, default=2, help="per picture, stage 3")
@@ -166,7 +177,7 @@ def main() -> None:
     vision.averaged("heads", heads)
     for stage, train in (("settle", train_settle), ("polish", train_polish)):
         run = language_run(args, stage, model, heads)
-        if run.step < run.steps:
+        if not run.over:
             train(args, run, prompter)
         run.averaged("model", model)
         run.averaged("heads", heads)

@@ -106,3 +106,49 @@ def test_a_change_is_what_it_says():
         assert (said == NOTHING) == (other == one)
         if "number" in said:
             assert f"from {one.count} to {other.count}" in said
+
+
+def test_a_stage_by_the_clock_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    """Its share that is over is the time of training, of earlier starts too."""
+    import stage
+
+    now = [100.0]
+    monkeypatch.setattr(stage.time, "time", lambda: now[0])
+    module = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2)})
+
+    def run():
+        tuner = torch.optim.AdamW(module.parameters())
+        return stage.Run(tmp_path / "one.pt", module, tuner, 10, minutes=2)
+
+    first = run()
+    now[0] += 30
+    first.save()
+    now[0] += 1000
+    second = run()
+    assert (second.done, second.over) == (pytest.approx(0.25), False)
+    now[0] += 90
+    assert second.over
+
+
+def test_a_picture_seen_again_has_other_colours_that_are_not_asked():
+    from vision import NEVER, ORDERS, twice
+
+    drawn = {
+        "pixels": torch.arange(2 * 3).view(1, 1, 2, 3),
+        "cells": torch.ones(1, 2, 16, 16, dtype=torch.long),
+        "facts": torch.arange(19)[None],
+    }
+    once, again = list(twice(iter([drawn]), 0))
+    assert once is drawn
+    assert again["pixels"][0, 0, 0].tolist() in ORDERS
+    assert again["facts"][0].tolist() == [NEVER, NEVER, *range(2, 19)]
+    assert torch.equal(again["cells"], drawn["cells"])
+
+
+def test_a_talk_asks_three_different_things(monkeypatch):
+    pytest.importorskip("font_roboto", reason="the fonts come with pip install '.[demo]'")
+    from talks import three_turns
+
+    for talk in three_turns(4, "tests"):
+        assert len(talk.pictures) == 1
+        assert len(set(talk.questions)) == len(talk.right) == len(talk.groups) == 3
