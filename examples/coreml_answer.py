@@ -1,6 +1,7 @@
 """Ask an exported bundle about a picture: packages, embeddings and manifest, no MLX.
 
 python examples/coreml_answer.py BUNDLE PICTURE QUESTION [--compute cpu-ne] [--max-tokens 64]
+    [--image-size 512 | --visual-tokens 64]
 
 On a Mac Core ML runs the packages; elsewhere the interpreter that verifies exports does, slowly.
 It is what an app does, and examples/swift does the same in Swift.
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from mlx_vlm_edge_convert.coreml import manifest
-from mlx_vlm_edge_convert.coreml.names import IMAGE, MAIN, TOKENS
+from mlx_vlm_edge_convert.coreml.names import IMAGE, TOKENS
 from mlx_vlm_edge_convert.coreml.package.malformed import reading
 from mlx_vlm_edge_convert.coreml.run.host import DecoderHost
+from mlx_vlm_edge_convert.coreml.run.pictures import choose, picture_sizes
 from mlx_vlm_edge_convert.coreml.run.runner import UNITS, Runner, runner
 
 from mlx_vlm_edge.errors import UsageError
@@ -30,10 +32,17 @@ Open = Callable[[str], Runner]  # a package's file name -> what runs it
 class Bundle:
     """A bundle's folder, ready to answer."""
 
-    def __init__(self, folder: Path, open_package: Open) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        open_package: Open,
+        image_size: str | None = None,
+        visual_tokens: int | None = None,
+    ) -> None:
         self.manifest = content = manifest.read(folder)
         with reading(folder / manifest.NAME):
             self._open(folder, content, open_package)
+        self.size = choose(picture_sizes(content), image_size, visual_tokens)
 
     def _open(self, folder: Path, content: dict[str, Any], open_package: Open) -> None:
         parts = content["parts"]
@@ -45,7 +54,6 @@ class Bundle:
         self.tokenizer = Tokenizer.from_folder(folder)
         self.ends = [int(token) for token in content["tokens"]["eos"]]
         wanted, told = content["preprocessing"], content["prompt"]
-        self.size = (int(wanted["width"]), int(wanted["height"]))
         self.fill, self.strategy = tuple(map(int, wanted["fill"])), str(wanted["strategy"])
         self.before, self.after = (list(map(int, told[f"{s}_image"])) for s in ("before", "after"))
         self.around = str(told["before_question"]), str(told["after_question"])
@@ -54,11 +62,12 @@ class Bundle:
 
     def visual_tokens(self, picture: str | Path) -> np.ndarray:
         """A picture -> its visual tokens [N, D]."""
-        pixels = np.asarray(fit(open_image(picture), self.size, self.strategy, self.fill))
+        size = (self.size.width, self.size.height)
+        pixels = np.asarray(fit(open_image(picture), size, self.strategy, self.fill))
         outputs = {IMAGE: pixels.transpose(2, 0, 1)[None].astype(np.float32)}
         for name in ("vision", "connector"):
             if name in self.packages:
-                outputs = dict(self.packages[name].run(MAIN, outputs))
+                outputs = dict(self.packages[name].run(self.size.function, outputs))
         return outputs[TOKENS][0]
 
     def prompt(self, picture: str | Path, question: str) -> np.ndarray:
@@ -96,9 +105,14 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--compute", choices=UNITS, default="cpu-ne", help="on a Mac")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--image-size", metavar="N|WxH", help="of those that the bundle takes")
+    parser.add_argument(
+        "--visual-tokens", type=int, metavar="N", help="the size of at most so many"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        bundle = Bundle(args.bundle, opener(args.bundle, args.compute, Path(cache)))
+        runs = opener(args.bundle, args.compute, Path(cache))
+        bundle = Bundle(args.bundle, runs, args.image_size, args.visual_tokens)
         detokenizer = bundle.tokenizer.detokenizer()
         for token in bundle.answer(args.picture, args.question, args.max_tokens):
             print(detokenizer.add(token), end="", flush=True)

@@ -61,9 +61,15 @@ class Parser(argparse.ArgumentParser):
         if self._subparsers is None:  # whose own parsers see what follows their name
             try:
                 habits.check_flags(arguments, self._option_string_actions)
+                arguments = habits.joined(arguments, self._several())
             except UsageError as error:
                 self.error(str(error))
         return super().parse_known_args(arguments, namespace)
+
+    def _several(self) -> set[str]:
+        """The flags that take several numbers, which their metavar shows."""
+        actions = self._option_string_actions.items()
+        return {flag for flag, action in actions if str(action.metavar).endswith(",...")}
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")

@@ -46,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_argument_group("form")
     sizes = form.add_mutually_exclusive_group()
     sizes.add_argument(
-        "--image-size", metavar="N|WxH", help="of pictures, pixels (default: the model's)"
-    )
+        "--image-size", metavar="N|WxH,...",
+        help="of pictures, pixels (default: the model's); several share their weights",
+    )  # fmt: skip
     sizes.add_argument(
-        "--resolution", metavar="N|HxW", help="the same; of two sides the height comes first"
+        "--resolution", metavar="N|HxW,...", help="the same; of two sides the height comes first"
     )
     form.add_argument(
         "--precision", choices=("fp16", "fp32", "mixed"), default="fp16",
@@ -99,17 +100,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(args: argparse.Namespace) -> tuple[int, int] | None:
-    """(height, width) of the pictures, None for the model's own."""
+def _sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(height, width) of the pictures, the usual one first; none for the model's own."""
     if args.image_size is not None:
-        width, height = sides("--image-size", args.image_size, "WIDTHxHEIGHT")
-        return height, width
+        pairs = _several("--image-size", args.image_size, "WIDTHxHEIGHT")
+        return [(height, width) for width, height in pairs]
     if args.resolution is None:
-        return None
-    height, width = sides("--resolution", args.resolution, "HEIGHTxWIDTH")
-    if height != width:
-        print(f"note: taken as --image-size {width}x{height}, as other verbs say", file=sys.stderr)
-    return height, width
+        return []
+    pairs = _several("--resolution", args.resolution, "HEIGHTxWIDTH")
+    if any(height != width for height, width in pairs):
+        told = ",".join(f"{width}x{height}" for height, width in pairs)
+        print(f"note: taken as --image-size {told}, as other verbs say", file=sys.stderr)
+    return pairs
+
+
+def _several(flag: str, text: str, order: str) -> list[tuple[int, int]]:
+    return [sides(flag, each, order) for each in text.split(",")]
 
 
 def _weights_and_context(args: argparse.Namespace) -> tuple[Any, int]:
@@ -158,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     if args.context is not None and args.context < 1:
         raise UsageError(f"context {args.context}: give a number of positions above zero")
     _refuse_unused(args)
-    size = _size(args)
+    sizes = _sizes(args)
     bits, context = _weights_and_context(args)
     from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
@@ -167,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
 
     parts = ("vision", "connector", "decoder") if args.part == "all" else (args.part,)
     options = Options(
-        precision=args.precision, compute=args.compute, size=size,
+        precision=args.precision, compute=args.compute,
+        size=sizes[0] if sizes else None, more_sizes=tuple(sizes[1:]),
         strategy=args.image_strategy, bits=bits,
         embedding_bits=_TABLES[args.embedding_bits], context=context,
         fused=not args.separate_connector, image_input=args.input == "image",

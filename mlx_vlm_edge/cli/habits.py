@@ -1,6 +1,7 @@
 """What hands type that know other tools: a wrong verb or flag -> the right one, in one line."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ FLAGS = {
     "--model-path": "--model",
     "--image-size": "--resolution",
 }
+NUMBERS = r"\d+(x\d+)?(,\d+(x\d+)?)*"  # of one flag
 NEEDLESS = {
     "--trust-remote-code": "leave it out: no code of a checkpoint is ever run",
     "--force-download": "`mlx-vlm-edge models pull NAME` mends a download",
@@ -62,6 +64,21 @@ def check_flags(arguments: Sequence[str], known: Iterable[str]) -> None:
         if not flag.startswith("--") or flag in flags or " " in argument:
             continue
         raise UsageError(f"unrecognized arguments: {flag}{_meant(flag, flags)}")
+
+
+def joined(arguments: Sequence[str], several: Iterable[str]) -> list[str]:
+    """The numbers or sizes behind a flag that takes several, as one word.
+
+    joined(["--context", "1024", "4096", "x"], ["--context"]) is ["--context", "1024,4096", "x"].
+    """
+    flags, words = {*several}, list[str]()
+    for argument in arguments:
+        follows = len(words) > 1 and words[-2] in flags and re.fullmatch(NUMBERS, words[-1])
+        if follows and re.fullmatch(NUMBERS, argument):
+            words[-1] += f",{argument}"
+        else:
+            words.append(argument)
+    return words
 
 
 def _meant(flag: str, known: Sequence[str]) -> str:

@@ -5,13 +5,14 @@ leaves float16 is repaired and verified again. A bundle that fails does not stay
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_vlm_edge import __version__
 from mlx_vlm_edge.checkpoint.files import CONFIG, TOKENIZER_JSON, tokenizer_files
@@ -34,13 +35,14 @@ from .check import lint
 from .check.verify import judge, saved_and_checked
 from .coreai import authoring, refuse_untranslated, write_asset
 from .emit.toolkit import tools
+from .names import MAIN, sized_name
 from .package.save import save_package
 from .part import Options, Part
 from .parts.decoder import DecoderPart, refuse_groups
-from .parts.encoders import AppPixels, Encoder, encoders
+from .parts.encoders import AppPixels, Encoder, encoder, encoders
 from .parts.pictures import drawn_cases, picture_cases
 from .parts.prompt_cache import STEPS, write_prompt_cache
-from .parts.vision import Connector, Tower, VisionPart
+from .parts.vision import Case, Connector, Tower, View, VisionPart
 from .prompts import prompt_entry
 from .run.cache import label
 from .vectors import write_vectors
@@ -78,26 +80,16 @@ def export(
     with new_folder(target, overwrite=overwrite, listed=manifest.listed) as partial:
         entries = {}
         for part in built:
-            path = manifest.package_path(partial, part)
-            check = None
-            if verify:
-                part, check = saved_and_checked(part, path, say)
-            else:
-                _save(part, path, say)
-            part.write_files(partial)
-            findings = _lint(path, say) if show_lint else None
-            entries[part.name] = manifest.part_entry(part, options, path, check, findings)
+            entry, part = _written(part, partial, options, verify, show_lint, say)
             if verify and prompt is not None and isinstance(part, DecoderPart):
-                entries[part.name] |= _prompt_cache(part, path, prompt["before_image"], say)
-            if options.coreai and isinstance(part, VisionPart) and part.name == "vision":
-                asset = path.with_suffix(".aimodel")
-                entries[part.name]["coreai"] = write_asset(part, asset, verify, say)
+                entry |= _prompt_cache(part, partial, prompt["before_image"], say)
+            entries[part.name] = entry
         _copy(folder, processor, partial)
         if processor is None:
             say(f"{folder} has no tokenizer: the bundle is without tokenizer and prompt")
         elif prompt is None:
             say("the bundle is without a prompt: this family's is not text around one picture")
-        content = {
+        content: dict[str, Any] = {
             "model": _model_entry(model, folder),
             "licence": licence(folder),
             "minimum_os": manifest.minimum_os(entries.values()),
@@ -106,23 +98,50 @@ def export(
             "prompt": prompt,
             "context": options.context if "decoder" in entries else None,
         }
-        if pixels is not None:
-            entry = manifest.preprocessing_entry(pixels)
-            content["preprocessing"] = entry | {"vectors": write_vectors(partial, pixels)}
+        if pixels:
+            entry = manifest.preprocessing_entry(pixels[MAIN])
+            content["preprocessing"] = entry | {"vectors": write_vectors(partial, pixels[MAIN])}
+            content["sizes"] = manifest.sizes_entry(pixels, entries)
         card.write(partial, content)
         manifest.write(partial, content)
     return target
 
 
+def _written(
+    part: Part, folder: Path, options: Options, verify: bool, show_lint: bool, say: Report
+) -> tuple[dict[str, Any], Part]:
+    """Write a part into the bundle: the manifest's entry, and the part as it was saved."""
+    path, check = manifest.package_path(folder, part), None
+    if verify:
+        part, check = saved_and_checked(part, path, say)
+    else:
+        _save(part, path, say)
+    part.write_files(folder)
+    findings = _lint(path, say) if show_lint else None
+    entry = manifest.part_entry(part, options, path, check, findings)
+    if options.coreai and isinstance(part, VisionPart) and part.name == "vision":
+        entry["coreai"] = write_asset(part, path.with_suffix(".aimodel"), verify, say)
+    return entry, part
+
+
 def precheck(out: Path, options: Options, image: str | Path | None, overwrite: bool) -> None:
     """Raises UsageError for what is wrong whichever the model: before one is looked for."""
     tools()
+    _refuse_sizes(options)
     if options.coreai:
         authoring()
     refuse_groups(options)
     check_target(out, overwrite=overwrite, listed=manifest.listed)
     if image is not None:
         open_image(image)
+
+
+def _refuse_sizes(options: Options) -> None:
+    sizes = [size for size in (options.size, *options.more_sizes) if size is not None]
+    if twice := next((size for size in sizes if sizes.count(size) > 1), None):
+        raise UsageError(f"--image-size {twice[1]}x{twice[0]} is there twice: leave one out")
+    if options.coreai and options.more_sizes:
+        raise UsageError("--format coreai takes one --image-size")
 
 
 def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Processor | None]:
@@ -147,32 +166,64 @@ def _parts(
     wanted: Sequence[str],
     options: Options,
     image: str | Path | None,
-) -> tuple[list[Part], AppPixels | None]:
-    """The parts to export, and how a picture becomes what they take."""
+) -> tuple[list[Part], dict[str, AppPixels]]:
+    """The parts to export, and how a picture becomes what each function of one tower takes."""
     built: list[Part] = []
-    towers: dict[str, Encoder] = {}
+    pixels: dict[str, AppPixels] = {}
     if {"vision", "connector"} & {*wanted}:
         towers = encoders(model, options.size, options.strategy)
-    if len(towers) > 1:
-        _check_several(wanted, options, len(towers))
-        options = replace(options, fused=False)
-    for name, tower in towers.items():
-        cases = drawn_cases(tower) if image is None else picture_cases(tower, image)
-        if "vision" in wanted:
-            notes = {**tower.notes}
-            if len(towers) > 1:
-                notes["preprocessing"] = manifest.preprocessing_entry(tower.pixels)
-            segment = Tower(tower, options, name)
-            vision = VisionPart(segment, options, cases, notes, tower.arrays)
-            if options.coreai:
-                refuse_untranslated(vision)
-            built.append(vision)
-        if "connector" in wanted and not ("vision" in wanted and options.fused):
-            built.append(VisionPart(Connector(tower), options, cases))
+        if len(towers) > 1:
+            _check_several(wanted, options, len(towers))
+            options = replace(options, fused=False)
+            for name, tower in towers.items():
+                own = {"preprocessing": manifest.preprocessing_entry(tower.pixels)}
+                built += _tower_parts({MAIN: tower}, name, wanted, options, image, own)
+        else:
+            sizes = {MAIN: towers["vision"]}
+            for size in options.more_sizes:
+                sizes[sized_name(*size)] = encoder(model, size, options.strategy)
+            built += _tower_parts(sizes, "vision", wanted, options, image, {})
+            pixels = {function: each.pixels for function, each in sizes.items()}
     if "decoder" in wanted:
         built.append(DecoderPart(model.language_model, options))
-    pixels = [tower.pixels for tower in towers.values()]
-    return built, pixels[0] if len(pixels) == 1 else None
+    return built, pixels
+
+
+def _tower_parts(
+    sizes: Mapping[str, Encoder],
+    name: str,
+    wanted: Sequence[str],
+    options: Options,
+    image: str | Path | None,
+    notes: Mapping[str, Any],
+) -> Iterator[Part]:
+    """A tower, and its connector where that is apart, with a function for each size of pictures."""
+    tower = sizes[MAIN]
+    cases = {function: _cases(each, image) for function, each in sizes.items()}
+    if "vision" in wanted:
+        views = {f: View(Tower(each, options, name), cases[f]) for f, each in sizes.items()}
+        vision = _vision_part(views, options, {**tower.notes, **notes}, tower.arrays)
+        if options.coreai:
+            refuse_untranslated(vision)
+        yield vision
+    if "connector" in wanted and not ("vision" in wanted and options.fused):
+        views = {f: View(Connector(each), cases[f]) for f, each in sizes.items()}
+        yield _vision_part(views, options, {}, {})
+
+
+def _cases(tower: Encoder, image: str | Path | None) -> list[Case]:
+    return drawn_cases(tower) if image is None else picture_cases(tower, image)
+
+
+def _vision_part(
+    views: Mapping[str, View],
+    options: Options,
+    notes: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> VisionPart:
+    others = {function: view for function, view in views.items() if function != MAIN}
+    first = views[MAIN]
+    return VisionPart(first.segment, options, first.cases, notes, arrays, others=others)
 
 
 def _check_several(wanted: Sequence[str], options: Options, count: int) -> None:
@@ -194,13 +245,13 @@ def _save(part: Part, path: Path, say: Report) -> None:
 
 
 def _prompt_cache(
-    part: DecoderPart, package: Path, ids: Sequence[int], say: Report
+    part: DecoderPart, folder: Path, ids: Sequence[int], say: Report
 ) -> dict[str, Any]:
     """The manifest's entry of it; nothing where a prompt begins with its picture, or the context
     has no room behind its first ids."""
     if not 0 < len(ids) <= part.options.context - STEPS:
         return {}
-    entry, parity = write_prompt_cache(part, package, ids)
+    entry, parity = write_prompt_cache(part, manifest.package_path(folder, part), ids)
     judge("the prompt cache", [parity], say)
     return {"prompt_cache": entry}
 

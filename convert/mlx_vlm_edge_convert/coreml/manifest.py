@@ -13,7 +13,7 @@ from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
 
 from ..save import save_json
-from .names import PACKAGE_SUFFIX
+from .names import PACKAGE_SUFFIX, TOKENS
 from .package.interface import interface
 from .package.malformed import reading
 from .package.save import save_arrays
@@ -82,6 +82,26 @@ def preprocessing_entry(pixels: AppPixels) -> dict[str, Any]:
         "range": [0, 255],
         "folded": {"scale": 1 / 255, "mean": list(pixels.mean), "std": list(pixels.std)},
     }
+
+
+def sizes_entry(
+    pixels: Mapping[str, AppPixels], parts: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The sizes of pictures by function, that of the preprocessing first; each with its number of
+    visual tokens, None where no package gives them."""
+    return [
+        {"function": name, "height": each.size[0], "width": each.size[1],
+         "tokens": _visual_tokens(name, parts)}
+        for name, each in pixels.items()
+    ]  # fmt: skip
+
+
+def _visual_tokens(function: str, parts: Mapping[str, Mapping[str, Any]]) -> int | None:
+    every = (
+        parts[name]["functions"][function] for name in ("vision", "connector") if name in parts
+    )
+    outputs = (port for each in every for port in each["outputs"] if port["name"] == TOKENS)
+    return next((int(port["shape"][1]) for port in outputs), None)
 
 
 def _all(functions: Mapping[str, Any], kind: str) -> Iterator[Any]:

@@ -14,6 +14,11 @@ def prefill_name(size: int, smallest: int) -> str:
     return PREFILL if size == smallest else f"{PREFILL}_{size}"
 
 
+def sized_name(height: int, width: int) -> str:
+    """The function that takes pictures of a further size; those of the first go into `main`."""
+    return f"{MAIN}_{width}x{height}"
+
+
 def new_name(cache: str) -> str:
     """The output that holds what the host must write into a read-only cache."""
     return f"new_{cache}"

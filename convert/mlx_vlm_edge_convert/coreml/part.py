@@ -23,8 +23,9 @@ MINIMUM = {  # deployment target -> what the manifest says of it
 class Options:
     """What the user asked for.
 
-    size of the picture, and strategy, how one becomes that: None for the model's own. bits and
-    context are the decoder's; embedding_bits: of the table beside it, None for a dense one. fused:
+    size of the picture, and strategy, how one becomes that: None for the model's own. more_sizes:
+    that the same packages take, each by a function of its own. bits and context are the decoder's;
+    embedding_bits: of the table beside it, None for a dense one. fused:
     the connector is in the vision package. image_input: the package takes a picture, not a tensor
     [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core AI asset as well.
     """
@@ -32,6 +33,7 @@ class Options:
     precision: Precision = "fp16"
     compute: Compute = "cpu-gpu"
     size: Size | None = None
+    more_sizes: tuple[Size, ...] = ()
     strategy: str | None = None
     bits: Bits | None = None
     embedding_bits: Literal[4, 8] | None = None

@@ -287,6 +287,11 @@ def test_an_interrupt_leaves_nothing_behind(tools, native_folder, tmp_path, monk
     [
         (["--resolution", "100"], "resolution 100x100: FastViTHD takes multiples of 64"),
         (["--resolution", "huge"], "resolution 'huge': give pixels, as 1024 or HEIGHTxWIDTH"),
+        (["--image-size", "64,128,64"], "--image-size 64x64 is there twice: leave one out"),
+        (["--image-size", "128", "64", "128"], "--image-size 128x128 is there twice"),
+        (["--image-size", "64,100"], "resolution 100x100: FastViTHD takes multiples of 64"),
+        (["--image-size", "64,"], "--image-size '': give pixels"),
+        (["--image-size", "64", "128", "--format", "coreai"], "coreai takes one --image-size"),
         (["--resolution", "512x768x3"], "--resolution '512x768x3': give pixels"),
         (["--part", "vision", "--bits", "4"], "--bits compresses the decoder"),
         (["--part", "vision", "--context", "64"], "--context is the decoder's, which --part v"),
@@ -395,10 +400,10 @@ def test_sides_are_told_in_one_order_and_the_old_one_with_a_note(capsys):
     def size(*arguments):
         parser = argparse.ArgumentParser()
         verb.add_arguments(parser)
-        return verb._size(parser.parse_args(["demo", "-o", "out", *arguments]))
+        return verb._sizes(parser.parse_args(["demo", "-o", "out", *arguments]))
 
-    assert size() is None
-    assert size("--image-size", "768x512") == size("--resolution", "512x768") == (512, 768)
+    assert size() == []
+    assert size("--image-size", "768x512") == size("--resolution", "512x768") == [(512, 768)]
     assert capsys.readouterr().err == "note: taken as --image-size 768x512, as other verbs say\n"
-    assert size("--image-size", "512") == size("--resolution", "512") == (512, 512)
+    assert size("--image-size", "512") == size("--resolution", "512") == [(512, 512)]
     assert capsys.readouterr().err == ""

@@ -19,11 +19,10 @@ ROUNDED = "_cast_fp16"  # what coremltools adds to the names of what it rounds
 
 
 class _Graph:
-    """The operations of a package's only function by what they make, casts left out."""
+    """The operations of a function by what they make, casts left out."""
 
-    def __init__(self, path: Path) -> None:
-        self.saved = Saved(path)
-        ((_, _, block),) = blocks(self.saved)
+    def __init__(self, saved: Saved, block: Any) -> None:
+        self.saved = saved
         self.operations: dict[str, Any] = {}
         self._constants: dict[str, Any] = {}
         self._sources: dict[str, str] = {}
@@ -65,7 +64,20 @@ def plain(name: str) -> str:
 
 def check_rounded(package: Path, twin: Path) -> None:
     """Raises UsageError, naming an operation, unless `package` is `twin` rounded."""
-    narrow, whole = _Graph(package), _Graph(twin)
+    narrow, whole = _graphs(package), _graphs(twin)
+    if narrow.keys() != whole.keys():
+        _refuse(package, "a function")
+    for name, graph in narrow.items():
+        _check_graph(package, graph, whole[name])
+
+
+def _graphs(path: Path) -> dict[str, _Graph]:
+    """By function."""
+    saved = Saved(path)
+    return {name: _Graph(saved, block) for name, _, block in blocks(saved)}
+
+
+def _check_graph(package: Path, narrow: _Graph, whole: _Graph) -> None:
     odd = sorted(narrow.operations.keys() ^ whole.operations.keys())
     if odd or narrow.outputs != whole.outputs:
         _refuse(package, odd[0] if odd else "an output")

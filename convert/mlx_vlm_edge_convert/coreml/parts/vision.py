@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -129,7 +129,7 @@ class Connector:
         return {FEATURES: case.reference[FEATURES].astype(np.float16 if half else np.float32)}
 
 
-MINIMUM = "iOS16"
+MINIMUM, SEVERAL = "iOS16", "iOS18"
 
 
 def _program(function: Callable[[Any], Any], shape: tuple[int, ...], half: bool) -> Any:
@@ -141,11 +141,21 @@ def _program(function: Callable[[Any], Any], shape: tuple[int, ...], half: bool)
 
 
 @dataclass(frozen=True)
+class View:
+    """A further size of pictures: what its function computes, and what that is compared on."""
+
+    segment: Segment
+    cases: Sequence[Case]
+
+
+@dataclass(frozen=True)
 class VisionPart:
-    """A part with one function of fixed shapes, whose ranges the audit can repair.
+    """A part with a function of fixed shapes for each size of pictures, whose ranges the audit can
+    repair, for all of them alike, so that they share their weights.
 
     notes, arrays: for the host, in the manifest and beside the package. powers: by site, the power
-    of two that values are held smaller by. islands: operations in float32.
+    of two that values are held smaller by. islands: operations in float32. others: by function, the
+    sizes beside that of `main`.
     """
 
     segment: Segment
@@ -155,7 +165,17 @@ class VisionPart:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     powers: Mapping[str, int] = field(default_factory=dict)
     islands: frozenset[str] = frozenset()
-    minimum: str = MINIMUM
+    others: Mapping[str, View] = field(default_factory=dict)
+
+    @property
+    def minimum(self) -> str:
+        """Packages of several functions came with iOS 18."""
+        return SEVERAL if self.others else MINIMUM
+
+    @property
+    def _views(self) -> dict[str, View]:
+        """By function."""
+        return {MAIN: View(self.segment, self.cases), **self.others}
 
     @property
     def name(self) -> str:
@@ -170,12 +190,14 @@ class VisionPart:
         return Network(self._half, self.powers, split_heads=self.options.compute == "cpu-ne")
 
     def functions(self) -> Sequence[Function]:
-        """`main`."""
+        """`main`, and one for each further size."""
+        return [
+            Function(name, partial(self._emitted, segment), segment.images(), self.islands or None)
+            for name, segment in ((name, view.segment) for name, view in self._views.items())
+        ]
 
-        def program() -> Any:
-            return self.segment.emit(self._network())
-
-        return (Function(MAIN, program, self.segment.images(), self.islands or None),)
+    def _emitted(self, segment: Segment) -> Any:
+        return segment.emit(self._network())
 
     def write_files(self, folder: Path) -> None:
         """What of the family's vision weights the host computes with, where there is any."""
@@ -211,7 +233,7 @@ class VisionPart:
         """
         if self.options.precision == "fp32":
             save_package(self, path)
-            check = self._run(path, self.cases, GRAPH, "")
+            check = self._run(path, GRAPH, "")
             return self, replace(check, trial=self._trial())
         with TemporaryDirectory(dir=path.parent) as folder:
             twin = Path(folder) / path.name
@@ -220,7 +242,7 @@ class VisionPart:
                 part, whole = repaired, repaired._graph(twin)
             save_package(part, path)
             check_rounded(path, twin)
-        narrow = part._run(path, self.cases[:1], HALF, "")
+        narrow = part._run(path, HALF, "", first=True)
         return part, replace(
             whole, parity=(*whole.parity, *narrow.parity), trial=self._trial()
         )  # fmt: skip
@@ -235,15 +257,18 @@ class VisionPart:
         """The float32 twin, saved and run."""
         twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
         save_package(twin, path)
-        return twin._run(path, self.cases, GRAPH, " (graph)")
+        return twin._run(path, GRAPH, " (graph)")
 
-    def _run(self, path: Path, cases: Sequence[Case], limit: float, note: str) -> Check:
+    def _run(self, path: Path, limit: float, note: str, *, first: bool = False) -> Check:
+        """Every function on its pictures, or on the first of them."""
         package, parity = Package(path, track=True), []
-        for case in cases:
-            outputs = package.run(MAIN, self.segment.inputs(case, self._half))
-            for name, output in outputs.items():
-                error = distance(output, case.reference[name])
-                parity.append(Parity(self.name, case.name + note, error, limit))
+        for function, view in self._views.items():
+            size = "" if function == MAIN else f", {function}"
+            for case in view.cases[: 1 if first else None]:
+                outputs = package.run(function, view.segment.inputs(case, self._half))
+                for name, output in outputs.items():
+                    error = distance(output, case.reference[name])
+                    parity.append(Parity(self.name, case.name + size + note, error, limit))
         return Check(tuple(parity), dict(package.ranges), summed=dict(package.summed))
 
     def repaired(self, check: Check) -> "VisionPart | None":
