@@ -80,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compress the table of input embeddings (default: dense)",
     )  # fmt: skip
     form.add_argument(
-        "--context", type=int, metavar="N", help="positions of the decoder's cache (default: 2048)"
-    )
+        "--context", metavar="N,...",
+        help="positions of the decoder's cache (default: 2048); several share their weights",
+    )  # fmt: skip
     form.add_argument(
         "--device", metavar="NAME",
         help="iphone-15, m1, ...: choose --bits and --context so that the model fits its memory, "
@@ -118,21 +119,32 @@ def _several(flag: str, text: str, order: str) -> list[tuple[int, int]]:
     return [sides(flag, each, order) for each in text.split(",")]
 
 
-def _weights_and_context(args: argparse.Namespace) -> tuple[Any, int]:
-    """What was asked for, or what fits the device."""
-    bits = {"4": 4, "8": 8}.get(args.bits, args.bits)
+def _contexts(text: str | None) -> list[int]:
+    """Those that were asked for, the usual one first. Raises UsageError for what is no number."""
+    numbers: list[int] = []
+    for each in text.split(",") if text is not None else []:
+        if not each.strip().isdecimal() or int(each) < 1:
+            raise UsageError(f"context {each}: give a number of positions above zero")
+        numbers.append(int(each))
+    return numbers
+
+
+def _weights_and_contexts(args: argparse.Namespace) -> tuple[Any, list[int]]:
+    """What was asked for, or what fits the device, which the largest context must."""
+    bits, contexts = {"4": 4, "8": 8}.get(args.bits, args.bits), _contexts(args.context)
     if args.device is None:
-        return bits, CONTEXT if args.context is None else args.context
+        return bits, contexts or [CONTEXT]
     from ..wording import gigabytes
     from .device import choose
 
-    choice = choose(args.model, args.device, bits, args.context, _TABLES[args.embedding_bits])
+    largest, table = max(contexts, default=None), _TABLES[args.embedding_bits]
+    choice = choose(args.model, args.device, bits, largest, table)
     told = f"--bits {choice.bits}" if choice.bits in (4, 8) else "weights as they are"
     _report(
         f"for {args.device}: {told}, --context {choice.context}: about {gigabytes(choice.nbytes)} "
         f"of {gigabytes(choice.room)} (an estimate)"
     )
-    return bits or _asked(args.model, choice.bits), choice.context
+    return bits or _asked(args.model, choice.bits), contexts or [choice.context]
 
 
 def _asked(model: str, bits: int) -> int | None:
@@ -161,11 +173,10 @@ def _refuse_unused(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
-    if args.context is not None and args.context < 1:
-        raise UsageError(f"context {args.context}: give a number of positions above zero")
+    _contexts(args.context)
     _refuse_unused(args)
     sizes = _sizes(args)
-    bits, context = _weights_and_context(args)
+    bits, (context, *more_contexts) = _weights_and_contexts(args)
     from mlx_vlm_edge_convert.coreml.export import export, precheck
     from mlx_vlm_edge_convert.coreml.part import Options
 
@@ -177,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         size=sizes[0] if sizes else None, more_sizes=tuple(sizes[1:]),
         strategy=args.image_strategy, bits=bits,
         embedding_bits=_TABLES[args.embedding_bits], context=context,
+        more_contexts=tuple(more_contexts),
         fused=not args.separate_connector, image_input=args.input == "image",
         coreai=args.format == "coreai",
     )  # fmt: skip

@@ -127,7 +127,7 @@ def _written(
 def precheck(out: Path, options: Options, image: str | Path | None, overwrite: bool) -> None:
     """Raises UsageError for what is wrong whichever the model: before one is looked for."""
     tools()
-    _refuse_sizes(options)
+    _refuse_repeated(options)
     if options.coreai:
         authoring()
     refuse_groups(options)
@@ -136,10 +136,13 @@ def precheck(out: Path, options: Options, image: str | Path | None, overwrite: b
         open_image(image)
 
 
-def _refuse_sizes(options: Options) -> None:
+def _refuse_repeated(options: Options) -> None:
     sizes = [size for size in (options.size, *options.more_sizes) if size is not None]
     if twice := next((size for size in sizes if sizes.count(size) > 1), None):
         raise UsageError(f"--image-size {twice[1]}x{twice[0]} is there twice: leave one out")
+    contexts = [options.context, *options.more_contexts]
+    if again := next((each for each in contexts if contexts.count(each) > 1), None):
+        raise UsageError(f"--context {again} is there twice: leave one out")
     if options.coreai and options.more_sizes:
         raise UsageError("--format coreai takes one --image-size")
 

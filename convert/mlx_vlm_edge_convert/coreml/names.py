@@ -14,6 +14,11 @@ def prefill_name(size: int, smallest: int) -> str:
     return PREFILL if size == smallest else f"{PREFILL}_{size}"
 
 
+def context_name(function: str, context: int) -> str:
+    """The same function of the decoder, for a cache of a further size."""
+    return f"{function}_context_{context}"
+
+
 def sized_name(height: int, width: int) -> str:
     """The function that takes pictures of a further size; those of the first go into `main`."""
     return f"{MAIN}_{width}x{height}"

@@ -24,8 +24,9 @@ class Options:
     """What the user asked for.
 
     size of the picture, and strategy, how one becomes that: None for the model's own. more_sizes:
-    that the same packages take, each by a function of its own. bits and context are the decoder's;
-    embedding_bits: of the table beside it, None for a dense one. fused:
+    that the same packages take, each by a function of its own. bits and context are the decoder's,
+    more_contexts: for which it has functions too; embedding_bits: of the table beside it, None for
+    a dense one. fused:
     the connector is in the vision package. image_input: the package takes a picture, not a tensor
     [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core AI asset as well.
     """
@@ -38,6 +39,7 @@ class Options:
     bits: Bits | None = None
     embedding_bits: Literal[4, 8] | None = None
     context: int = 2048
+    more_contexts: tuple[int, ...] = ()
     fused: bool = True
     image_input: bool = True
     coreai: bool = False

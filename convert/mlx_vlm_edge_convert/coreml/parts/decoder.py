@@ -5,7 +5,7 @@ How it is verified stands in decoder_check.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
 from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, packed, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
-from ..names import DECODE, prefill_name
+from ..names import DECODE, context_name, prefill_name
 from ..package.save import save_arrays, save_package
 from ..parity import Check
 from ..part import Function, Options
@@ -30,6 +30,7 @@ from .decoder_check import (
     QKV,
     RESTORED,
     check,
+    check_context,
     either,
     head_of,
     linears_of,
@@ -59,11 +60,13 @@ def refuse_groups(options: Options, quantised: bool = False) -> None:
 @dataclass(frozen=True)
 class DecoderPart:
     """prefill takes `chunk` positions, where the context has room for them another four times as
-    many, decode one; the context is a multiple of the chunk."""
+    many, decode one; the context is a multiple of the chunk. first: whose numbers these are, where
+    it is a further context of that."""
 
     language_model: Any
     options: Options
     chunk: int = CHUNK
+    first: "DecoderPart | None" = None
     name: str = "decoder"
     minimum: str = "iOS18"
 
@@ -74,7 +77,11 @@ class DecoderPart:
                 "use --part vision"
             )
         refuse_groups(self.options, self._quantised)
-        context, most = self.options.context, self._config.max_position_embeddings
+        for context in (self.options.context, *self.options.more_contexts):
+            self._check_context(context)
+
+    def _check_context(self, context: int) -> None:
+        most = self._config.max_position_embeddings
         if not 0 < context <= most:
             raise UsageError(f"--context {context}: this model's is 1 to {most:,}")
         if context % self.chunk:
@@ -83,6 +90,16 @@ class DecoderPart:
                 f"--context {context} is no multiple of {self.chunk}, the positions of a prefill "
                 f"chunk: use {best}"
             )
+
+    @cached_property
+    def contexts(self) -> list["DecoderPart"]:
+        """Itself, and the same for further contexts."""
+        alone = replace(self.options, more_contexts=())
+        further = self.options.more_contexts
+        return [
+            self,
+            *(replace(self, options=replace(alone, context=n), first=self) for n in further),
+        ]
 
     @property
     def _config(self) -> TextConfig:
@@ -106,6 +123,8 @@ class DecoderPart:
     @cached_property
     def decoder(self) -> Decoder:
         """What is emitted."""
+        if self.first is not None:
+            return replace(self.first.decoder, context=self.options.context)
         model = self.language_model.model
         return Decoder(
             config=self._config,
@@ -149,10 +168,14 @@ class DecoderPart:
             head_dim=config.head_dim,
             context=self.options.context,
             chunk=self.chunk,
-            chunks={prefill_name(size, self.chunk): size for size in self._sizes},
+            chunks={self._named(prefill_name(size, self.chunk)): size for size in self._sizes},
             periods=listed,
             dtype="float16" if self._half else "float32",
+            decode=self._named(DECODE),
         )
+
+    def _named(self, function: str) -> str:
+        return function if self.first is None else context_name(function, self.options.context)
 
     @property
     def _sizes(self) -> list[int]:
@@ -172,6 +195,8 @@ class DecoderPart:
     @cached_property
     def table(self) -> np.ndarray:
         """Input embeddings [V, D] of every token, as the host looks them up."""
+        if self.first is not None:
+            return self.first.table
         if self.grouped is not None:
             return self.grouped.dense().astype(self.geometry.dtype)
         size, embed = self._config.vocab_size, self.language_model.embed
@@ -179,9 +204,12 @@ class DecoderPart:
         return np.concatenate([numpy(embed(ids)).astype(self.geometry.dtype) for ids in parts])
 
     def functions(self) -> Sequence[Function]:
-        """Every `prefill`, and `decode`, of the same weights."""
-        sizes = {**self.geometry.chunks, DECODE: 1}
-        return [Function(name, partial(self.decoder.program, q)) for name, q in sizes.items()]
+        """Every `prefill`, and `decode`, of every context, of the same weights."""
+        return [
+            Function(name, partial(each.decoder.program, q))
+            for each in self.contexts
+            for name, q in {**each.geometry.chunks, each.geometry.decode: 1}.items()
+        ]
 
     def write_files(self, folder: Path) -> None:
         """The embeddings, which are looked up outside of the package."""
@@ -201,16 +229,26 @@ class DecoderPart:
 
     def memory(self) -> dict[str, int]:
         """Keys and values of the whole context, and the embeddings."""
-        cache = 2 * math.prod(self.decoder.cache_shape)
-        each = 2 if self._half or self.form == "stateful" else 4
         table = sum(array.nbytes for array in self._table_arrays().values())
-        return {"cache": cache * each, "embeddings": table}
+        return {"cache": self._cache, "embeddings": table}
+
+    @property
+    def _cache(self) -> int:
+        """Bytes of keys and values."""
+        each = 2 if self._half or self.form == "stateful" else 4
+        return 2 * math.prod(self.decoder.cache_shape) * each
 
     def describe(self) -> dict[str, Any]:
         """Geometry, embeddings and compression."""
-        groups = self._groups()
+        groups, geometry = self._groups(), asdict(self.geometry)
+        del geometry["decode"]  # of the usual context it is `decode`
         return {
-            "geometry": asdict(self.geometry),
+            "geometry": geometry,
+            "contexts": [
+                {"context": each.geometry.context, "chunks": dict(each.geometry.chunks),
+                 "decode": each.geometry.decode, "cache": each._cache}
+                for each in self.contexts
+            ],
             "embeddings": {
                 "file": EMBEDDINGS_FILE, "name": EMBEDDINGS_NAME, "dtype": self.geometry.dtype,
                 "shape": list(self.table.shape), "bits": self.options.embedding_bits,
@@ -241,4 +279,6 @@ class DecoderPart:
     def verified(self, path: Path) -> tuple["DecoderPart", Check]:
         """Save it, run it and compare it with MLX: itself, and how it did."""
         save_package(self, path)
-        return self, check(self, path)
+        found = check(self, path)
+        more = [parity for each in self.contexts[1:] for parity in check_context(each, path)]
+        return self, replace(found, parity=(*found.parity, *more))

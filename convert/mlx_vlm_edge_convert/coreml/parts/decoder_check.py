@@ -92,6 +92,19 @@ def check(part: Exported, path: Path) -> Check:
     return Check(tuple(parity), wide if audit.leaving(ranges) else ranges, trial)
 
 
+def check_context(part: Exported, path: Path) -> list[Parity]:
+    """How the functions of a further context compare with MLX, in float32 and as declared; the
+    numbers of the package are those that `check` compared."""
+    prompt, what = _Prompt(part), f"context {part.options.context}, prefill + {STEPS} steps"
+    modes: dict[Mode, tuple[str, float]] = {
+        "fp32": (" (graph)", _graph(part)), "declared": ("", LIMITS[part.options.precision])
+    }  # fmt: skip
+    return [
+        Parity(part.name, what + note, distance(prompt.run(path, mode)[0], prompt.reference), limit)
+        for mode, (note, limit) in modes.items()
+    ]
+
+
 def weights_error(part: Exported) -> float:
     """The largest relative error of a matrix that is exported, against MLX's own."""
     return max(

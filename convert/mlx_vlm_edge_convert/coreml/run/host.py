@@ -5,7 +5,7 @@ It drives a bundle's decoder through whatever executes the package's functions.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ from ..names import (
     MASK,
     PICK,
     POSITION,
-    PREFILL,
     SIN,
     TOKEN,
     in_order,
     new_name,
-    prefill_name,
 )
 from ..package.malformed import reading
 from .prompt_cache import PromptCache
@@ -45,8 +43,8 @@ class Geometry:
     """What the host must know; the manifest has it under the decoder.
 
     form: "stateful" or "readonly". chunk: positions of `prefill`, chunks: of each function that
-    takes several; `decode` takes one. periods float[head_dim / 2]: position / period is the angle
-    of a pair.
+    takes several, decode: the name of the one that takes one. periods float[head_dim / 2]:
+    position / period is the angle of a pair.
     """
 
     form: str
@@ -58,14 +56,32 @@ class Geometry:
     chunks: Mapping[str, int]
     periods: Sequence[float]
     dtype: str
+    decode: str = DECODE
 
     @classmethod
-    def from_manifest(cls, entry: Mapping[str, Any]) -> "Geometry":
-        """Of a manifest's decoder entry. Raises UsageError for what cannot be."""
+    def from_manifest(cls, entry: Mapping[str, Any], context: int | None = None) -> "Geometry":
+        """Of a manifest's decoder entry, for the smallest of its contexts that has so many
+        positions; the usual one without. Raises UsageError for what cannot be, or is not there."""
         with reading("manifest.json", "the decoder's geometry is wrong"):
             geometry = cls(**entry["geometry"])
             geometry._check()
-        return geometry
+            if context is None or "contexts" not in entry:
+                return geometry
+            keys = ("context", "chunks", "decode")
+            every = [
+                replace(geometry, **{key: each[key] for key in keys}) for each in entry["contexts"]
+            ]
+            for each in every:
+                each._check()
+        large = [each for each in every if each.context >= context]
+        if not large:
+            listed = " and ".join(f"{each.context:,}" for each in every)
+            raise UsageError(f"the decoder has contexts of {listed}, none of {context:,}")
+        return min(large, key=lambda each: each.context)
+
+    def function(self, size: int) -> str:
+        """The one that takes so many positions."""
+        return next((name for name, n in self.chunks.items() if n == size), self.decode)
 
     @property
     def position_axis(self) -> int:
@@ -98,8 +114,10 @@ class Geometry:
             self.form in ("stateful", "readonly")
             and self.dtype in ("float16", "float32")
             and all(type(size) is int and 0 < size < LARGEST for size in sizes)
-            and self.chunk == self.chunks[PREFILL] <= max(self.chunks.values()) <= self.context
-            and all(prefill_name(n, self.chunk) == name for name, n in self.chunks.items())
+            and self.chunk == min(self.chunks.values())
+            and max(self.chunks.values()) <= self.context
+            and len({*self.chunks.values()}) == len(self.chunks)
+            and all(type(name) is str for name in (*self.chunks, self.decode))
             and 2 * len(self.periods) == self.head_dim
             and all(math.isfinite(period) and period > 0 for period in self.periods)
         )
@@ -127,8 +145,11 @@ class DecoderHost:
         self.start()
 
     @classmethod
-    def open(cls, folder: Path, entry: Mapping[str, Any], package: Runner) -> "DecoderHost":
-        """Of a bundle's folder. entry: the manifest's, of the decoder that `package` runs."""
+    def open(
+        cls, folder: Path, entry: Mapping[str, Any], package: Runner, context: int | None = None
+    ) -> "DecoderHost":
+        """Of a bundle's folder. entry: the manifest's, of the decoder that `package` runs. context:
+        positions that are needed, where it is not the usual one."""
         with reading(folder, "the decoder's embeddings are damaged"):
             described = entry["embeddings"]
             file = folder / described["file"]
@@ -137,7 +158,7 @@ class DecoderHost:
             table = _table(load_file(file), described)
             if table.ndim != 2 or table.dtype.kind != "f":
                 raise ValueError(f"{table.dtype} of {table.ndim} axes")
-        geometry, known = Geometry.from_manifest(entry), entry.get("prompt_cache")
+        geometry, known = Geometry.from_manifest(entry, context), entry.get("prompt_cache")
         if known is not None:
             known = PromptCache.read(folder, known, geometry.cache_shape, geometry.position_axis)
         return cls(package, geometry, table, known)
@@ -150,7 +171,7 @@ class DecoderHost:
         self._caches: dict[str, np.ndarray] = {}
         self.token: int | None = None
         if g.form == "stateful":
-            self._state = self._package.new_state(PREFILL)
+            self._state = self._package.new_state(g.decode)
             return
         self._caches = {name: np.zeros(g.cache_shape, self._dtype) for name in CACHES}
 
@@ -246,8 +267,7 @@ class DecoderHost:
             inputs[PICK] = pick.reshape((1, 1, -1) if stateful else (1, -1, 1))
         if stateful:
             inputs[POSITION] = np.array([self.offset], np.int32)
-        function = prefill_name(size, g.chunk) if size in g.chunks.values() else DECODE
-        outputs = self._package.run(function, {**inputs, **self._caches}, self._state)
+        outputs = self._package.run(g.function(size), {**inputs, **self._caches}, self._state)
         for name, cache in self._caches.items():
             cache[..., self.offset : self.offset + count] = outputs[new_name(name)][..., :count]
         self.offset += count
