@@ -14,6 +14,8 @@ public struct Manifest: Codable, Sendable {
     public let minimumOS: MinimumOS
     public let parts: Parts
     public let preprocessing: Preprocessing?
+    /// The sizes of pictures, that of `preprocessing` first; nil in bundles from before.
+    public let sizes: [PictureSize]?
     public let tokens: Tokens
     public let prompt: Prompt?
     public let context: Int?
@@ -26,7 +28,8 @@ public struct Manifest: Codable, Sendable {
     public static let known = 2
 
     enum CodingKeys: String, CodingKey {
-        case format, model, licence, parts, preprocessing, tokens, prompt, context, memory, files
+        case format, model, licence, parts, preprocessing, sizes, tokens, prompt, context, memory
+        case files
         case minimumOS = "minimum_os"
     }
 }
@@ -93,13 +96,19 @@ extension Manifest {
         public let largestActivation: Double?
         public let lint: [String: Int]?
         public let geometry: Geometry
+        /// The caches that there are functions for, that of `geometry` first; nil in bundles from
+        /// before.
+        public let contexts: [Context]?
         public let embeddings: EmbeddingsFile
+        /// nil where the bundle was not verified, or prompts begin with their picture.
+        public let promptCache: PromptCache?
         public let weights: [String]
         public let matricesWithFloatOffsets: Int
 
         enum CodingKeys: String, CodingKey {
-            case package, functions, precision, memory, trial, parity, lint, geometry, embeddings
-            case weights
+            case package, functions, precision, memory, trial, parity, lint, geometry, contexts
+            case embeddings, weights
+            case promptCache = "prompt_cache"
             case fallbackUnits = "fallback_units"
             case minimumOS = "minimum_os"
             case computeUnits = "compute_units"
@@ -176,6 +185,31 @@ extension Manifest {
             case kvHeads = "kv_heads"
             case headDim = "head_dim"
         }
+    }
+
+    /// A cache of so many positions: its functions that take several, the one that takes one, and
+    /// its bytes. States of one context go into no other.
+    public struct Context: Codable, Sendable {
+        public let context: Int
+        public let chunks: [String: Int]
+        public let decode: String
+        public let cache: Int
+    }
+
+    /// A file of the `keys` and `values` of the ids that prompts begin with, as they lie in the
+    /// decoder's states or inputs of these names, with as many positions as there are ids.
+    public struct PromptCache: Codable, Sendable {
+        public let file: String
+        public let ids: [Int]
+    }
+
+    /// function: of the vision part and the connector. tokens: visual tokens of a picture; nil
+    /// where no package of the bundle gives them.
+    public struct PictureSize: Codable, Sendable {
+        public let function: String
+        public let height: Int
+        public let width: Int
+        public let tokens: Int?
     }
 
     /// bits: nil where the tensor is dense; else it is packed, and `<name>.scale` and
