@@ -19,7 +19,8 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 CODE := mlx_vlm_edge convert benchmarks/mlx_vlm_edge_bench
 COREML := tests/convert/coreml tests/examples/test_coreml_answer.py tests/benchmarks/test_coreml_on_mac.py \
 	tests/interruption/test_export.py
-SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py tests/examples/test_app_runs.py
+SWIFT := tests/examples/test_swift.py tests/examples/test_swift_runs.py \
+	tests/examples/test_swift_sessions.py tests/examples/test_app_runs.py
 PAGE := tests/server/test_page.py
 IMAGE ?= examples/images/hello.png examples/images/shapes.png
 QUESTION ?= Describe the image.

@@ -1,8 +1,13 @@
-"""Bundles that the examples are held against, each exported once."""
+"""Bundles that the examples are held against, each exported once, and the Swift programs."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+
+from .swift_build import HERE, STRICT, SWIFT, package
+
+SCRIPT = HERE.parents[1] / "examples" / "coreml_answer.py"
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +47,28 @@ def demo_bundles(export, tmp_path_factory) -> dict[str, Path]:
         name: export("demo", folder / name, options=options, verify=False)
         for name, options in forms.items()
     }
+
+
+@pytest.fixture(scope="session")
+def example():
+    """examples/coreml_answer.py as a module."""
+    spec = importlib.util.spec_from_file_location("coreml_answer", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """Debian's Swift, with EdgeVLM compiled."""
+    return package()
+
+
+@pytest.fixture(scope="session")
+def ask(tools):
+    return tools.program("edge-ask", [SWIFT / "edge-ask" / "main.swift"], *STRICT)
+
+
+@pytest.fixture(scope="session")
+def checks(tools):
+    return tools.program("checks", [HERE / "swift_checks" / "main.swift"])

@@ -25,9 +25,15 @@ class Link:
         self.toolchain, self.bundle, self.folder = toolchain, bundle, folder
         self.calls: list[tuple[str, str]] = []
         self.units: list[tuple[str, str, str]] = []  # the same with the compute units
+        self.loads: list[tuple[str, str]] = []  # package and function of each model
         self.fails: set[tuple[str, str, str]] = set()  # predictions that fail
         # ("load" or "run", package, function, units) that end the process
         self.kills: set[tuple[str, str, str, str]] = set()
+        self.failing = 0  # predictions that fail next
+        self.spoils_logits = False  # so that only the package's own token is right
+        # What each function writes its outputs into, and its inputs that are an IOSurface's.
+        self.backed: dict[tuple[str, str], set[str]] = {}
+        self.shared: dict[tuple[str, str], set[str]] = {}
         self.packages: dict[str, Package] = {}
         self.states: dict[int, Any] = {}
         for name in ("asked", "answered"):
@@ -35,7 +41,7 @@ class Link:
 
     def run(self, program: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """A program with its pipes; what it says and how it ends."""
-        self.calls, self.units, self.states = [], [], {}
+        self.calls, self.loads, self.units, self.states = [], [], [], {}
         home = {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
         environment = self.toolchain.environment(LINK_FOLDER=str(self.folder), **home, **more)
         # Opened for both ways here, so that neither side waits for the other to come or go.
@@ -87,13 +93,25 @@ class Link:
         }  # fmt: skip
 
     def _load(self, package: str, function: str, units: str) -> dict[str, Any]:
+        self.loads.append((package, function))
         return {"dies": True} if ("load", package, function, units) in self.kills else {}
 
+    def _fail(self, count: int) -> dict[str, Any]:
+        """The program's own wish: so many predictions from now on fail."""
+        self.failing = count
+        return {}
+
     def _run(
-        self, package: str, function: str, units: str, state: int, inputs: dict[str, Any]
-    ) -> dict[str, Any]:
+        self, package: str, function: str, units: str, state: int, inputs: dict[str, Any],
+        backed: list[str],
+    ) -> dict[str, Any]:  # fmt: skip
         self.calls.append((package, function))
         self.units.append((package, function, units))
+        self.backed[package, function] = set(backed)
+        self.shared[package, function] = {x for x in inputs if inputs[x].pop("shared", False)}
+        if self.failing:
+            self.failing -= 1
+            return {"error": "this one fails"}
         if ("run", package, function, units) in self.kills:
             return {"dies": True}
         if (package, function, units) in self.fails:
@@ -106,9 +124,13 @@ class Link:
         arrays = {name: self._array(**entry) for name, entry in inputs.items()}
         outputs = {}
         for name, array in runs.run(function, arrays, self.states.get(state)).items():
+            if name == "logits" and self.spoils_logits:
+                array = array.min() + array.max() - array  # the last is first
             file = self.folder / f"out_{name}"
-            array.astype(np.float16).tofile(file)
-            outputs[name] = {"shape": array.shape, "file": str(file)}
+            whole = np.issubdtype(array.dtype, np.integer)
+            dtype = "int32" if whole else "float16"
+            array.astype(DTYPES[dtype]).tofile(file)
+            outputs[name] = {"dtype": dtype, "shape": array.shape, "file": str(file)}
         return {"outputs": outputs}
 
     @staticmethod

@@ -66,6 +66,21 @@ def test_a_chat_goes_from_state_to_state(told):
     assert result["spoken"].startswith(expected)
 
 
+def test_a_chat_is_shown_again_and_a_shortcut_asks(told, tmp_path):
+    result = told("restored", str(tmp_path))
+    assert (result["none"], result["damaged"], result["left"]) == (0, 0, 0)
+    note = "The conversation had become too long: the model no longer knows its 2 oldest questions"
+    assert result["shown"] == ["0 and now? true ", f"1 0 pictures of and now? true {note}"]
+    assert result["ids"] == [0, 1, 2, 3]
+    assert result["mistakes"] == [
+        "no model is loaded; open the app, and choose one in its settings",
+        "another question is being answered; ask again when it is done",
+        "it broke; mend it",
+        "the question is empty; ask something",
+    ]
+    assert result["answer"] == "1 pictures of what?"
+
+
 def test_captions_are_of_the_newest_frame(told):
     """Frames 2 and 3 are dropped, 5 comes too early, 13 fails and 7 meets a pause."""
     result = told("captions")
@@ -90,6 +105,7 @@ def test_heat_and_memory_warnings(told):
 def test_settings_are_kept_and_held_within_bounds(told):
     assert told("settings") == {
         "plain": True, "same": True, "broken": True, "options": ["0.0", "1.0", "1"],
+        "presets": ["what?", "where?"], "lines": "what?\n\n where? \nwhat?",
     }  # fmt: skip
 
 
@@ -127,7 +143,8 @@ def server():
     contents = {"a.txt": b"small", "parts/large.bin": bytes(range(256)) * 2000}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     Server.files = {f"/model/{name}": data for name, data in contents.items()}
-    Server.files["/model/manifest.json"] = json.dumps({"files": hashes}).encode()
+    sizes = {"files": sum(map(len, contents.values()))}
+    Server.files["/model/manifest.json"] = json.dumps({"files": hashes, "memory": sizes}).encode()
     Server.broken, Server.ranges = set(), []
     http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -144,6 +161,9 @@ def test_a_download_goes_on_where_it_broke(told, server, tmp_path):
     whole = sum(map(len, Server.files.values()))
     assert result["entries"] == [f"model {whole}"]
     assert result["last"] == "2/2"
+    shares = [*map(float, result["shares"])]
+    assert shares == sorted(shares)
+    assert (shares[0] < 0.1, shares[-1]) == (True, 1)
     folder = tmp_path / "bundles" / "model"
     assert (folder / "parts" / "large.bin").read_bytes() == Server.files["/model/parts/large.bin"]
     assert not list(Path(folder).rglob("*.part"))
@@ -172,6 +192,15 @@ def test_what_is_no_bundle_is_refused(told, server, tmp_path, files, message):
     result = told("download", f"{server}/model", str(tmp_path / "bundles"), "model")
     assert result["mistakes"][0].endswith(message)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_bundle_that_the_storage_has_no_room_for_is_not_begun(told, server, tmp_path):
+    manifest = json.dumps({"files": {"a.txt": "00"}, "memory": {"files": 10**18}})
+    Server.files = {"/model/manifest.json": manifest.encode()}
+    result = told("download", f"{server}/model", str(tmp_path / "bundles"), "model")
+    assert result["mistakes"][0].startswith("the bundle takes 1000000000000 MB more, ")
+    assert result["mistakes"][0].endswith(" MB are free; free some storage")
+    assert result["shares"] == []
 
 
 @pytest.mark.parametrize("name", ["", "/", "..", "a/b"])

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 import json
 import random
 import shutil
@@ -18,17 +17,9 @@ from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 
 from ..demo import IMAGES, ROOT, known
+from .conftest import SCRIPT
 
-SCRIPT = ROOT / "examples" / "coreml_answer.py"
 ASKED = [("shapes.png", "Describe the image."), ("text.png", "What does it say?")]
-
-
-@pytest.fixture(scope="session")
-def example():
-    spec = importlib.util.spec_from_file_location("coreml_answer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

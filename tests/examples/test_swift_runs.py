@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_edge import load
-from mlx_vlm_edge.generation.conversation import Conversation
 from mlx_vlm_edge.generation.sampling import StopStrings
 from mlx_vlm_edge.picture.rgb import upright
 from mlx_vlm_edge.text.guard import GUARD
@@ -25,30 +23,15 @@ from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from ..demo import IMAGES, ROOT
 from ..text.test_real_tokenizers import NPM, texts
-from .swift_build import HERE, STRICT, SWIFT, package
+from .swift_build import STRICT, SWIFT, package
 from .swift_link import ORIENTATION, Link
+from .swift_session import QUESTIONS, answers, mlx_answers, session
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),
     reason="Debian's Swift is unpacked where apt-get is, on Linux and x86_64",
 )
-QUESTIONS = ("Describe the image.", "What colour is it?", "How many shapes are there?")
 KILLED = 9  # the exit code where the stand-in for Core ML takes the process down
-
-
-@pytest.fixture(scope="module")
-def tools():
-    return package()
-
-
-@pytest.fixture(scope="module")
-def ask(tools):
-    return tools.program("edge-ask", [SWIFT / "edge-ask" / "main.swift"], *STRICT)
-
-
-@pytest.fixture(scope="module")
-def checks(tools):
-    return tools.program("checks", [HERE / "swift_checks" / "main.swift"])
 
 
 @pytest.fixture
@@ -207,31 +190,13 @@ def test_pictures_are_pythons_to_the_last_bit(tools, ask, demo_bundles, tmp_path
     assert {*worst.values()} == {"0"}
 
 
-def answers(tools, ask, bundle, folder, *arguments):
-    link = Link(tools, bundle, folder)
-    done = link.run(ask, str(bundle), *arguments, "--json", "--no-trial")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()], link.calls
-
-
-def mlx_answers(pictures, questions, **options):
-    """MLX's own greedy ids, question after question."""
-    model, processor = load("demo")
-    chat = Conversation(model, processor, max_tokens=24, **options)
-    ends = processor.eos_ids
-    for number, question in enumerate(questions):
-        images = [str(IMAGES / name) for name in pictures] if number == 0 else None
-        tokens = [piece.token for piece in chat.stream(question, images)]
-        yield [token for token in tokens if token not in ends and token is not None]
-
-
 @pytest.mark.parametrize("form", ["stateful", "readonly"])
 def test_three_turns_are_mlxs_greedy_ids(tools, ask, demo_bundles, tmp_path, form):
     pictures = str(IMAGES / "shapes.png")
-    said, calls = answers(
+    said, link = answers(
         tools, ask, demo_bundles[form], tmp_path, pictures, *QUESTIONS, "--max-tokens", "24"
     )
-    expected = list(mlx_answers(["shapes.png"], QUESTIONS))
+    expected, calls = [ids for ids, _ in mlx_answers(["shapes.png"], QUESTIONS)], link.calls
     assert [answer["report"]["tokens"] for answer in said] == expected
     assert len(said[0]["text"]) > 10
     # The picture once, and of each turn only what is new.
@@ -245,47 +210,33 @@ def test_two_pictures_and_instructions_are_mlxs_greedy_ids(tools, ask, demo_bund
     names, system = ["shapes.png", "count.png"], "Answer briefly."
     pictures = ",".join(str(IMAGES / name) for name in names)
     questions = QUESTIONS[:2]
-    said, calls = answers(
+    said, link = answers(
         tools, ask, demo_bundles["stateful"], tmp_path, pictures, *questions, "--system", system,
         "--max-tokens", "24",
     )  # fmt: skip
-    expected = list(mlx_answers(names, questions, system=system))
+    expected = [ids for ids, _ in mlx_answers(names, questions, system=system)]
     assert [answer["report"]["tokens"] for answer in said] == expected
     assert said[0]["report"]["visualTokens"] == 8
-    assert len([package for package, _ in calls if package == "vision.mlpackage"]) == 2
+    assert [package for package, _ in link.calls].count("vision.mlpackage") == 2
 
 
 def test_a_prompt_of_several_chunks(tools, ask, demo_bundles, tmp_path):
     question = "What does it say? " * 8 + "What does it say?"
     picture = str(IMAGES / "text.png")
-    said, calls = answers(tools, ask, demo_bundles["readonly"], tmp_path, picture, question)
-    (expected,) = mlx_answers(["text.png"], [question])
+    said, link = answers(tools, ask, demo_bundles["readonly"], tmp_path, picture, question)
+    ((expected, _),) = mlx_answers(["text.png"], [question])
     assert said[0]["report"]["tokens"] == expected
-    assert [name for _, name in calls].count("prefill") == 2
-
-
-def session(tools, checks, bundle, folder, **more):
-    link = Link(tools, bundle, folder)
-    request = {
-        "ask": "session", "bundle": str(bundle), "picture": str(IMAGES / "shapes.png"),
-        "question": QUESTIONS[0], "stop": "circles", **more,
-    }  # fmt: skip
-    (folder / "requests").write_text(json.dumps([request]))
-    done = link.run(checks, str(folder / "requests"))
-    assert done.returncode == 0, done.stderr
-    (told,) = json.loads(done.stdout)
-    assert "error" not in told, told
-    return told, link.calls
+    assert [name for _, name in link.calls].count("prefill") == 2
 
 
 def test_a_session_is_broken_off_undone_stopped_and_unloaded(tools, checks, demo_bundles, tmp_path):
     bundle = demo_bundles["stateful"]
-    told, calls = session(tools, checks, bundle, tmp_path)
+    told, link = session(tools, checks, bundle, tmp_path)
     first = told["first"]
     assert first["finish"] == "end"
     assert first["stages"] == ["preprocess", "vision", "tokenise", "prefill", "decode"]
     # The same picture again is not encoded again, whatever became of the conversation.
-    assert [package for package, _ in calls].count("vision.mlpackage") == 1
+    assert [package for package, _ in link.calls].count("vision.mlpackage") == 1
     assert told["again"] == first
     assert told["loading"] == ["0/3", "1/3", "2/3", "3/3"]
     assert told["memory"]["decoder.mlpackage"] > 100_000

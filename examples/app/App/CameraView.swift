@@ -14,6 +14,8 @@ struct CameraView: View {
 
     var body: some View {
         VStack {
+            CameraPreview(session: camera.session)
+                .accessibilityLabel("What the camera sees")
             Text(caption?.text ?? "Looking …").font(.title2).padding()
                 .accessibilityAddTraits(.updatesFrequently)
             if let caption {
@@ -55,7 +57,7 @@ struct CameraView: View {
 
 /// The back camera, or the one there is.
 final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unchecked Sendable {
-    private let session = AVCaptureSession()
+    let session = AVCaptureSession()
     private let queue = DispatchQueue(label: "camera")
     private var put: AsyncThrowingStream<Picture, Error>.Continuation?
 

@@ -8,7 +8,8 @@ import UniformTypeIdentifiers
 
 struct ChatView: View {
     @Bindable var host: Host
-    @State private var question = ""
+    /// What was typed stays when the system ends the app.
+    @SceneStorage("question") private var question = ""
     @State private var picked: PhotosPickerItem?
     @State private var showsCamera = false
     @State private var showsSettings = false
@@ -39,6 +40,12 @@ struct ChatView: View {
                 if let data { attach(data) }
             }
         }
+        .onChange(of: chat.state) { before, state in
+            guard before == .answering, state == .idle, let last = chat.messages.last else {
+                return
+            }
+            AccessibilityNotification.Announcement(last.mistake ?? last.text).post()
+        }
         .sheet(isPresented: $showsCamera) { CameraView(host: host) }
         .sheet(isPresented: $showsSettings) { SettingsView(host: host) }
     }
@@ -46,7 +53,7 @@ struct ChatView: View {
     private var presets: some View {
         ScrollView(.horizontal, showsIndicators: false) {
             HStack {
-                ForEach(chat.settings.presets, id: \.self) { text in
+                ForEach(chat.settings.shownPresets, id: \.self) { text in
                     Button(text) { chat.ask(text) }.disabled(!chat.canAsk)
                 }
             }
@@ -65,8 +72,11 @@ struct ChatView: View {
                 .textFieldStyle(.roundedBorder)
                 .onSubmit(send)
             if chat.attached.count > 0 {
-                Text("\(chat.attached.count)")
-                    .accessibilityLabel("\(chat.attached.count) pictures attached")
+                Button("\(chat.attached.count)", systemImage: "xmark") {
+                    chat.detach(chat.attached.count - 1)
+                }
+                .accessibilityLabel("\(chat.attached.count) pictures attached")
+                .accessibilityHint("Removes the last one")
             }
             if chat.isBusy {
                 Button("Stop", systemImage: "stop.fill") { Task { await chat.stop() } }
@@ -122,12 +132,14 @@ struct MessagesView: View {
                             if let mistake = message.mistake {
                                 Text(mistake).foregroundStyle(.red)
                             }
+                            if let note = message.note { Text(note).font(.caption) }
                             if let rate = message.report?.tokensPerSecond {
                                 Text("\(rate, specifier: "%.1f") tokens per second")
                                     .font(.caption).foregroundStyle(.secondary)
                             }
                         }
                         .accessibilityElement(children: .combine)
+                        .opacity(message.isEarlier ? 0.6 : 1)
                         .id(message.id)
                     }
                 }
@@ -143,7 +155,7 @@ struct StatusView: View {
 
     var body: some View {
         if let download = host.download {
-            ProgressView(value: Double(download.done), total: Double(max(1, download.total))) {
+            ProgressView(value: download.fraction) {
                 Text("Downloading \(download.file)")
             }
         }
@@ -152,6 +164,9 @@ struct StatusView: View {
                 Text("Loading the model; the first time takes minutes")
             }
         }
+        if host.chat.messages.last?.isEarlier == true {
+            Text("The model does not know what was said before the app was opened").font(.caption)
+        }
         if host.chat.state == .noModel { Text("No model: get one in the settings") }
         if let line = mistake ?? host.notice { Text(line).foregroundStyle(.orange) }
     }
@@ -159,6 +174,7 @@ struct StatusView: View {
 
 struct StageBarView: View {
     let bar: StageBar
+    @ScaledMetric private var height = 10
     private let colours: [Stage: Color] = [
         .preprocess: .gray, .vision: .blue, .tokenise: .green, .prefill: .orange,
     ]
@@ -172,7 +188,7 @@ struct StageBarView: View {
                 }
             }
         }
-        .frame(height: bar.parts.isEmpty ? 0 : 10)
+        .frame(height: bar.parts.isEmpty ? 0 : height)
         .clipShape(.capsule)
         .accessibilityElement()
         .accessibilityLabel(bar.spoken)

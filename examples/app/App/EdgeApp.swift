@@ -6,12 +6,16 @@ import SwiftUI
 
 @main
 struct EdgeApp: App {
-    @State private var host = Host()
+    @State private var host = Host.shared
+    @Environment(\.scenePhase) private var phase
 
     var body: some Scene {
         WindowGroup {
             ChatView(host: host)
                 .task { await host.start() }
+        }
+        .onChange(of: phase) { _, phase in
+            if phase != .active { host.save() }
         }
     }
 }
@@ -20,6 +24,9 @@ struct EdgeApp: App {
 @MainActor
 @Observable
 final class Host {
+    /// The window's, and the shortcut's.
+    static let shared = Host()
+
     let chat = Chat(settings: .kept(in: .standard))
     private(set) var library: Library?
     private(set) var session: Session?
@@ -30,15 +37,37 @@ final class Host {
     private(set) var captionInterval: Double? = 0
     private var pressure = Pressure()
     private var memory: (any DispatchSourceMemoryPressure)?
+    private var starting: Task<Void, Never>?
+    private let history = History(file: .applicationSupportDirectory.appending(path: "chat.json"))
 
+    /// Once, whoever comes first; the others wait for it.
     func start() async {
+        let task = starting ?? Task { await open() }
+        starting = task
+        await task.value
+    }
+
+    func save() { history.save(chat.messages) }
+
+    /// A shortcut's question, in a new conversation.
+    func answer(_ question: String, about data: Data) async throws -> String {
+        let picture = try Picture(data: data)
+        await start()
+        return try await chat.answer(question, about: picture)
+    }
+
+    private func open() async {
         do {
             let folder = URL.applicationSupportDirectory.appending(path: "Bundles")
             library = try Library(folder: folder)
         } catch {
             chat.failed(error)
         }
-        chat.answered = { [weak self] in self?.pressure.calm() }
+        chat.restore(history.messages)
+        chat.answered = { [weak self] in
+            self?.pressure.calm()
+            self?.save()
+        }
         watch()
         if let name = chat.settings.bundle ?? library?.entries.first?.name { await load(name) }
     }

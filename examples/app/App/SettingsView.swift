@@ -38,6 +38,9 @@ struct SettingsView: View {
                     TextField("Instructions", text: settings.system, axis: .vertical)
                     TextField("The camera's question", text: settings.cameraQuestion)
                 }
+                Section("Questions a tap away, one a line") {
+                    TextField("Questions", text: settings.presetLines, axis: .vertical)
+                }
             }
             .navigationTitle("Settings")
             .toolbar {

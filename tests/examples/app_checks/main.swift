@@ -16,6 +16,7 @@ actor Actor: Answering {
             let task = Task {
                 continuation.yield(.stage(StageTime(stage: .vision, seconds: 0.3, count: 1)))
                 continuation.yield(.stage(StageTime(stage: .prefill, seconds: 0.1, count: 9)))
+                if question == "and now?" { continuation.yield(.dropped(turns: 2)) }
                 for piece in ["\(pictures.count)", " pic", "tures", " of", " ", question] {
                     continuation.yield(.text(piece))
                 }
@@ -40,6 +41,47 @@ actor Actor: Answering {
     func reset() { resets += 1 }
     func forgetPictures() {}
     func unload() { unloads += 1 }
+}
+
+/// What an earlier run left, turns that are dropped, and a shortcut's question.
+@MainActor
+func restored(_ folder: String) async throws -> Data {
+    let file = URL(fileURLWithPath: folder).appendingPathComponent("chat.json")
+    let history = History(file: file)
+    let none = history.messages.count
+    let before = Chat()
+    before.loaded(Actor())
+    before.ask("and now?")
+    await before.finish()
+    history.save(before.messages)
+    let chat = Chat()
+    chat.restore(history.messages)
+    let shown = chat.messages.map { "\($0.id) \($0.text) \($0.isEarlier) \($0.note ?? "")" }
+    chat.restore([])
+    var mistakes: [String] = []
+    func shortcut(_ question: String) async -> String {
+        do {
+            let picture = try Picture(width: 1, height: 1, rgb: [1, 2, 3])
+            return try await chat.answer(question, about: picture)
+        } catch {
+            mistakes.append(error.localizedDescription)
+            return ""
+        }
+    }
+    _ = await shortcut("what?")
+    chat.loaded(Actor())
+    chat.ask("more?")
+    let ids = chat.messages.map(\.id)
+    _ = await shortcut("what?")
+    await chat.finish()
+    _ = await shortcut("fail")
+    _ = await shortcut("  ")
+    let answer = await shortcut("what?")
+    try Data("{".utf8).write(to: file)
+    return try json([
+        "none": none, "shown": shown, "ids": ids, "mistakes": mistakes, "answer": answer,
+        "damaged": history.messages.count, "left": chat.attached.count,
+    ])
 }
 
 @MainActor
@@ -177,9 +219,11 @@ func settings() -> [String: Any] {
     settings.keep(in: defaults)
     let same = Settings.kept(in: defaults) == settings
     let options = settings.options
+    settings.presetLines = "what?\n\n where? \nwhat?"
     defaults.set(Data("?".utf8), forKey: "settings")
     return [
         "plain": plain, "same": same, "broken": Settings.kept(in: defaults) == Settings(),
+        "presets": settings.shownPresets, "lines": settings.presetLines,
         "options": ["\(options.temperature)", "\(options.topP)", "\(options.maxTokens)"],
     ]
 }
@@ -188,6 +232,7 @@ func settings() -> [String: Any] {
 func download(_ address: String, _ folder: String, _ name: String) async throws -> [String: Any] {
     guard let url = URL(string: address) else { return [:] }
     let told = Told()
+    let shares = Told()
     let home = URL(fileURLWithPath: folder, isDirectory: true)
     let library = try Library(folder: home)
     let downloader = Downloader(transport: URLSessionTransport(), folder: library.folder)
@@ -196,6 +241,7 @@ func download(_ address: String, _ folder: String, _ name: String) async throws 
         do {
             _ = try await downloader.download(url, as: name) { progress in
                 told.add("\(progress.done)/\(progress.total)")
+                shares.add("\(progress.fraction)")
             }
             break
         } catch let error as EdgeVLMError {
@@ -206,7 +252,7 @@ func download(_ address: String, _ folder: String, _ name: String) async throws 
         }
     }
     return [
-        "mistakes": mistakes, "last": told.all.last ?? "",
+        "mistakes": mistakes, "last": told.all.last ?? "", "shares": shares.all,
         "entries": library.entries.map { "\($0.name) \($0.bytes)" },
     ]
 }
@@ -215,6 +261,7 @@ func told() async throws -> Data {
     let words = CommandLine.arguments
     switch words[1] {
     case "chat": return try await chat()
+    case "restored": return try await restored(words[2])
     case "captions": return try json(try await captions())
     case "pressure": return try json(pressure())
     case "settings": return try json(settings())

@@ -9,14 +9,16 @@ import Link
 // coreml/mlmultiarraydatatype
 public enum MLMultiArrayDataType: String { case float32, float16, int32 }
 
-// coreml/mlmultiarray: init(shape:dataType:), shape, strides, dataType, count, subscript(_:),
-// withUnsafeBytes(_:), withUnsafeMutableBytes(_:)
+// coreml/mlmultiarray: init(shape:dataType:), init(pixelBuffer:shape:) (float16; the last size is
+// the buffer's width, the product of the others its height), shape, strides, dataType, count,
+// subscript(_:), withUnsafeBytes(_:), withUnsafeMutableBytes(_:)
 public final class MLMultiArray {
     static let gap = 24  // elements behind each row of what a model gives
     public let shape: [NSNumber]
     public let strides: [NSNumber]
     public let dataType: MLMultiArrayDataType
     private let data: UnsafeMutableRawBufferPointer
+    private let pixels: CVPixelBuffer?
 
     public init(shape: [NSNumber], dataType: MLMultiArrayDataType, gap: Int = 0) throws {
         self.shape = shape
@@ -30,9 +32,35 @@ public final class MLMultiArray {
         strides = steps.map { NSNumber(value: $0) }
         data = .allocate(byteCount: step * (dataType == .float16 ? 2 : 4), alignment: 64)
         data.initializeMemory(as: UInt8.self, repeating: 0xff)  // NaN where nothing is written
+        pixels = nil
     }
 
-    deinit { data.deallocate() }
+    public init(pixelBuffer: CVPixelBuffer, shape: [NSNumber]) {
+        let rows = shape.dropLast().reduce(1) { $0 * $1.intValue }
+        let isOne = CVPixelBufferGetPixelFormatType(pixelBuffer)
+            == kCVPixelFormatType_OneComponent16Half
+        guard isOne, shape.last?.intValue == pixelBuffer.width, rows == pixelBuffer.height else {
+            fatalError("no such array in this pixel buffer")
+        }
+        self.shape = shape
+        dataType = .float16
+        var steps = [1]
+        var step = pixelBuffer.row / 2
+        for size in shape.dropLast().reversed() {
+            steps.insert(step, at: 0)
+            step *= size.intValue
+        }
+        strides = steps.map { NSNumber(value: $0) }
+        data = UnsafeMutableRawBufferPointer(
+            start: pixelBuffer.data, count: pixelBuffer.row * pixelBuffer.height)
+        data.initializeMemory(as: UInt8.self, repeating: 0xff)
+        pixels = pixelBuffer
+    }
+
+    deinit { if pixels == nil { data.deallocate() } }
+
+    /// Whether it is an IOSurface's.
+    var isShared: Bool { pixels != nil }
 
     public var count: Int { shape.reduce(1) { $0 * $1.intValue } }
 
@@ -45,7 +73,7 @@ public final class MLMultiArray {
     }
 
     public subscript(index: Int) -> NSNumber {
-        get { 0 }
+        get { NSNumber(value: data.load(fromByteOffset: 4 * index, as: Int32.self)) }
         set { data.storeBytes(of: newValue.int32Value, toByteOffset: 4 * index, as: Int32.self) }
     }
 
@@ -86,7 +114,10 @@ public final class MLFeatureValue {
         let array = multiArrayValue!
         let file = Link.shared.write(array.rows.reduce(Data()) { $0 + $1 })
         let shape = array.shape.map(\.intValue)
-        return ["dtype": array.dataType.rawValue, "shape": shape, "file": file]
+        return [
+            "dtype": array.dataType.rawValue, "shape": shape, "file": file,
+            "shared": array.isShared,
+        ]
     }
 }
 
@@ -114,6 +145,26 @@ public final class MLModelConfiguration {
     public var functionName: String?
 }
 
+// coreml/mlpredictionoptions: init(), outputBackings. A multiarray takes an output of its shape and
+// type; Core ML may leave it aside, so here one of two is.
+public final class MLPredictionOptions {
+    public init() {}
+    public var outputBackings: [String: Any] = [:]
+
+    /// What an output goes into.
+    func array(
+        _ name: String, _ shape: [NSNumber], _ dataType: MLMultiArrayDataType, _ call: Int
+    ) throws -> MLMultiArray {
+        guard let backing = outputBackings[name] as? MLMultiArray, call % 2 == 0 else {
+            return try MLMultiArray(shape: shape, dataType: dataType, gap: MLMultiArray.gap)
+        }
+        guard backing.shape == shape, backing.dataType == dataType else {
+            throw Failed(error: "the backing of \(name) is of another shape or type")
+        }
+        return backing
+    }
+}
+
 struct Failed: Error { let error: String }
 
 // coreml/mlstate
@@ -127,8 +178,9 @@ public final class MLState {
 }
 
 // coreml/mlmodel: compileModel(at:), load(contentsOf:configuration:), makeState(),
-// prediction(from:), prediction(from:using:)
+// prediction(from:), prediction(from:options:), prediction(from:using:options:)
 public final class MLModel {
+    nonisolated(unsafe) private static var calls = 0
     private let package: String
     private let function: String
     private let units: MLComputeUnits
@@ -162,32 +214,41 @@ public final class MLModel {
     public func makeState() -> MLState { MLState() }
 
     public func prediction(from inputs: any MLFeatureProvider) throws -> any MLFeatureProvider {
-        try run(inputs, 0)
+        try run(inputs, 0, MLPredictionOptions())
     }
 
     public func prediction(
-        from inputs: any MLFeatureProvider, using state: MLState
-    ) throws -> any MLFeatureProvider { try run(inputs, state.number) }
+        from inputs: any MLFeatureProvider, options: MLPredictionOptions
+    ) throws -> any MLFeatureProvider { try run(inputs, 0, options) }
 
-    private func run(_ inputs: any MLFeatureProvider, _ state: Int) throws -> MLFeatureProvider {
+    public func prediction(
+        from inputs: any MLFeatureProvider, using state: MLState, options: MLPredictionOptions
+    ) throws -> any MLFeatureProvider { try run(inputs, state.number, options) }
+
+    private func run(
+        _ inputs: any MLFeatureProvider, _ state: Int, _ options: MLPredictionOptions
+    ) throws -> MLFeatureProvider {
+        MLModel.calls += 1
         let values = (inputs as! MLDictionaryFeatureProvider).values.mapValues(\.asked)
         let told = Link.shared.ask([
             "call": "run", "package": package, "function": function, "state": state,
-            "units": "\(units)",
-            "inputs": values,
+            "units": "\(units)", "inputs": values,
+            "backed": options.outputBackings.keys.sorted(),
         ])
         if told["dies"] != nil { exit(9) }
         if let error = told["error"] { throw Failed(error: "\(error)") }
-        let outputs = try (told["outputs"] as! [String: [String: Any]]).mapValues { output in
+        var outputs: [String: MLFeatureValue] = [:]
+        for (name, output) in told["outputs"] as! [String: [String: Any]] {
             let shape = (output["shape"] as! [Int]).map { NSNumber(value: $0) }
-            let array = try MLMultiArray(shape: shape, dataType: .float16, gap: MLMultiArray.gap)
+            let dataType = MLMultiArrayDataType(rawValue: output["dtype"] as! String)!
+            let array = try options.array(name, shape, dataType, MLModel.calls)
             let data = try Data(contentsOf: URL(fileURLWithPath: output["file"] as! String))
             var place = 0
             for row in array.rows {
                 row.copyBytes(from: data[place..<place + row.count])
                 place += row.count
             }
-            return MLFeatureValue(multiArray: array)
+            outputs[name] = MLFeatureValue(multiArray: array)
         }
         return try MLDictionaryFeatureProvider(dictionary: outputs)
     }

@@ -16,12 +16,15 @@ public final class CVPixelBuffer {
     public let data: UnsafeMutableRawPointer
     let bytes: Int
 
+    /// Bytes of a pixel, of formats of one plane.
+    static let plain = [kCVPixelFormatType_32BGRA: 4, kCVPixelFormatType_OneComponent16Half: 2]
+
     public init(standIn format: OSType, _ width: Int, _ height: Int) {
         self.format = format
         self.width = width
         self.height = height
-        row = (format == kCVPixelFormatType_32BGRA ? 4 * width : width) + 64
-        let second = format == kCVPixelFormatType_32BGRA ? 0 : (height + 1) / 2
+        row = width * (Self.plain[format] ?? 1) + 64
+        let second = Self.plain[format] == nil ? (height + 1) / 2 : 0
         bytes = row * (height + second)
         data = .allocate(byteCount: bytes, alignment: 64)
         data.initializeMemory(as: UInt8.self, repeating: 0xAA, count: bytes)
@@ -42,6 +45,7 @@ public typealias CVOptionFlags = UInt64
 public let kCVPixelBufferIOSurfacePropertiesKey: CFString = "IOSurfaceProperties"
 public let kCVReturnSuccess: CVReturn = 0
 public let kCVPixelFormatType_32BGRA: OSType = 0x42475241
+public let kCVPixelFormatType_OneComponent16Half: OSType = 0x4C303068
 public let kCVPixelFormatType_420YpCbCr8BiPlanarFullRange: OSType = 0x34323066
 public let kCVPixelFormatType_420YpCbCr8BiPlanarVideoRange: OSType = 0x34323076
 
@@ -72,7 +76,7 @@ public func CVPixelBufferGetWidth(_ x: CVPixelBuffer) -> Int { x.width }
 public func CVPixelBufferGetHeight(_ x: CVPixelBuffer) -> Int { x.height }
 public func CVPixelBufferGetPixelFormatType(_ x: CVPixelBuffer) -> OSType { x.format }
 public func CVPixelBufferGetPlaneCount(_ x: CVPixelBuffer) -> Int {
-    x.format == kCVPixelFormatType_32BGRA ? 0 : 2
+    CVPixelBuffer.plain[x.format] == nil ? 2 : 0
 }
 public func CVPixelBufferGetBaseAddressOfPlane(
     _ x: CVPixelBuffer, _ plane: Int

@@ -5,6 +5,7 @@
 import CoreGraphics
 import CoreVideo
 import Foundation
+import Link
 import UIKit
 
 typealias Request = [String: Any]
@@ -100,6 +101,60 @@ func frames(_ request: Request) throws -> Any {
     }
 }
 
+/// The embeddings of a bundle's decoder, a list of values for each id.
+func embedded(_ request: Request) throws -> Any {
+    let folder = URL(fileURLWithPath: request["bundle"] as! String, isDirectory: true)
+    let bundle = try ModelBundle(folder: folder)
+    let described = try Runnable(bundle.manifest).decoder.embeddings
+    let rows = try Embeddings(folder: folder, described: described).rows(request["ids"] as! [Int])
+    return rows.values.map { Double($0) }
+}
+
+/// Questions until turns have left. "fails" is the number of the question whose first prediction
+/// fails at first; before "forgets" the pictures are forgotten; "undone" is asked twice.
+func full(_ request: Request) async throws -> Any {
+    let folder = URL(fileURLWithPath: request["bundle"] as! String, isDirectory: true)
+    let picture = try Picture(contentsOf: URL(fileURLWithPath: request["picture"] as! String))
+    let session = try await Session(
+        bundle: ModelBundle(folder: folder), options: .init(tries: false, pictures: 0))
+    var told: [[String: Any]] = []
+    func ask(_ question: String, _ pictures: [Picture]) async throws {
+        var entry: [String: Any] = [:]
+        for try await event in session.ask(
+            question, pictures: pictures,
+            options: AnswerOptions(maxTokens: request["most"] as! Int))
+        {
+            if case .dropped(let turns) = event { entry["dropped"] = turns }
+            if case .done(let report) = event {
+                entry["tokens"] = report.tokens
+                entry["reported"] = report.droppedTurns
+                entry["reused"] = report.reusedTokens
+            }
+        }
+        entry["turns"] = await session.turns.count
+        entry["pictures"] = await session.memory.pictures
+        told.append(entry)
+    }
+    for (number, question) in (request["questions"] as! [String]).enumerated() {
+        let pictures = (request["pictured"] as! [Int]).contains(number) ? [picture] : []
+        if number == request["forgets"] as? Int { await session.forgetPictures() }
+        if number == request["fails"] as? Int {
+            _ = Link.shared.ask(["call": "fail", "count": 1])
+            do {
+                try await ask(question, pictures)
+            } catch {
+                told.append(["error": error.localizedDescription])
+            }
+        }
+        try await ask(question, pictures)
+        if number == request["undone"] as? Int {
+            await session.undo()
+            try await ask(question, pictures)
+        }
+    }
+    return told
+}
+
 /// A session's turns and calls, step by step.
 func session(_ request: Request) async throws -> Any {
     let folder = URL(fileURLWithPath: request["bundle"] as! String, isDirectory: true)
@@ -180,6 +235,8 @@ func result(_ request: Request) async throws -> Any {
     case "images": return try images(request)
     case "inks": return inks(request)
     case "frames": return try frames(request)
+    case "embedded": return try embedded(request)
+    case "full": return try await full(request)
     case "session": return try await session(request)
     default: fatalError("not asked for")
     }

@@ -89,10 +89,12 @@ public struct AnswerReport: Equatable, Sendable, Codable {
     public let tokens: [Int]
     public let stages: [StageTime]
     public let finish: FinishReason
+    /// Turns that left the conversation to make room for this one.
+    public let droppedTurns: Int
 
     public init(
         reusedTokens: Int, promptTokens: Int, visualTokens: Int, tokens: [Int],
-        stages: [StageTime], finish: FinishReason
+        stages: [StageTime], finish: FinishReason, droppedTurns: Int = 0
     ) {
         self.reusedTokens = reusedTokens
         self.promptTokens = promptTokens
@@ -100,6 +102,7 @@ public struct AnswerReport: Equatable, Sendable, Codable {
         self.tokens = tokens
         self.stages = stages
         self.finish = finish
+        self.droppedTurns = droppedTurns
     }
 
     /// From the question to the first token.
@@ -119,6 +122,8 @@ public struct AnswerReport: Equatable, Sendable, Codable {
 public enum AnswerEvent: Equatable, Sendable {
     case stage(StageTime)
     case text(String)
+    /// The context had no room left: so many turns, the oldest, are no longer seen by the model.
+    case dropped(turns: Int)
     case done(AnswerReport)
 }
 

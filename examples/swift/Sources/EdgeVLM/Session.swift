@@ -2,7 +2,6 @@
 // one ended. Keys and values of earlier turns stay, and so do the visual tokens of pictures: one
 // that comes again is not encoded again.
 
-import CryptoKit
 import Foundation
 
 public actor Session {
@@ -34,38 +33,34 @@ public actor Session {
         public fileprivate(set) var answer: String
     }
 
-    public private(set) var turns: [Turn] = []
     public let bundle: ModelBundle
     private let options: Options
+    private let parts: Runnable
     private let tokenizer: Tokenizer
     private let prompt: Prompt
     private var models: Models?
-    private var encoded: [(key: String, rows: Rows)] = []
-    /// Where each turn began, and what of the answer before it was still to be run.
-    private var beginnings: [(offset: Int, pending: [Int])] = []
-    /// Tokens of the last answer that are not among the keys and values yet.
-    private var pending: [Int] = []
+    private var encoded: EncodedPictures
+    private var transcript = Transcript()
+
+    /// The conversation as the model knows it: without turns that were dropped.
+    public var turns: [Turn] { transcript.entries.map(\.turn) }
 
     /// What runs; gone after `unload`.
     private struct Models {
         let vision: VisionEncoder
         let decoder: LanguageDecoder
 
-        init(_ bundle: ModelBundle, _ packages: Packages) throws {
-            vision = try VisionEncoder(bundle: bundle, packages: packages)
-            decoder = try LanguageDecoder(bundle: bundle, packages: packages)
+        init(_ parts: Runnable, _ packages: Packages, _ embeddings: Embeddings) throws {
+            vision = try VisionEncoder(parts, packages: packages)
+            decoder = try LanguageDecoder(parts, packages: packages, embeddings: embeddings)
         }
 
-        /// Every package once, on a blank picture and one token.
+        /// Every function of every package once, on a blank picture and some tokens.
         func run() throws {
             let wanted = vision.preprocessing
             let blank = Raster(width: wanted.width, height: wanted.height, fill: [0, 0, 0])
             _ = try vision.encode(blank)
-            let offset = decoder.offset
-            defer { decoder.rewind(to: offset) }
-            guard offset + 1 < decoder.geometry.context else { return }
-            _ = try decoder.prefill(try decoder.embeddings.rows([0]))
-            _ = try decoder.step(0)
+            try decoder.runEveryFunction()
         }
     }
 
@@ -77,7 +72,11 @@ public actor Session {
     ) async throws {
         self.bundle = bundle
         self.options = options
+        encoded = EncodedPictures(most: options.pictures)
+        parts = try Runnable(bundle.manifest)
         prompt = try Prompt(bundle.manifest, system: options.system)
+        let embeddings = try Embeddings(
+            folder: bundle.folder, described: parts.decoder.embeddings)
         tokenizer = try Tokenizer(file: bundle.folder.appending(path: "tokenizer.json"))
         let trial = options.units == nil ? Trial(bundle) : nil
         let candidates = try trial?.candidates(bundle.fallbackUnits) ?? [options.units]
@@ -88,8 +87,9 @@ public actor Session {
             trial?.begin(units)
             defer { trial?.end() }
             do {
-                let packages = try await Packages.load(bundle, units: units, progress: progress)
-                let models = try Models(bundle, packages)
+                let packages = try await Packages.load(
+                    parts, of: bundle, units: units, progress: progress)
+                let models = try Models(parts, packages, embeddings)
                 if options.tries { try models.run() }
                 self.models = models
                 if let units { trial?.remember(units) }
@@ -109,42 +109,40 @@ public actor Session {
     /// Let go of the models and of all that was computed; another session must be opened to go on.
     public func unload() {
         models = nil
-        encoded = []
+        encoded.removeAll()
         reset()
     }
 
     /// Begin a new conversation; pictures that come again are still known.
     public func reset() {
-        turns = []
-        beginnings = []
-        pending = []
+        transcript = Transcript()
         models?.decoder.rewind(to: 0)
     }
 
     /// Forget the last question and its answer; whether there was one.
     @discardableResult
     public func undo() -> Bool {
-        guard let last = beginnings.popLast() else { return false }
-        turns.removeLast()
-        pending = last.pending
-        models?.decoder.rewind(to: last.offset)
+        guard let last = transcript.entries.popLast() else { return false }
+        if !transcript.isStale {
+            transcript.pending = last.pending
+            models?.decoder.rewind(to: last.offset)
+        }
         return true
     }
 
-    /// Let go of visual tokens, as when the system asks for memory.
+    /// Let go of visual tokens, as when the system asks for memory. The conversation goes on, but
+    /// where turns must leave it, those up to the last picture do.
     public func forgetPictures() {
-        encoded = []
+        encoded.removeAll()
     }
 
     public var memory: MemoryReport {
-        let parts = bundle.manifest.parts
-        let packages = [parts.vision?.package, parts.connector?.package, parts.decoder?.package]
-        let names = packages + [parts.decoder?.embeddings.file]
+        let packages = [parts.vision.package, parts.connector?.package, parts.decoder.package]
+        let names = packages + [parts.decoder.embeddings.file]
         let sizes = names.compactMap { $0 }.map { ($0, models == nil ? 0 : bundle.bytes(of: $0)) }
         return MemoryReport(
             parts: Dictionary(sizes, uniquingKeysWith: +),
-            keysAndValues: models?.decoder.cacheBytes ?? 0,
-            pictures: encoded.reduce(0) { $0 + 2 * $1.rows.values.count })
+            keysAndValues: models?.decoder.cacheBytes ?? 0, pictures: encoded.bytes)
     }
 
     private func loaded() throws -> Models {
@@ -182,29 +180,29 @@ public actor Session {
         try options.check()
         let models = try loaded()
         let words = try prompt.checked(question)
-        let before = (offset: models.decoder.offset, pending: pending)
+        let decoder = models.decoder
         var clock = StageClock(say)
-        let logits: [Float16]
-        let visual: Int
-        do {
-            let tokens = try visualTokens(pictures, models, &clock)
-            visual = tokens.reduce(0) { $0 + $1.count }
-            let rows = try promptRows(words, tokens, models.decoder)
-            clock.end(.tokenise, rows.count)
-            logits = try models.decoder.prefill(rows)
-            clock.end(.prefill, rows.count)
-        } catch {
-            models.decoder.rewind(to: before.offset)
-            pending = before.pending
-            throw error
-        }
-        beginnings.append(before)
-        turns.append(Turn(question: words, pictures: pictures.count, answer: ""))
-        let prompted = models.decoder.offset
+        let keys = try encode(pictures, models.vision, &clock)
+        let visual = keys.reduce(0) { $0 + (encoded[$1]?.count ?? 0) }
+        let writer = PromptWriter(
+            prompt: prompt, tokenizer: tokenizer, embeddings: decoder.embeddings, encoded: encoded)
+        let plan = try writer.plan(words, keys, transcript, decoder, options.maxTokens)
+        clock.end(.tokenise, plan.rows.count)
+        let dropped = plan.rebuilt?.start ?? 0
+        if dropped > 0 { say(.dropped(turns: dropped)) }
+        let reused = plan.rebuilt == nil ? decoder.offset : 0
+        let said = try prefill(plan, decoder)
+        clock.end(.prefill, plan.rows.count)
+        transcript.entries.append(
+            Transcript.Entry(
+                turn: Turn(question: words, pictures: pictures.count, answer: ""), pictures: keys,
+                offset: plan.rebuilt?.offsets.last ?? reused, pending: transcript.pending))
+        transcript.pending = []
+        encoded.forget(except: transcript.pictures)
         let tokens: [Int]
         let finish: FinishReason
         do {
-            (tokens, finish) = try generate(logits, options, models.decoder, say)
+            (tokens, finish) = try generate(said, options, decoder, say)
         } catch {
             undo()
             throw error
@@ -214,76 +212,63 @@ public actor Session {
         say(
             .done(
                 AnswerReport(
-                    reusedTokens: before.offset, promptTokens: prompted - before.offset,
-                    visualTokens: visual, tokens: tokens, stages: clock.stages, finish: finish)))
+                    reusedTokens: reused, promptTokens: plan.rows.count, visualTokens: visual,
+                    tokens: tokens, stages: clock.stages, finish: finish, droppedTurns: dropped)))
     }
 
-    private func visualTokens(
-        _ pictures: [Picture], _ models: Models, _ clock: inout StageClock
-    ) throws -> [Rows] {
+    /// Pictures -> their visual tokens, which are looked up by these keys.
+    private func encode(
+        _ pictures: [Picture], _ vision: VisionEncoder, _ clock: inout StageClock
+    ) throws -> [String] {
         let fitted = try pictures.map { picture in
             try Task.checkCancellation()
-            return try picture.raster.fitted(to: models.vision.preprocessing)
+            return try picture.raster.fitted(to: vision.preprocessing)
         }
         if !pictures.isEmpty { clock.end(.preprocess, pictures.count) }
-        let tokens = try fitted.map { raster in
+        let keys = fitted.map(EncodedPictures.key)
+        let needed = transcript.pictures.union(keys)
+        for (raster, key) in zip(fitted, keys) {
             try Task.checkCancellation()
-            return try visualTokens(raster, models.vision)
+            let rows = try encoded[key] ?? vision.encode(raster)
+            encoded.use(key, rows, needed: needed)
         }
         if !pictures.isEmpty { clock.end(.vision, pictures.count) }
-        return tokens
+        return keys
     }
 
-    private func visualTokens(_ raster: Raster, _ vision: VisionEncoder) throws -> Rows {
-        let key = SHA256.hash(data: Data(raster.rgb)).map { String($0, radix: 16) }.joined(
-            separator: "-")
-        if let place = encoded.firstIndex(where: { $0.key == key }) {
-            let known = encoded.remove(at: place)
-            encoded.append(known)
-            return known.rows
-        }
-        let rows = try vision.encode(raster)
-        encoded.append((key, rows))
-        encoded.removeFirst(max(0, encoded.count - options.pictures))
-        return rows
-    }
-
-    /// What is left to run of the last answer, then this turn.
-    private func promptRows(
-        _ words: String, _ tokens: [Rows], _ decoder: LanguageDecoder
-    ) throws -> Rows {
-        let parts = try prompt.parts(
-            words, pictures: tokens.count, first: turns.isEmpty, encode: tokenizer.encode)
-        var rows = try decoder.embeddings.rows(pending)
-        for (place, ids) in parts.enumerated() {
-            rows.values += try decoder.embeddings.rows(ids).values
-            if place < tokens.count {
-                guard tokens[place].width == rows.width else {
-                    throw EdgeVLMError(
-                        "the visual tokens are \(tokens[place].width) wide, not \(rows.width)",
-                        exportAgain)
-                }
-                rows.values += tokens[place].values
+    /// Run a plan. Where that fails the conversation is as it was: what was run for it is forgotten.
+    private func prefill(_ plan: PromptPlan, _ decoder: LanguageDecoder) throws -> NextToken {
+        let offset = decoder.offset
+        guard let (start, offsets) = plan.rebuilt else {
+            do {
+                return try decoder.prefill(plan.rows)
+            } catch {
+                decoder.rewind(to: offset)
+                throw error
             }
         }
-        pending = []
-        return rows
+        transcript.isStale = true
+        decoder.rewind(to: 0)
+        let said = try decoder.prefill(plan.rows)
+        transcript.keep(from: start, offsets: offsets)
+        return said
     }
 
     /// Tokens one after the other, and why there are no more.
     private func generate(
-        _ first: [Float16], _ options: AnswerOptions, _ decoder: LanguageDecoder,
+        _ first: NextToken, _ options: AnswerOptions, _ decoder: LanguageDecoder,
         _ say: (AnswerEvent) -> Void
     ) throws -> ([Int], FinishReason) {
+        let own = transcript.entries.count - 1
         var sampler = Sampler(options)
         var detokenizer = tokenizer.detokenizer()
         var stops = StopStrings(options.stop)
-        var logits = first
+        var next = first
         var tokens: [Int] = []
         let beginning = decoder.offset
         func tell(_ text: String) {
             guard !text.isEmpty else { return }
-            turns[turns.count - 1].answer += text
+            transcript.entries[own].turn.answer += text
             say(.text(text))
         }
         func ended(_ finish: FinishReason) -> ([Int], FinishReason) {
@@ -291,21 +276,22 @@ public actor Session {
             let stopped = stops.matched != nil
             if !stopped { tell(stops.flush()) }
             // What a stop text cut off is not part of the conversation.
-            let kept = stopped ? whole(tokens, turns[turns.count - 1].answer) : tokens
-            decoder.rewind(to: beginning + kept.count)
-            pending = Array(kept.dropFirst(decoder.offset - beginning))
+            let stay = stopped ? whole(tokens, transcript.entries[own].turn.answer) : tokens
+            decoder.rewind(to: beginning + stay.count)
+            transcript.entries[own].tokens = stay
+            transcript.pending = Array(stay.dropFirst(decoder.offset - beginning))
             return (tokens, stopped ? .stopText : finish)
         }
         while true {
             if Task.isCancelled { return ended(.cancelled) }
-            let token = try sampler.pick(logits)
+            let token = try sampler.pick(next)
             if prompt.ends.contains(token) { return ended(.end) }
             tokens.append(token)
             tell(stops.feed(detokenizer.add(token)))
             if stops.matched != nil { return ended(.stopText) }
             if tokens.count >= options.maxTokens { return ended(.length) }
             guard decoder.hasRoom else { return ended(.context) }
-            logits = try decoder.step(token)
+            next = try decoder.step(token)
         }
     }
 }

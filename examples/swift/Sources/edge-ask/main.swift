@@ -81,6 +81,8 @@ func answer(
             text += piece
             if !arguments.json { write(piece) }
         case .stage: break
+        case .dropped(let turns):
+            write("edge-ask: the context is full: \(turns) turns dropped\n", to: .standardError)
         case .done(let report):
             if arguments.json {
                 let line = try JSONEncoder().encode(Said(text: text, report: report))
@@ -106,10 +108,10 @@ func run() async throws {
         }
         return
     }
-    let session = try await Session(bundle: bundle, options: arguments.session)
     let names = arguments.words[1] == "---" ? [] : arguments.words[1].split(separator: ",")
     var pictures = try names.map { try Picture(contentsOf: URL(fileURLWithPath: String($0))) }
     let given = pictures
+    let session = try await Session(bundle: bundle, options: arguments.session)
     for question in arguments.words.dropFirst(2) {
         if question.hasPrefix("+") {
             await session.reset()

@@ -17,8 +17,8 @@ public protocol Answering: Sendable {
 
 extension Session: Answering {}
 
-public struct Message: Identifiable, Equatable, Sendable {
-    public enum Author: Sendable { case user, model }
+public struct Message: Identifiable, Equatable, Sendable, Codable {
+    public enum Author: String, Sendable, Codable { case user, model }
 
     public let id: Int
     public let author: Author
@@ -27,6 +27,18 @@ public struct Message: Identifiable, Equatable, Sendable {
     public var report: AnswerReport?
     /// What went wrong: cause and remedy.
     public var mistake: String?
+    /// Turns that the model has forgotten, to make room for this one.
+    public var dropped = 0
+    /// Of an earlier run of the app: the model does not know it.
+    public var isEarlier = false
+
+    /// What is shown beside an answer that cost others their place.
+    public var note: String? {
+        dropped == 0
+            ? nil
+            : "The conversation had become too long: the model no longer knows "
+                + (dropped == 1 ? "its oldest question" : "its \(dropped) oldest questions")
+    }
 }
 
 @MainActor
@@ -52,6 +64,8 @@ public final class Chat {
 
     private var model: (any Answering)?
     private var task: Task<Void, Never>?
+    /// Of the last question.
+    private var failure: (any Error)?
     private var next = 0
     /// Pieces are shown a few at a time: a view drawn for each costs speed.
     private var unshown = ""
@@ -101,6 +115,7 @@ public final class Chat {
         append(.user, words, pictures: pictures.count)
         append(.model, "")
         stages = []
+        failure = nil
         state = .thinking
         let stream = model.ask(words, pictures: pictures, options: settings.options)
         task = Task { [weak self] in
@@ -109,7 +124,7 @@ public final class Chat {
                     self?.take(event)
                 }
             } catch {
-                self?.mistake(error.localizedDescription)
+                self?.fail(error)
             }
             self?.end()
         }
@@ -133,8 +148,38 @@ public final class Chat {
         attached = []
     }
 
+    /// The whole answer to a question about one picture, in a new conversation, as a shortcut asks
+    /// it.
+    ///
+    /// Raises EdgeVLMError where there is no model, it is busy, or fails.
+    public func answer(_ question: String, about picture: Picture) async throws -> String {
+        guard canAsk else {
+            throw isBusy
+                ? EdgeVLMError("another question is being answered", "ask again when it is done")
+                : EdgeVLMError("no model is loaded", "open the app, and choose one in its settings")
+        }
+        await newConversation()
+        attach(picture)
+        guard ask(question) else {
+            attached = []
+            throw EdgeVLMError("the question is empty", "ask something")
+        }
+        await finish()
+        if let failure { throw failure }
+        return messages.last?.text ?? ""
+    }
+
+    /// Show what an earlier run of the app left; the model does not know it.
+    public func restore(_ earlier: [Message]) {
+        guard messages.isEmpty else { return }
+        messages = earlier
+        for place in messages.indices { messages[place].isEarlier = true }
+        next = (earlier.map(\.id).max() ?? -1) + 1
+    }
+
     private func take(_ event: AnswerEvent) {
         switch event {
+        case .dropped(let turns): last { $0.dropped = turns }
         case .stage(let time): stages.append(time)
         case .text(let piece):
             state = .answering
@@ -154,7 +199,10 @@ public final class Chat {
         last { $0.text += text }
     }
 
-    private func mistake(_ text: String) { last { $0.mistake = text } }
+    private func fail(_ error: any Error) {
+        failure = error
+        last { $0.mistake = error.localizedDescription }
+    }
 
     private func last(_ change: (inout Message) -> Void) {
         if !messages.isEmpty { change(&messages[messages.count - 1]) }

@@ -28,6 +28,16 @@ public struct DownloadProgress: Equatable, Sendable {
     public let total: Int
     /// Of this file.
     public let bytes: Int
+    /// Bytes of all files that are there, and of all there will be; 0 where the bundle does not
+    /// say.
+    public let received: Int
+    public let expected: Int
+
+    /// Of the whole, 0 to 1.
+    public var fraction: Double {
+        if expected > 0 { return min(1, Double(received) / Double(expected)) }
+        return total > 0 ? Double(done) / Double(total) : 0
+    }
 }
 
 public actor Downloader {
@@ -43,12 +53,18 @@ public actor Downloader {
 
     private struct Listed: Decodable {
         let files: [String: String]
+        let memory: Memory?
+
+        /// files: bytes of all of them.
+        struct Memory: Decodable {
+            let files: Int
+        }
     }
 
     /// Download a bundle's folder at a URL; its folder here. Called again, it goes on.
     ///
-    /// Raises EdgeVLMError for a name that is none of a folder, an answer that is no bundle, and a
-    /// file that has not its hash.
+    /// Raises EdgeVLMError for a name that is none of a folder, an answer that is no bundle, a
+    /// bundle for which the storage is too small, and a file that has not its hash.
     public func download(
         _ url: URL, as name: String,
         progress: @escaping @Sendable (DownloadProgress) -> Void
@@ -72,20 +88,48 @@ public actor Downloader {
             throw EdgeVLMError("\(url): is no bundle", "give the address of a bundle's folder")
         }
         let names = listed.files.keys.sorted()
+        if let odd = names.first(where: { !Self.isInside($0) }) {
+            throw EdgeVLMError("\(odd) is no file of a bundle", "download another bundle")
+        }
+        let expected = listed.memory?.files ?? 0
+        try checkRoom(for: expected - names.reduce(0) { $0 + size(partial, $1) })
+        var received = 0
         for (done, file) in names.enumerated() {
-            guard Self.isInside(file), let hash = listed.files[file] else {
-                throw EdgeVLMError("\(file) is no file of a bundle", "download another bundle")
+            guard let hash = listed.files[file] else { continue }
+            let tell = { [received] (bytes: Int) in
+                progress(
+                    DownloadProgress(
+                        file: file, done: done, total: names.count, bytes: bytes,
+                        received: received + bytes, expected: expected))
             }
             let place = partial.appending(path: file)
-            let tell = { (bytes: Int) in
-                progress(
-                    DownloadProgress(file: file, done: done, total: names.count, bytes: bytes))
-            }
             try await fetchChecked(url.appending(path: file), place, hash, tell)
+            received += size(partial, file)
         }
         try files.moveItem(at: partial, to: target)
-        progress(DownloadProgress(file: "", done: names.count, total: names.count, bytes: 0))
+        progress(
+            DownloadProgress(
+                file: "", done: names.count, total: names.count, bytes: 0, received: received,
+                expected: expected))
         return target
+    }
+
+    /// Bytes of a file, or of what there is of it.
+    private func size(_ folder: URL, _ file: String) -> Int {
+        let files = FileManager.default
+        let path = folder.appending(path: file).path
+        let found = [path, path + ".part"].compactMap { try? files.attributesOfItem(atPath: $0) }
+        return (found.first?[.size] as? NSNumber)?.intValue ?? 0
+    }
+
+    private func checkRoom(for bytes: Int) throws {
+        let attributes = try? FileManager.default.attributesOfFileSystem(forPath: folder.path)
+        guard let free = (attributes?[.systemFreeSize] as? NSNumber)?.intValue, free < bytes else {
+            return
+        }
+        throw EdgeVLMError(
+            "the bundle takes \(bytes / 1_000_000) MB more, \(free / 1_000_000) MB are free",
+            "free some storage")
     }
 
     /// Whether a path of a manifest stays in its folder.

@@ -18,6 +18,23 @@ public struct Settings: Codable, Equatable, Sendable {
 
     public init() {}
 
+    /// The presets as they are edited, one a line.
+    public var presetLines: String {
+        get { presets.joined(separator: "\n") }
+        set {
+            presets = newValue.split(separator: "\n", omittingEmptySubsequences: false).map {
+                String($0)
+            }
+        }
+    }
+
+    /// Each preset that says something, once.
+    public var shownPresets: [String] {
+        var seen: Set<String> = []
+        return presets.map { $0.trimmingCharacters(in: .whitespacesAndNewlines) }
+            .filter { !$0.isEmpty && seen.insert($0).inserted }
+    }
+
     public var options: AnswerOptions {
         AnswerOptions(
             maxTokens: max(1, maxTokens), temperature: Float(max(0, temperature)),

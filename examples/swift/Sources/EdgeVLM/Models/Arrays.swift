@@ -2,18 +2,51 @@
 // elements are looked up by the array's strides.
 
 import CoreML
+import CoreVideo
 import Foundation
 
 extension MLMultiArray {
-    /// A float16 array of zeros, dense, then written by `fill`.
-    static func half(
-        _ shape: [Int], _ fill: (UnsafeMutableBufferPointer<Float16>) -> Void = { _ in }
-    ) throws -> MLMultiArray {
-        let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float16)
-        array.withUnsafeMutableBytes { bytes, _ in
+    /// Columns of arrays that share an IOSurface: shorter rows would be mostly gap, and longer ones
+    /// are beyond the widest texture of Apple's GPUs.
+    private static let surfaceColumns = 32...16_384
+
+    /// A float16 array of zeros that a device reads and writes in place, where its rows allow it.
+    static func half(_ shape: [Int]) throws -> MLMultiArray {
+        let columns = shape.last ?? 0
+        let rows = shape.dropLast().reduce(1, *)
+        let numbers = shape.map { NSNumber(value: $0) }
+        let array: MLMultiArray
+        if surfaceColumns.contains(columns), 1...surfaceColumns.upperBound ~= rows {
+            let buffer = try PixelReader.surface(
+                columns, rows, kCVPixelFormatType_OneComponent16Half)
+            array = MLMultiArray(pixelBuffer: buffer, shape: numbers)
+        } else {
+            array = try MLMultiArray(shape: numbers, dataType: .float16)
+        }
+        array.writeRows { _, row in row.update(repeating: 0) }
+        return array
+    }
+
+    /// Write the rows of the last axis, each with its number.
+    func writeRows(_ write: (Int, UnsafeMutableBufferPointer<Float16>) -> Void) {
+        let sizes = shape.map(\.intValue)
+        guard let columns = sizes.last, !sizes.contains(0) else { return }
+        let outer = Array(sizes.dropLast())
+        withUnsafeMutableBytes { bytes, steps in
             let values = bytes.bindMemory(to: Float16.self)
-            values.update(repeating: 0)
-            fill(values)
+            for row in 0..<outer.reduce(1, *) {
+                let start = Self.place(row, outer, steps)
+                write(row, UnsafeMutableBufferPointer(rebasing: values[start..<start + columns]))
+            }
+        }
+    }
+
+    /// Of values one after the other.
+    static func half(_ shape: [Int], values: [Float16]) throws -> MLMultiArray {
+        let array = try half(shape)
+        let columns = shape.last ?? 0
+        array.writeRows { row, place in
+            _ = place.update(from: values[row * columns..<(row + 1) * columns])
         }
         return array
     }
@@ -22,6 +55,19 @@ extension MLMultiArray {
         let array = try MLMultiArray(shape: [1], dataType: .int32)
         array[0] = NSNumber(value: value)
         return array
+    }
+
+    /// One value, by its number with the last axis running fastest.
+    func half(at number: Int, _ name: String) throws -> Float16 {
+        let sizes = shape.map(\.intValue)
+        let place = Self.place(number, sizes, strides.map(\.intValue))
+        return try withUnsafeBytes { bytes in
+            switch dataType {
+            case .float16: return bytes.bindMemory(to: Float16.self)[place]
+            case .float32: return Float16(bytes.bindMemory(to: Float.self)[place])
+            default: throw EdgeVLMError("\(name): neither float16 nor float32", exportAgain)
+            }
+        }
     }
 
     /// All values in the order of their indices.
@@ -47,11 +93,12 @@ extension MLMultiArray {
         _ values: UnsafeBufferPointer<Value>, _ sizes: [Int], _ steps: [Int]
     ) -> [Value] {
         guard let width = sizes.last, let step = steps.last, !sizes.contains(0) else { return [] }
-        let rows = sizes.dropLast().reduce(1, *)
+        let outer = Array(sizes.dropLast())
+        let rows = outer.reduce(1, *)
         var result: [Value] = []
         result.reserveCapacity(rows * width)
         for row in 0..<rows {
-            let start = place(row, Array(sizes.dropLast()), steps)
+            let start = place(row, outer, steps)
             if step == 1 {
                 result += values[start..<start + width]
             } else {

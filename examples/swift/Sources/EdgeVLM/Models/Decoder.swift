@@ -1,6 +1,7 @@
-// Input embeddings -> logits of the last position, chunk after chunk of a prompt, then token after
-// token. Keys and values are in Core ML's state ("stateful"), or in arrays that go in with each
-// call and are written here afterwards ("readonly"). Masks, rotary turns, positions are made here.
+// Input embeddings -> what follows the last position, chunk after chunk of a prompt, then token
+// after token. Keys and values are in Core ML's state ("stateful"), or in arrays that go in with
+// each call and are written here afterwards ("readonly"). Masks, rotary turns, positions are made
+// here.
 
 import CoreML
 import Foundation
@@ -10,46 +11,33 @@ final class LanguageDecoder {
     let geometry: Manifest.Geometry
     let embeddings: Embeddings
 
-    private let models: [FunctionName: MLModel]
+    private let functions: [String: DecoderFunction]
     private let cacheNames: [String]
     private let logitsNames: [String]
+    private let saysToken: Bool
     private var caches: [String: MLMultiArray] = [:]
     private var state: MLState?
 
     /// Added to the scores of what a position does not see; finite, as devices want it.
     private static let hidden: Float16 = -1e4
 
-    init(bundle: ModelBundle, packages: Packages) throws {
-        guard let entry = bundle.manifest.parts.decoder else {
-            throw EdgeVLMError("the bundle has no decoder", "export it with --part all")
+    init(_ parts: Runnable, packages: Packages, embeddings: Embeddings) throws {
+        let entry = parts.decoder
+        geometry = entry.geometry
+        self.embeddings = embeddings
+        functions = try entry.geometry.functions.keys.reduce(into: [:]) { all, name in
+            guard let described = entry.functions[name] else { return }
+            all[name] = try DecoderFunction(model: packages[entry.package, name], described)
         }
-        let geometry = entry.geometry
-        guard geometry.dtype == "float16" else {
-            throw EdgeVLMError(
-                "the decoder is in \(geometry.dtype)", "export it with --precision fp16")
-        }
-        guard ["stateful", "readonly"].contains(geometry.form),
-            geometry.headDim == 2 * geometry.periods.count, geometry.chunk > 1
-        else {
-            throw EdgeVLMError(
-                "manifest.json: the decoder's geometry is not known", "update EdgeVLM")
-        }
-        guard let decode = entry.functions[FunctionName.decode.rawValue] else {
-            throw EdgeVLMError("manifest.json: the decoder has no function decode", exportAgain)
-        }
-        self.geometry = geometry
-        embeddings = try Embeddings(bundle: bundle, described: entry.embeddings)
+        let decode = entry.functions[FunctionName.decode.rawValue]
         let prefixes = [DecoderPrefix.keys.rawValue, DecoderPrefix.values.rawValue]
-        cacheNames = decode.inputs.map(\.name).filter { name in
+        cacheNames = (decode?.inputs ?? []).map(\.name).filter { name in
             prefixes.contains { name.hasPrefix($0) }
         }
-        logitsNames = decode.outputs.map(\.name)
-            .filter { $0.hasPrefix(DecoderPrefix.logits.rawValue) }
+        let outputs = (decode?.outputs ?? []).map(\.name)
+        logitsNames = outputs.filter { $0.hasPrefix(DecoderPrefix.logits.rawValue) }
             .sorted { LanguageDecoder.number($0) < LanguageDecoder.number($1) }
-        models = [
-            .prefill: try packages[entry.package, .prefill],
-            .decode: try packages[entry.package, .decode],
-        ]
+        saysToken = outputs.contains(DecoderName.token.rawValue)
         try clear()
     }
 
@@ -58,11 +46,11 @@ final class LanguageDecoder {
         Int(name.split(separator: "_").last ?? "") ?? 0
     }
 
-    private var stateful: Bool { geometry.form == "stateful" }
+    private var isStateful: Bool { geometry.form == "stateful" }
 
     private func clear() throws {
-        if stateful {
-            state = try model(.prefill).makeState()
+        if isStateful {
+            state = try function(FunctionName.prefill.rawValue).model.makeState()
             return
         }
         let shape = [geometry.layers, geometry.kvHeads, geometry.headDim, geometry.context]
@@ -81,97 +69,90 @@ final class LanguageDecoder {
         2 * 2 * geometry.layers * geometry.kvHeads * geometry.headDim * geometry.context
     }
 
-    private func model(_ function: FunctionName) throws -> MLModel {
-        guard let model = models[function] else {
-            throw EdgeVLMError("the decoder has no function \(function.rawValue)", exportAgain)
+    private func function(_ name: String) throws -> DecoderFunction {
+        guard let function = functions[name] else {
+            throw EdgeVLMError("the decoder has no function \(name)", exportAgain)
         }
-        return model
+        return function
     }
 
-    /// Run a prompt behind what is cached; the logits of its last position.
-    func prefill(_ prompt: Rows) throws -> [Float16] {
+    /// Raises EdgeVLMError where the context has no room for so many positions in all.
+    func checkRoom(for count: Int) throws {
+        guard count <= geometry.context else {
+            throw EdgeVLMError(
+                "the conversation takes \(count) positions of the context's \(geometry.context)",
+                "begin a new one, or export with a larger --context")
+        }
+    }
+
+    /// Each function once behind what is cached, as far as there is room, and back.
+    func runEveryFunction() throws {
+        let before = offset
+        defer { rewind(to: before) }
+        for (name, size) in geometry.functions where before + size <= geometry.context {
+            let rows = try embeddings.rows([Int](repeating: 0, count: size))
+            _ = try run(function(name), rows.values[...], size)
+            rewind(to: before)
+        }
+    }
+
+    /// Run a prompt behind what is cached; what follows its last position.
+    func prefill(_ prompt: Rows) throws -> NextToken {
         guard prompt.count > 0, prompt.width == embeddings.width else {
             throw EdgeVLMError(
                 "the prompt's embeddings are \(prompt.width) wide, not \(embeddings.width)",
                 exportAgain)
         }
-        guard offset + prompt.count <= geometry.context else {
-            throw EdgeVLMError(
-                "the conversation takes \(offset + prompt.count) positions of the context's "
-                    + "\(geometry.context)",
-                "begin a new one, or export with a larger --context")
-        }
-        var logits: [Float16] = []
+        try checkRoom(for: offset + prompt.count)
         var first = 0
-        while first < prompt.count {
+        while true {
             try Task.checkCancellation()
-            // Padding must not reach beyond the cache's end.
-            let whole = offset + geometry.chunk <= geometry.context
-            let count = min(whole ? geometry.chunk : 1, prompt.count - first)
+            let next = geometry.function(
+                remaining: prompt.count - first, room: geometry.context - offset)
+            let count = min(next.size, prompt.count - first)
             let part = prompt.values[first * prompt.width..<(first + count) * prompt.width]
-            logits = try run(whole ? .prefill : .decode, Array(part), count)
+            let said = try run(function(next.name), part, count)
             first += count
+            if first == prompt.count { return said }
         }
-        return logits
     }
 
-    /// The logits behind one more token.
-    func step(_ token: Int) throws -> [Float16] {
+    /// What follows one more token.
+    func step(_ token: Int) throws -> NextToken {
         guard hasRoom else {
             throw EdgeVLMError(
                 "the context of \(geometry.context) is full",
                 "begin a new conversation, or export with a larger --context")
         }
-        return try run(.decode, try embeddings.rows([token]).values, 1)
+        let row = try embeddings.rows([token]).values[...]
+        return try run(function(FunctionName.decode.rawValue), row, 1)
     }
 
     /// Whether one more token fits.
     var hasRoom: Bool { offset < geometry.context }
 
     private func run(
-        _ function: FunctionName, _ values: [Float16], _ count: Int
-    ) throws -> [Float16] {
-        let size = function == .prefill ? geometry.chunk : 1
-        var inputs: [DecoderName: MLMultiArray] = [
-            .embeddings: try embedded(values, count, size),
-            .mask: try mask(size),
-            .cos: try turns(size) { Foundation.cos($0) },
-            .sin: try turns(size) { Foundation.sin($0) },
-        ]
-        if function == .prefill {
-            let shape = stateful ? [1, 1, size] : [1, size, 1]
-            inputs[.pick] = try MLMultiArray.half(shape) { $0[count - 1] = 1 }
-        }
-        if stateful {
-            inputs[.position] = try MLMultiArray.single(offset)
-        }
+        _ function: DecoderFunction, _ values: ArraySlice<Float16>, _ count: Int
+    ) throws -> NextToken {
+        write(values, count, function)
         var named = caches.mapValues { MLFeatureValue(multiArray: $0) }
-        for (name, array) in inputs {
+        for (name, array) in function.inputs {
             named[name.rawValue] = MLFeatureValue(multiArray: array)
         }
-        let outputs = try predict(function, MLDictionaryFeatureProvider(dictionary: named))
+        if isStateful {
+            let position = try MLMultiArray.single(offset)
+            named[DecoderName.position.rawValue] = MLFeatureValue(multiArray: position)
+        }
+        let outputs = try function.predict(MLDictionaryFeatureProvider(dictionary: named), state)
         for (name, cache) in caches {
             let new = try Self.array(outputs, DecoderPrefix.new.rawValue + name)
             try cache.write(new, count: count, at: offset)
         }
         offset += count
-        return try logitsNames.flatMap { try Self.array(outputs, $0).halves($0) }
-    }
-
-    private func predict(
-        _ function: FunctionName, _ inputs: MLFeatureProvider
-    ) throws -> MLFeatureProvider {
-        let model = try model(function)
-        do {
-            if let state {
-                return try model.prediction(from: inputs, using: state)
-            }
-            return try model.prediction(from: inputs)
-        } catch {
-            throw EdgeVLMError(
-                "Core ML could not run the decoder: \(error.localizedDescription)",
-                "close other apps, or export for other compute units with --compute")
-        }
+        let name = DecoderName.token.rawValue
+        let token = try saysToken ? Self.array(outputs, name)[0].intValue : nil
+        let logits = try logitsNames.map { (name: $0, array: try Self.array(outputs, $0)) }
+        return NextToken(likeliest: token, parts: logits)
     }
 
     private static func array(
@@ -183,21 +164,36 @@ final class LanguageDecoder {
         return array
     }
 
-    /// Rows [1, size, D], or channels first [1, D, 1, size]; zeros behind `count` positions.
-    private func embedded(_ values: [Float16], _ count: Int, _ size: Int) throws -> MLMultiArray {
-        let width = embeddings.width
-        if stateful {
-            return try MLMultiArray.half([1, size, width]) { out in
-                for (index, value) in values.enumerated() {
-                    out[index] = value
-                }
-            }
+    /// All that goes in but the caches and the position.
+    private func write(_ values: ArraySlice<Float16>, _ count: Int, _ function: DecoderFunction) {
+        writeEmbeddings(values, count, function.inputs[.embeddings])
+        writeMask(function.inputs[.mask])
+        writeTurns(function.inputs[.cos]) { Foundation.cos($0) }
+        writeTurns(function.inputs[.sin]) { Foundation.sin($0) }
+        // [1, 1, size], or [1, size, 1]
+        function.inputs[.pick]?.writeRows { row, out in
+            for index in out.indices { out[index] = row + index == count - 1 ? 1 : 0 }
         }
-        return try MLMultiArray.half([1, width, 1, size]) { out in
-            for position in 0..<count {
-                for channel in 0..<width {
-                    out[channel * size + position] = values[position * width + channel]
+    }
+
+    /// Rows [1, size, D], or channels first [1, D, 1, size]; zeros behind `count` positions.
+    private func writeEmbeddings(
+        _ values: ArraySlice<Float16>, _ count: Int, _ array: MLMultiArray?
+    ) {
+        let width = embeddings.width
+        let first = values.startIndex
+        array?.writeRows { [isStateful] row, out in
+            if isStateful {
+                let start = first + row * width
+                if row < count {
+                    _ = out.update(from: values[start..<start + width])
+                } else {
+                    out.update(repeating: 0)
                 }
+                return
+            }
+            for position in out.indices {
+                out[position] = position < count ? values[first + position * width + row] : 0
             }
         }
     }
@@ -206,29 +202,47 @@ final class LanguageDecoder {
     ///
     /// Stateful [1, 1, size, context], the new positions in place; read-only
     /// [1, 1, 1, context], the cache before them.
-    private func mask(_ size: Int) throws -> MLMultiArray {
-        let context = geometry.context
-        let rows = stateful ? size : 1
-        return try MLMultiArray.half([1, 1, rows, context]) { out in
-            for row in 0..<rows {
-                let seen = stateful ? offset + row + 1 : offset
-                for key in 0..<context {
-                    out[row * context + key] = key < seen ? 0 : Self.hidden
-                }
-            }
+    private func writeMask(_ array: MLMultiArray?) {
+        array?.writeRows { [isStateful, offset] row, out in
+            let seen = isStateful ? offset + row + 1 : offset
+            for key in out.indices { out[key] = key < seen ? 0 : Self.hidden }
         }
     }
 
     /// Cosines or sines [1, 1, head_dim, size] of the next positions; both halves are alike.
-    private func turns(_ size: Int, _ turn: (Double) -> Double) throws -> MLMultiArray {
-        let pairs = geometry.periods.count
-        return try MLMultiArray.half([1, 1, geometry.headDim, size]) { out in
-            for row in 0..<geometry.headDim {
-                for position in 0..<size {
-                    let angle = Double(offset + position) / geometry.periods[row % pairs]
-                    out[row * size + position] = Float16(turn(angle))
-                }
+    private func writeTurns(_ array: MLMultiArray?, _ turn: (Double) -> Double) {
+        let periods = geometry.periods
+        array?.writeRows { [offset] row, out in
+            for position in out.indices {
+                let angle = Double(offset + position) / periods[row % periods.count]
+                out[position] = Float16(turn(angle))
             }
         }
+    }
+}
+
+/// What the decoder says of the position behind the last. To be read before it runs again, which
+/// writes the same arrays anew.
+struct NextToken {
+    /// Of the largest logit, where the package tells it: the logits need not be copied then.
+    let likeliest: Int?
+    private let parts: [(name: String, array: MLMultiArray)]
+
+    init(likeliest: Int?, parts: [(name: String, array: MLMultiArray)]) {
+        self.likeliest = likeliest
+        self.parts = parts
+    }
+
+    func logits() throws -> [Float16] { try parts.flatMap { try $0.array.halves($0.name) } }
+
+    /// One of the logits; nil where there is none of this number.
+    func logit(_ token: Int) throws -> Float16? {
+        var left = token
+        for (name, array) in parts where left >= 0 {
+            let count = array.count
+            if left < count { return try array.half(at: left, name) }
+            left -= count
+        }
+        return nil
     }
 }

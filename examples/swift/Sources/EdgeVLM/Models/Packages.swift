@@ -17,55 +17,44 @@ public struct LoadStep: Sendable {
     public let total: Int
 }
 
-/// Every model of a bundle, by its package and function.
+/// Every model of a bundle that a session runs.
 struct Packages: Sendable {
-    private let models: [String: LoadedModel]
+    private let models: [Runnable.Model: LoadedModel]
 
-    subscript(package: String, function: FunctionName) -> MLModel {
+    subscript(package: String, function: String) -> MLModel {
         get throws {
-            guard let loaded = models[Self.key(package, function)] else {
-                throw EdgeVLMError("\(package) has no function \(function.rawValue)", exportAgain)
+            guard let loaded = models[Runnable.Model(package: package, function: function)] else {
+                throw EdgeVLMError("\(package) has no function \(function)", exportAgain)
             }
             return loaded.model
         }
     }
 
-    private static func key(_ package: String, _ function: FunctionName) -> String {
-        "\(package) \(function.rawValue)"
-    }
-
     /// units: in the place of those that the manifest asks for.
     static func load(
-        _ bundle: ModelBundle, units: ComputeUnits?, progress: (@Sendable (LoadStep) -> Void)?
+        _ parts: Runnable, of bundle: ModelBundle, units: ComputeUnits?,
+        progress: (@Sendable (LoadStep) -> Void)?
     ) async throws -> Packages {
-        var wanted: [(package: String, function: FunctionName, units: String)] = []
-        let parts = bundle.manifest.parts
-        for part in [parts.vision, parts.connector].compactMap({ $0 }) {
-            wanted.append((part.package, .main, part.computeUnits))
-        }
-        if let part = parts.decoder {
-            wanted.append((part.package, .prefill, part.computeUnits))
-            wanted.append((part.package, .decode, part.computeUnits))
-        }
-        var models: [String: LoadedModel] = [:]
+        let wanted = parts.models
+        var models: [Runnable.Model: LoadedModel] = [:]
         for (done, entry) in wanted.enumerated() {
-            progress?(LoadStep(package: entry.package, done: done, total: wanted.count))
+            progress?(LoadStep(package: entry.model.package, done: done, total: wanted.count))
             let units = try units ?? ComputeUnits(manifest: entry.units)
-            models[key(entry.package, entry.function)] = try await model(
-                bundle, entry.package, entry.function, units)
+            models[entry.model] = try await load(bundle, entry.model, units)
         }
         progress?(LoadStep(package: "", done: wanted.count, total: wanted.count))
         return Packages(models: models)
     }
 
-    private static func model(
-        _ bundle: ModelBundle, _ package: String, _ function: FunctionName, _ units: ComputeUnits
+    private static func load(
+        _ bundle: ModelBundle, _ model: Runnable.Model, _ units: ComputeUnits
     ) async throws -> LoadedModel {
+        let package = model.package
         let configuration = MLModelConfiguration()
         configuration.computeUnits = units.coreML
         // A package of one function is loaded without a name.
-        if function != .main {
-            configuration.functionName = function.rawValue
+        if model.function != FunctionName.main.rawValue {
+            configuration.functionName = model.function
         }
         let compiled = try await compile(bundle, package)
         do {

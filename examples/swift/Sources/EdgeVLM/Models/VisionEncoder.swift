@@ -10,32 +10,13 @@ final class VisionEncoder {
     private let input: Manifest.Port
     let preprocessing: Manifest.Preprocessing
 
-    init(bundle: ModelBundle, packages: Packages) throws {
-        let manifest = bundle.manifest
-        guard let entry = manifest.parts.vision, let preprocessing = manifest.preprocessing else {
-            throw EdgeVLMError("the bundle has no vision part", "export it with --part all")
+    init(_ parts: Runnable, packages: Packages) throws {
+        input = parts.image
+        preprocessing = parts.preprocessing
+        vision = try packages[parts.vision.package, FunctionName.main.rawValue]
+        connector = try parts.connector.map {
+            try packages[$0.package, FunctionName.main.rawValue]
         }
-        guard entry.tiles != true else {
-            throw EdgeVLMError(
-                "this model takes pictures in tiles, which EdgeVLM does not cut",
-                "export a FastVLM, MobileVLM or LLaVA model")
-        }
-        guard let main = entry.functions[FunctionName.main.rawValue],
-            let input = main.inputs.first(where: { $0.name == VisionName.image.rawValue })
-        else {
-            throw EdgeVLMError("manifest.json: the vision part takes no picture", exportAgain)
-        }
-        self.input = input
-        self.preprocessing = preprocessing
-        vision = try packages[entry.package, .main]
-        if main.outputs.contains(where: { $0.name == VisionName.visualTokens.rawValue }) {
-            connector = nil
-            return
-        }
-        guard let behind = manifest.parts.connector else {
-            throw EdgeVLMError("the bundle has no connector", "export it with --part all")
-        }
-        connector = try packages[behind.package, .main]
     }
 
     /// Visual tokens of a picture in the model's size, a row each.
@@ -77,11 +58,7 @@ final class VisionEncoder {
                 "manifest.json: the preprocessing's size is not the vision part's", exportAgain)
         }
         if input.dtype == "fp16" {
-            return try MLMultiArray.half(input.shape) { values in
-                for (index, value) in planes.enumerated() {
-                    values[index] = Float16(value)
-                }
-            }
+            return try MLMultiArray.half(input.shape, values: planes.map { Float16($0) })
         }
         let shape = input.shape.map { NSNumber(value: $0) }
         let array = try MLMultiArray(shape: shape, dataType: .float32)

@@ -149,17 +149,22 @@ enum PixelReader {
         return rgb
     }
 
-    /// RGB -> a 32BGRA buffer that Core ML takes.
-    static func buffer(_ raster: Raster) throws -> CVPixelBuffer {
+    /// A buffer that the GPU and the Neural Engine share with the CPU.
+    static func surface(_ width: Int, _ height: Int, _ format: OSType) throws -> CVPixelBuffer {
         var buffer: CVPixelBuffer?
         let attributes = [kCVPixelBufferIOSurfacePropertiesKey: [:] as CFDictionary] as CFDictionary
-        let status = CVPixelBufferCreate(
-            nil, raster.width, raster.height, kCVPixelFormatType_32BGRA, attributes, &buffer)
+        let status = CVPixelBufferCreate(nil, width, height, format, attributes, &buffer)
         guard status == kCVReturnSuccess, let buffer else {
             throw EdgeVLMError(
-                "no memory for a picture of \(raster.width) x \(raster.height)",
+                "no memory for an array of \(width) x \(height)",
                 "close other apps, or unload the model")
         }
+        return buffer
+    }
+
+    /// RGB -> a 32BGRA buffer that Core ML takes.
+    static func buffer(_ raster: Raster) throws -> CVPixelBuffer {
+        let buffer = try surface(raster.width, raster.height, kCVPixelFormatType_32BGRA)
         CVPixelBufferLockBaseAddress(buffer, [])
         defer { CVPixelBufferUnlockBaseAddress(buffer, []) }
         guard let base = CVPixelBufferGetBaseAddress(buffer) else {

@@ -77,15 +77,20 @@ public struct PreprocessingCheck: Sendable {
     }
 }
 
-extension Raster {
-    /// In the size that a manifest asks for.
-    func fitted(to wanted: Manifest.Preprocessing) throws -> Raster {
-        guard wanted.color == "RGB", wanted.fill.count == 3, wanted.resample == "bicubic",
-            wanted.width > 0, wanted.height > 0
-        else {
+extension Manifest.Preprocessing {
+    /// Raises EdgeVLMError for what `Raster.fitted` does not do.
+    func check() throws {
+        guard color == "RGB", fill.count == 3, resample == "bicubic", width > 0, height > 0 else {
             throw EdgeVLMError(
                 "manifest.json: its preprocessing is not bicubic RGB", "update EdgeVLM")
         }
+    }
+}
+
+extension Raster {
+    /// In the size that a manifest asks for.
+    func fitted(to wanted: Manifest.Preprocessing) throws -> Raster {
+        try wanted.check()
         let fill = wanted.fill.map { UInt8(clamping: $0) }
         return try fitted(wanted.width, wanted.height, strategy: wanted.strategy, fill: fill)
     }

@@ -15,7 +15,7 @@ struct Prompt: Sendable {
         guard let prompt = manifest.prompt else {
             throw EdgeVLMError(
                 "the bundle has no prompt: this model writes pictures as only its own code can",
-                "export a FastVLM, MobileVLM or LLaVA model")
+                otherFamily)
         }
         single = prompt
         chat = prompt.chat

@@ -1,5 +1,5 @@
-// Logits -> the next token: the likeliest, or one drawn, in the order of the Python side (top-p and
-// top-k on the distribution as it is, then a draw at the temperature).
+// What the decoder says -> the next token: the likeliest, or one drawn, in the order of the Python
+// side (top-p and top-k on the distribution as it is, then a draw at the temperature).
 
 import Foundation
 
@@ -13,16 +13,26 @@ struct Sampler {
     }
 
     /// Raises EdgeVLMError where no logit is a number.
+    mutating func pick(_ next: NextToken) throws -> Int {
+        guard options.temperature == 0, let token = next.likeliest else {
+            return try pick(next.logits())
+        }
+        guard let logit = try next.logit(token), logit.isFinite else { throw Self.noNumbers }
+        return token
+    }
+
     mutating func pick(_ logits: [Float16]) throws -> Int {
         var best = 0
         for token in logits.indices where logits[token] > logits[best] { best = token }
-        guard logits.indices.contains(best), logits[best].isFinite else {
-            throw EdgeVLMError(
-                "the decoder gave no logits that are numbers",
-                "export it with --compute cpu-gpu, or with --precision fp32")
-        }
+        guard logits.indices.contains(best), logits[best].isFinite else { throw Self.noNumbers }
         guard options.temperature > 0 else { return best }
         return draw(candidates(logits, Float(logits[best])), best)
+    }
+
+    private static var noNumbers: EdgeVLMError {
+        EdgeVLMError(
+            "the decoder gave no logits that are numbers",
+            "export it with --compute cpu-gpu, or with --precision fp32")
     }
 
     /// Tokens that may be drawn, with their logits less the largest.
