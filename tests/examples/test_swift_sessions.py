@@ -29,11 +29,11 @@ def exported(export, tmp_path_factory):
 
     folder, bundles = tmp_path_factory.mktemp("exported"), {}
 
-    def bundle(**options):
-        name = json.dumps(options)
+    def bundle(verify=False, **options):
+        name = json.dumps([verify, options])
         if name not in bundles:
             out = folder / str(len(bundles))
-            bundles[name] = export("demo", out, options=Options(**options), verify=False)
+            bundles[name] = export("demo", out, options=Options(**options), verify=verify)
         return bundles[name]
 
     return bundle
@@ -159,6 +159,28 @@ def test_pictures_are_read_before_anything_is_loaded(tools, ask, demo_bundles, t
     assert (done.returncode, link.loads) == (2, [])
 
 
+WRONG = ("vision.mlpackage", "connector.mlpackage", "decoder.mlpackage")
+
+
+@pytest.mark.parametrize("package", WRONG)
+def test_what_computes_nonsense_on_the_neural_engine_runs_elsewhere(
+    tools, ask, exported, tmp_path, package
+):
+    """By the bundle's trial files; elsewhere they are met. A bundle that is wrong everywhere does
+    not run."""
+    bundle = exported(verify=True, context=128, fused=False, image_input=False, compute="cpu-ne")
+    link = Link(tools, bundle, tmp_path)
+    link.wrong = {(package, "cpuAndNeuralEngine")}
+    done = link.run(ask, str(bundle), SHAPES, QUESTIONS[0])
+    assert done.returncode == 0, done.stderr
+    assert link.units[-1][2] == "cpuAndGPU"
+    (tmp_path / "cache").rename(tmp_path / "old")
+    link.wrong = {(package, units) for units in ("cpuAndNeuralEngine", "cpuAndGPU", "cpuOnly")}
+    done = link.run(ask, str(bundle), SHAPES, QUESTIONS[0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{package}: its trial is off by " in done.stderr
+
+
 DESCRIBE, SHAPE, CIRCLES = "Describe the image.", "What shape is it?", "How many circles are there?"
 MANY = [DESCRIBE, SHAPE, CIRCLES, SHAPE, SHAPE, CIRCLES, DESCRIBE, SHAPE, CIRCLES]
 FEW = 12  # tokens, so that half of the room has a turn and a question
@@ -198,12 +220,12 @@ def test_a_full_context_that_fails_is_undone_or_has_lost_a_picture(
     def told(name, **more):
         return full(tools, checks, demo_bundles["stateful"], tmp_path / name, **more)
 
-    plain, place = told("plain", pictured=[0]), 4
-    assert plain[place]["dropped"] > 0
+    plain = told("plain", pictured=[0])
+    place = next(number for number, entry in enumerate(plain) if "dropped" in entry)
     assert plain[place - 1]["pictures"] > 0 == plain[place]["pictures"]  # it went with its turn
     # A prediction fails while the turns are run again: the same comes of asking once more.
     failed = told("failed", pictured=[0], fails=place)
-    assert "this one fails" in failed.pop(place)["error"]
+    assert "Core ML could not run the decoder" in failed.pop(place)["error"]
     assert failed == plain
     undone = told("undone", pictured=[0], undone=place)
     again = undone.pop(place + 1)

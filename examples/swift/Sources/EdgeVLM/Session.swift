@@ -10,7 +10,8 @@ public actor Session {
         public var system: String?
         /// In the place of the units that the manifest asks for.
         public var units: ComputeUnits?
-        /// Run every package once after loading: what fails there is tried on other units too.
+        /// Run every package once after loading: what fails there, or is wrong by the bundle's
+        /// trials, is tried on other units too.
         public var tries: Bool
         /// Pictures whose visual tokens stay.
         public var pictures: Int
@@ -55,12 +56,11 @@ public actor Session {
             decoder = try LanguageDecoder(parts, packages: packages, embeddings: embeddings)
         }
 
-        /// Every function of every package once, on a blank picture and some tokens.
-        func run() throws {
-            let wanted = vision.preprocessing
-            let blank = Raster(width: wanted.width, height: wanted.height, fill: [0, 0, 0])
-            _ = try vision.encode(blank)
+        /// Every function of every package once; what trials there are must come out as exported.
+        func run(_ parts: Runnable, in folder: URL) throws {
+            try vision.tryOut(parts, in: folder)
             try decoder.runEveryFunction()
+            if decoder.offset == 0 { try decoder.tryOut(parts, in: folder) }
         }
     }
 
@@ -90,7 +90,7 @@ public actor Session {
                 let packages = try await Packages.load(
                     parts, of: bundle, units: units, progress: progress)
                 let models = try Models(parts, packages, embeddings)
-                if options.tries { try models.run() }
+                if options.tries { try models.run(parts, in: bundle.folder) }
                 self.models = models
                 if let units { trial?.remember(units) }
                 return
@@ -103,7 +103,7 @@ public actor Session {
 
     /// Run every package once, so that the first question does not wait for it.
     public func prewarm() throws {
-        try loaded().run()
+        try loaded().run(parts, in: bundle.folder)
     }
 
     /// Let go of the models and of all that was computed; another session must be opened to go on.
@@ -236,7 +236,7 @@ public actor Session {
         return keys
     }
 
-    /// Run a plan. Where that fails the conversation is as it was: what was run for it is forgotten.
+    /// Run a plan. Where that fails the conversation is as it was, and what was run is forgotten.
     private func prefill(_ plan: PromptPlan, _ decoder: LanguageDecoder) throws -> NextToken {
         let offset = decoder.offset
         guard let (start, offsets) = plan.rebuilt else {

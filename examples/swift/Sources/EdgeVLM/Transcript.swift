@@ -1,5 +1,5 @@
-// The turns of a conversation: what they say, their tokens and pictures, and where each begins among
-// keys and values. From these the newest turns can be run again when the context is full.
+// The turns of a conversation: what they say, their tokens and pictures, and where each begins in
+// the cache. From these the newest turns can be run again when the context is full.
 
 struct Transcript {
     struct Entry {

@@ -96,6 +96,16 @@ final class LanguageDecoder {
         }
     }
 
+    /// The part's trial, behind nothing that is cached.
+    func tryOut(_ parts: Runnable, in folder: URL) throws {
+        let part = parts.decoder
+        guard let trial = try TrialFile(part.trial, of: part.package, in: folder) else { return }
+        let (ids, token) = try trial.tokens()
+        rewind(to: 0)
+        defer { rewind(to: 0) }
+        try trial.check(prefill(embeddings.rows(ids)), leads: token)
+    }
+
     /// Run a prompt behind what is cached; what follows its last position.
     func prefill(_ prompt: Rows) throws -> NextToken {
         guard prompt.count > 0, prompt.width == embeddings.width else {

@@ -135,7 +135,7 @@ struct MappedArrays: Sendable {
         }
     }
 
-    private static let sizes = ["F16": 2, "U8": 1]
+    private static let sizes = ["F16": 2, "U8": 1, "F32": 4, "I32": 4]
 
     init(_ url: URL) throws {
         name = url.lastPathComponent
@@ -180,6 +180,26 @@ struct MappedArrays: Sendable {
 
     func copy(_ start: Int, _ count: Int, to place: UnsafeMutableRawBufferPointer) {
         data.copyBytes(to: place, from: start..<start + count)
+    }
+
+    /// All values of an array of a type that is known here.
+    func values(_ array: String) throws -> [Double] {
+        guard let entry = entries[array] else { throw unlike(array) }
+        let start = try start(array, entry.dtype, entry.shape)
+        let size = Self.sizes[entry.dtype] ?? 1
+        return (0..<entry.shape.reduce(1, *)).map { index in
+            let place = start + index * size
+            switch entry.dtype {
+            case "U8": return Double(data[place])
+            case "F16": return Double(half(place))
+            case "F32": return Double(Float(bitPattern: word(place)))
+            default: return Double(Int32(bitPattern: word(place)))
+            }
+        }
+    }
+
+    private func word(_ start: Int) -> UInt32 {
+        data[start..<start + 4].reversed().reduce(0) { $0 << 8 | UInt32($1) }
     }
 
     func bytes(_ start: Int, _ count: Int) -> Bytes { Bytes(data[start..<start + count]) }

@@ -21,23 +21,49 @@ final class VisionEncoder {
 
     /// Visual tokens of a picture in the model's size, a row each.
     func encode(_ raster: Raster) throws -> Rows {
+        var tokens = try see(raster)
+        if let connector { tokens = try connect(tokens, connector) }
+        guard let width = tokens.shape.last?.intValue else {
+            throw EdgeVLMError("the vision part gave no visual tokens", exportAgain)
+        }
+        return Rows(width: width, values: try tokens.halves(VisionName.visualTokens.rawValue))
+    }
+
+    /// Each package on its trial, or on a blank picture; a package without one is not checked.
+    func tryOut(_ parts: Runnable, in folder: URL) throws {
+        let seen = connector == nil ? VisionName.visualTokens : .imageFeatures
+        if let trial = try TrialFile(parts.vision.trial, of: parts.vision.package, in: folder) {
+            try trial.check(see(trial.raster()), seen)
+        } else {
+            _ = try encode(blank)
+        }
+        guard let connector, let part = parts.connector else { return }
+        if let trial = try TrialFile(part.trial, of: part.package, in: folder) {
+            let features = try trial.array(.imageFeatures)
+            try trial.check(connect(features, connector), .visualTokens)
+        }
+    }
+
+    private var blank: Raster {
+        Raster(width: preprocessing.width, height: preprocessing.height, fill: [0, 0, 0])
+    }
+
+    /// A picture -> image features, or visual tokens where the connector is fused behind them.
+    private func see(_ raster: Raster) throws -> MLMultiArray {
         let picture: MLFeatureValue
         if input.kind == "image" {
             picture = MLFeatureValue(pixelBuffer: try PixelReader.buffer(raster))
         } else {
             picture = MLFeatureValue(multiArray: try tensor(Self.planes(raster)))
         }
-        var outputs = try run(vision, [VisionName.image.rawValue: picture])
-        if let connector {
-            let features = try Self.array(outputs, VisionName.imageFeatures)
-            let value = MLFeatureValue(multiArray: features)
-            outputs = try run(connector, [VisionName.imageFeatures.rawValue: value])
-        }
-        let tokens = try Self.array(outputs, VisionName.visualTokens)
-        guard let width = tokens.shape.last?.intValue else {
-            throw EdgeVLMError("the vision part gave no visual tokens", exportAgain)
-        }
-        return Rows(width: width, values: try tokens.halves(VisionName.visualTokens.rawValue))
+        let outputs = try run(vision, [VisionName.image.rawValue: picture])
+        return try Self.array(outputs, connector == nil ? .visualTokens : .imageFeatures)
+    }
+
+    private func connect(_ features: MLMultiArray, _ connector: MLModel) throws -> MLMultiArray {
+        let value = MLFeatureValue(multiArray: features)
+        let outputs = try run(connector, [VisionName.imageFeatures.rawValue: value])
+        return try Self.array(outputs, .visualTokens)
     }
 
     /// Red, green and blue planes of 0..255, one after the other.
