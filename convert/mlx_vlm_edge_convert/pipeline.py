@@ -14,7 +14,7 @@ from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, obtain
 from mlx_vlm_edge.models import family
-from mlx_vlm_edge.models.adapted import adapt
+from mlx_vlm_edge.models.adapted import Adapted, adapt
 from mlx_vlm_edge.models.build import build, read_native
 from mlx_vlm_edge.text import saved_tokenizer
 
@@ -147,7 +147,7 @@ def _with_adapters(
     if block and bits is not None:
         weights = dequantized(weights, block)
         config = {key: value for key, value in config.items() if key not in _PACKED}
-    fused = adapt(config, weights, adapters, native_names)
+    fused = adapt(config, Adapted(weights), adapters, native_names)
     if fused.branches:
         raise UsageError(
             f"{adapters[0].called}: the source's weights are quantised and cannot take it up; "

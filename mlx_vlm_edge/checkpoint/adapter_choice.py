@@ -1,7 +1,9 @@
-"""What a user says of adapters -> folders and how much of each one's update counts."""
+"""What a user says of adapters -> folders, how much of each one's update counts, and by which name
+requests ask for it."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from ..errors import UsageError
 
 MAX_SCALE = 100.0
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,24 @@ def choices(named: Any) -> tuple[AdapterChoice, ...]:
         return ()
     several = named if isinstance(named, list) else [named]
     return tuple(map(AdapterChoice.of, several))
+
+
+def split_named(
+    adapters: Sequence[str] | None,
+) -> tuple[list[str] | None, dict[str, AdapterChoice]]:
+    """Adapters as the flag has them -> those for every request, and those that requests name.
+
+    "french=folder:0.5" is one of the latter, unless there is a folder of the whole name. Raises
+    UsageError for two of one name.
+    """
+    always: list[str] = []
+    named: dict[str, AdapterChoice] = {}
+    for text in adapters or ():
+        match = re.fullmatch(rf"({NAME})=(.+)", text)
+        if match is None or Path(text).expanduser().exists():
+            always.append(text)
+        elif match[1] in named:
+            raise UsageError(f"--adapter: two are named {match[1]}; give each a name of its own")
+        else:
+            named[match[1]] = AdapterChoice.of(match[2])
+    return always or None, named

@@ -49,7 +49,7 @@ SAMPLING = {
 CACHE = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")  # of KV caches
 
 
-def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+def add_model_arguments(group: argparse._ArgumentGroup, named_adapters: bool = False) -> None:
     group.add_argument(
         "-m", "--model", metavar="NAME",
         help=f"alias, Hub id or folder (default: $MLX_VLM_EDGE_MODEL, else {DEFAULT_MODEL} "
@@ -64,10 +64,13 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bits", type=int, choices=(4, 8), help="quantise the language model while loading"
     )
+    asked_by_name = "; with a NAME for requests that ask for the model MODEL:NAME alone"
     group.add_argument(
-        "--adapter", action="append", metavar="DIR[:SCALE]",
+        "--adapter", action="append",
+        metavar="[NAME=]DIR[:SCALE]" if named_adapters else "DIR[:SCALE]",
         help="answer with a fine-tune: a folder of PEFT's, mlx-lm's, mlx-vlm's or LLaVA's, and how "
-        "much of its update counts (default: 1); may be given several times",
+        f"much of its update counts (default: 1){asked_by_name if named_adapters else ''}; may be "
+        "given several times",
     )  # fmt: skip
     group.add_argument(
         "--max-memory", metavar="SIZE",
@@ -130,10 +133,10 @@ def add_cache_argument(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def add_model_group(parser: argparse.ArgumentParser) -> None:
+def add_model_group(parser: argparse.ArgumentParser, named_adapters: bool = False) -> None:
     """What every verb that answers takes of a model: which one, how, and where it remembers."""
     group = parser.add_argument_group("model")
-    add_model_arguments(group)
+    add_model_arguments(group, named_adapters)
     add_cache_argument(group)
 
 

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..checkpoint.adapter_choice import AdapterChoice
     from ..generation.engine import Engine
+
+    Named = Mapping[str, AdapterChoice]
 
 HELP = "Serve a model over HTTP (OpenAI API), with a page to try it on."
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -22,7 +27,7 @@ EXTRA = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .flags import add_model_group, add_picture_arguments
 
-    add_model_group(parser)
+    add_model_group(parser, named_adapters=True)
     add_picture_arguments(parser.add_argument_group("pictures"))
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -75,6 +80,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..checkpoint.adapter_choice import split_named
+
     key = args.api_key or os.environ.get("MLX_VLM_EDGE_API_KEY")
     if args.host not in LOOPBACK and not key:
         raise UsageError(f"--host {args.host} is open to others: set --api-key")
@@ -85,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
         path = getattr(args, flag)
         if path and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file; --{flag.replace('_', '-')} names one")
+    args.adapter, named = split_named(args.adapter)
     listening = _listen(args.host, args.port)
     try:
-        return _serve(args, key, listening)
+        return _serve(args, key, listening, named)
     finally:
         listening.close()
 
@@ -118,7 +126,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) -> int:
+def _serve(
+    args: argparse.Namespace, key: str | None, listening: socket.socket, named: "Named"
+) -> int:
     try:
         import uvicorn
 
@@ -142,12 +152,13 @@ def _serve(args: argparse.Namespace, key: str | None, listening: socket.socket) 
     served = Served(
         os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name, limits,
         Access(frozenset(hosts), frozenset(args.cors_origin), key), args.allow_url_images,
+        adapters=tuple(named),
     )  # fmt: skip
     scheme = "https" if args.ssl_certfile else "http"
     port = listening.getsockname()[1]
     print(f"{served.name} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
     config = uvicorn.Config(
-        application(served, lambda: _engine(args, name, limits)), http=Protocol, ws="none",
+        application(served, lambda: _engine(args, name, limits, named)), http=Protocol, ws="none",
         log_level="warning", access_log=False, server_header=False, lifespan="on",
         limit_concurrency=limits.connections, timeout_keep_alive=15,
         ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile, timeout_graceful_shutdown=5,
@@ -170,12 +181,17 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def _engine(args: argparse.Namespace, name: str, limits: Any) -> "Engine":
+def _engine(args: argparse.Namespace, name: str, limits: Any, named: "Named") -> "Engine":
     from ..generation.engine import Engine
-    from .flags import load_model, prefix_cache
+    from ..loading.variants import Variants
+    from .flags import load_model, load_options, prefix_cache, within_budget
 
-    model, processor = load_model(args, name)
+    options = within_budget(args, name, load_options(args))
+    checked = Variants(name, options, named) if named else None
+    model, processor = load_model(args, name, options)
+    adapters = checked.of(model) if checked else {}
     print("ready", file=sys.stderr, flush=True)
     return Engine(
-        model, processor, rows=limits.rows, waiting=limits.waiting, prefix_cache=prefix_cache(args)
-    )
+        model, processor, rows=limits.rows, waiting=limits.waiting,
+        prefix_cache=prefix_cache(args), adapters=adapters,
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """One model answers many prompts: each joins a running batch, and a step decodes all of it.
 
+Prompts may name an adapter: a step then goes through the model once for each that is in the batch.
+
 One thread does everything with MLX, in turns: it prefills a prompt that waits while there is a
 place, then decodes one token of every prompt that is being answered. Prompts leave when their
 answer ends, when they are cancelled, or when they fail, and no other notices.
@@ -7,13 +9,14 @@ answer ends, when they are cancelled, or when they fail, and no other notices.
 
 import atexit
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Event, Thread
 from typing import cast
 
 import mlx.core as mx
 
+from ..errors import UsageError
 from ..language.cache import Cache, QuantizingCaches
 from ..language.rows import rows_of
 from ..models.base import VisionLanguageModel
@@ -41,7 +44,8 @@ class Ticket:
     """A prompt on its way; `cancel` gives its place free at the next step.
 
     deliver: called in the engine's thread with every piece of the answer, the last of which has a
-    finish reason, or with what went wrong. client: whose turn it is when several wait.
+    finish reason, or with what went wrong. client: whose turn it is when several wait. model: which
+    of the engine's answers.
     """
 
     inputs: Inputs
@@ -50,6 +54,7 @@ class Ticket:
     client: str
     timer: Timer
     started: float
+    model: VisionLanguageModel
     _cancelled: Event = field(default_factory=Event)
 
     def cancel(self) -> None:
@@ -137,7 +142,8 @@ class Engine:
     """Answers prompts with one model; for any number of threads.
 
     rows: prompts answered together. waiting: prompts that may wait beside them. prefix_cache:
-    shared by all of them; None for none.
+    shared by all of them; None for none. adapters: models with adapters, by the names that prompts
+    may ask for them by.
     """
 
     def __init__(
@@ -148,8 +154,9 @@ class Engine:
         rows: int = ROWS,
         waiting: int = WAITING,
         prefix_cache: PrefixCache | None = None,
+        adapters: Mapping[str, VisionLanguageModel] | None = None,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.adapters = model, processor, dict(adapters or {})
         self.rows_limit, self.prefix_cache = rows, prefix_cache
         self._line, self._rows = Line(waiting), list[_Row]()
         self._changed = Condition()
@@ -164,21 +171,26 @@ class Engine:
         options: Options,
         deliver: Deliver,
         *,
+        adapter: str | None = None,
         client: str = "",
         timer: Timer | None = None,
         started: float | None = None,
     ) -> Ticket:
-        """Put a prompt in the line. Raises BusyError when it is full, UsageError for a long prompt.
+        """Put a prompt in the line. Raises BusyError when it is full, UsageError for a long prompt
+        or an adapter that is not there.
 
         timer and started: of the prompt's preparation, for its times.
         """
         timer = timer or Timer()
         started = timer.clock() if started is None else started
-        ticket = Ticket(inputs, options, deliver, client, timer, started)
         with self._changed:  # of one piece: nothing joins a line that is no longer emptied
             if self._closing:
                 raise BusyError
-            budget(self.model, inputs, options)
+            model = self.model if adapter is None else self.adapters.get(adapter)
+            if model is None:
+                raise UsageError(f"there is no adapter of the name {adapter}")
+            budget(model, inputs, options)
+            ticket = Ticket(inputs, options, deliver, client, timer, started, model)
             self._line.put(ticket)
             self._changed.notify_all()
         return ticket
@@ -208,7 +220,7 @@ class Engine:
         while (ticket := self._line.take()) is not None:
             ticket.deliver(BusyError("the server is shutting down"))
         self._rows.clear()
-        del self.model, self.processor, self.prefix_cache
+        del self.model, self.processor, self.prefix_cache, self.adapters
         self._idle.set()
         Event().wait()
 
@@ -238,22 +250,22 @@ class Engine:
             ticket.deliver(error)
 
     def _prefilled(self, ticket: Ticket) -> _Row:
-        inputs, options, timer = ticket.inputs, ticket.options, ticket.timer
-        cache = make_cache(self.model, inputs, options)
+        model, inputs, options, timer = ticket.model, ticket.inputs, ticket.options, ticket.timer
+        cache = make_cache(model, inputs, options)
         run, reused = None, 0
         if self.prefix_cache is not None:
-            run = self.prefix_cache.begin(self.model, self.processor, inputs, cache)
+            run = self.prefix_cache.begin(model, self.processor, inputs, cache)
             reused = run.start
         timer.mark("queue")
         skip = options.skip_special_tokens
         answer = Answer(self.processor, inputs, options.stop, timer, ticket.started, reused, skip)
-        sample = token_sampler(self.model, self.processor, inputs, options)
+        sample = token_sampler(model, self.processor, inputs, options)
         row = _Row(ticket, answer, cache, sample, run)
-        row.left = budget(self.model, inputs, options)
+        row.left = budget(model, inputs, options)
         if options.draft is not None:
-            row.drafts = prompt_lookup(self.model, inputs, self.processor.eos_ids)
+            row.drafts = prompt_lookup(model, inputs, self.processor.eos_ids)
             answer.drafts = row.drafts
-        steps = prompt_logits(self.model, run or inputs, cache, options.prefill_step_size)
+        steps = prompt_logits(model, run or inputs, cache, options.prefill_step_size)
         row.token = row.sample(timer.run(steps))
         mx.async_eval(row.token)
         return row
@@ -275,13 +287,10 @@ class Engine:
         for row in rows:
             if isinstance(row.cache, QuantizingCaches):
                 row.cache.quantize()
-        logits = self.model.step(
-            mx.concatenate([row.token for row in rows]), rows_of([row.cache for row in rows])
-        )
         following: dict[_Row, mx.array] = {}
-        for index, row in enumerate(rows):
+        for row, logits in _logits(rows):
             try:
-                following[row] = row.sample(logits[index : index + 1])
+                following[row] = row.sample(logits)
             except Exception as error:  # noqa: BLE001  (told to the one whose sampling it is)
                 row.ticket.cancel()
                 row.ticket.deliver(error)
@@ -298,7 +307,7 @@ class Engine:
             row.cache.quantize()
         said = row.known()
         draft = drafts.propose(min(row.left - 1, room(row.cache)) - 1)
-        verifying = Pass(self.model, said, draft, row.cache, row.sample)
+        verifying = Pass(row.ticket.model, said, draft, row.cache, row.sample)
         if not row.deliver(said):
             return False
         right, row.token = verifying.outcome()
@@ -314,6 +323,17 @@ class Engine:
                 row.remember()
             except Exception as error:  # noqa: BLE001  (its answer is whole; the others go on)
                 say(f"an answer is not remembered ({type(error).__name__})")
+
+
+def _logits(rows: Sequence[_Row]) -> Iterator[tuple[_Row, mx.array]]:
+    """Each row with the logits [1, V] after its token, by one step of each model."""
+    by_model: dict[int, list[_Row]] = {}
+    for row in rows:
+        by_model.setdefault(id(row.ticket.model), []).append(row)
+    for group in by_model.values():
+        tokens = mx.concatenate([row.token for row in group])
+        logits = group[0].ticket.model.step(tokens, rows_of([row.cache for row in group]))
+        yield from zip(group, mx.split(logits, len(group)), strict=True)
 
 
 def pieces(

@@ -135,7 +135,7 @@ class PrefixCache:
         keys = position_keys(inputs, digests, counts)
         self._recall(model, keys)
         start = self._take(model, keys, cache)
-        self._touch((id(model), name) for name in digests)
+        self._touch((id(model.eyes), name) for name in digests)
         return Run(self, model, keys, list(cache), start, inputs, digests, counts)
 
     def _recall(self, model: VisionLanguageModel, keys: np.ndarray) -> None:
@@ -191,6 +191,7 @@ class PrefixCache:
 
     def image(self, model: VisionLanguageModel, name: bytes) -> mx.array | None:
         """The visual tokens of an image by its digest, None where they are not known."""
+        model = model.eyes
         with self._lock:
             entry = self._entries.get((id(model), name))
         if isinstance(entry, _Image) and entry.model() is model:  # not another at its address
@@ -204,6 +205,7 @@ class PrefixCache:
 
     def keep_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
         """Remember an image's visual tokens."""
+        model = model.eyes
         mx.eval(tokens)  # what is not computed yet is of use to this thread alone
         self._add((id(model), name), _Image(weakref.ref(model), tokens))
         if self.disk is not None and model.identity is not None:

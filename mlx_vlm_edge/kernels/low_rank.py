@@ -1,7 +1,20 @@
-"""A quantised layer beside a low-rank update that its packed weights cannot take up."""
+"""A layer beside a low-rank update that its weights do not take up: packed ones cannot, and shared
+ones must not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which outputs of a fused layer are those of a layer that went into it, of `width` in all."""
+
+    start: int
+    end: int
+    width: int
 
 
 class Linear(nn.Module):
@@ -23,6 +36,26 @@ class Linear(nn.Module):
         bias = self.base.bias if "bias" in self.base else 0
         return self.factor * (y - bias + low) + bias
 
+    def beside(self, base: nn.Module) -> "Linear":
+        """The same update of another form of its layer."""
+        return Linear(base, self.a, self.b, self.get("factor"))
+
+
+def beside_fused(base: nn.Module, updates: Sequence[tuple[Columns, Linear]]) -> Linear:
+    """Updates of some of the layers that were fused into `base`, as one of it.
+
+    Of others' outputs the update is 0, and the factor 1.
+    """
+    padding = [(columns.start, columns.width - columns.end) for columns, _ in updates]
+    b = [mx.pad(u.b, [(0, 0), pad]) for pad, (_, u) in zip(padding, updates, strict=True)]
+    factor: mx.array | None = None
+    for pad, (_, update) in zip(padding, updates, strict=True):
+        if "factor" in update:
+            own = mx.pad(update.factor, pad, constant_values=1)
+            factor = own if factor is None else factor * own
+    a = mx.concatenate([update.a for _, update in updates], axis=1)
+    return Linear(base, a, mx.concatenate(b), factor)
+
 
 class Embedding(nn.Module):
     """base(ids) + a[ids] b, with a [rows, r] and b [r, width].
@@ -39,3 +72,7 @@ class Embedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self.base.as_linear(x)
+
+    def beside(self, base: nn.Module) -> "Embedding":
+        """The same update of another form of its table."""
+        return Embedding(base, self.a, self.b)

@@ -144,9 +144,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * D, hidden, bias=config.o_bias)
 
     def fuse(self) -> None:
-        if fused := fuse([self.q_proj, self.k_proj, self.v_proj]):
-            del self.q_proj, self.k_proj, self.v_proj
-            self.qkv_proj = fused
+        fuse(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
 
     def qkv(self, x: mx.array) -> mx.array:
         """Queries, keys and values of x [B, L, D]: [B, L, (heads + 2 kv_heads) * head_dim]."""
@@ -193,9 +191,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def fuse(self) -> None:
-        if fused := fuse([self.gate_proj, self.up_proj]):
-            del self.gate_proj, self.up_proj
-            self.gate_up_proj = fused
+        fuse(self, ("gate_proj", "up_proj"), "gate_up_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up_proj" in self:

@@ -1,6 +1,6 @@
 """Adapters that a user named -> read, and taken up by a model's native weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,17 @@ def adapted(
     config: Mapping[str, Any], arrays: Mapping[str, mx.array], adapters: Sequence[Adapter]
 ) -> Adapted:
     """Native weights with the adapters in them. Nothing is evaluated."""
-    if not adapters:
-        return Adapted(dict(arrays))
+    weights = Adapted(dict(arrays))
+    return onto(config, weights, adapters) if adapters else weights
+
+
+def onto(
+    config: Mapping[str, Any],
+    before: Adapted,
+    adapters: Sequence[Adapter],
+    shared: Collection[str] = (),
+) -> Adapted:
+    """`models.adapted.adapt` with the converter's names."""
     from mlx_vlm_edge_convert.adapters import native_names
 
-    return adapt(config, arrays, adapters, native_names)
+    return adapt(config, before, adapters, native_names, shared)

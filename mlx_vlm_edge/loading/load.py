@@ -7,7 +7,7 @@ converter, in memory. Folding and fusing happen here, once, before the first tok
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..errors import UsageError, check_keywords
 from ..hub.models import obtain
 from ..kernels import on_cpu, quantized
 from ..models import family
+from ..models.adapted import Adapted
 from ..models.base import VisionLanguageModel
 from ..models.build import Quantization, build, cast, read_native
 from ..models.contract import Family
@@ -194,7 +195,7 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
         tokenizer = parsing.wait()
     Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
-    model.identify = partial(_identity, folder, options, on_cpu(), changed)
+    model.identify = partial(model_identity, folder, options, on_cpu(), changed)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
     processor.offline = options.offline
@@ -213,17 +214,8 @@ def _reading(
     config, arrays = read_checkpoint(folder)
     kind = family(config)
     whole = adapted(config, arrays, adapters)
-    if whole.tower_changed and options.vision_backend != "mlx":
-        raise UsageError(
-            f"{adapters[0].called}: it changes the vision tower, which {options.vision_backend} "
-            "would run without; `mlx-vlm-edge convert --adapter` makes one model of both"
-        )
-    model = build(kind, config, whole.arrays)
-    whole.place(model, kind.rename)
-    kind.check(model.config, options.preprocessing)
-    if options.bits is not None:
-        quantize_language_model(model, config, options.bits)
-    cast(model, options.dtype)
+    check_backend(whole, adapters, options)
+    model = built(kind, config, whole, options)
     del arrays, whole  # so that nothing is held twice
     yield kind, model
     # `state` has what `parameters` leave out as well, such as scaled rotation periods: another
@@ -238,7 +230,29 @@ def _reading(
     yield kind, model
 
 
-def _identity(folder: Path, options: LoadOptions, cpu: bool, changed: Sequence[str]) -> str:
+def check_backend(weights: Adapted, adapters: Sequence[Adapter], options: LoadOptions) -> None:
+    """Raises UsageError for adapters that another back end would encode pictures without."""
+    if weights.tower_changed and options.vision_backend != "mlx":
+        raise UsageError(
+            f"{adapters[0].called}: it changes the vision tower, which {options.vision_backend} "
+            "would run without; `mlx-vlm-edge convert --adapter` makes one model of both"
+        )
+
+
+def built(
+    kind: Family[Any], config: Mapping[str, Any], weights: Adapted, options: LoadOptions
+) -> VisionLanguageModel:
+    """The model as the options want it; nothing is evaluated yet."""
+    model = build(kind, config, weights.arrays)
+    weights.place(model, kind.rename)
+    kind.check(model.config, options.preprocessing)
+    if options.bits is not None:
+        quantize_language_model(model, config, options.bits)
+    cast(model, options.dtype)
+    return model
+
+
+def model_identity(folder: Path, options: LoadOptions, cpu: bool, changed: Sequence[str]) -> str:
     """cpu: where it was loaded, which decides on dtypes and kernels. changed: by which adapters."""
     from ..checkpoint.identity import identity
 

@@ -1,11 +1,12 @@
 """A model's native weights and adapters -> the weights with them, and what stays beside.
 
 Full-precision weights take an update up before anything is built, so that a fused model costs what
-it did. Packed ones cannot: their layers get it as a branch of low rank (kernels/low_rank.py).
+it did. Packed ones cannot, and weights that models share must not: their layers get it as a branch
+of low rank (kernels/low_rank.py).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -40,12 +41,13 @@ NativeNames = Callable[[Mapping[str, Any], Iterable[str], str], Mapping[str, Nat
 class Adapted:
     """Native weights with whatever could be merged.
 
-    branches: updates of packed layers, by name. changed: the layers that have any part of one.
+    branches: updates of layers that do not take them up, by name. changed: the layers that have any
+    part of one, and whether more updates of it would add up.
     """
 
     arrays: Arrays
     branches: Sequence[tuple[str, LowRank]] = ()
-    changed: Collection[str] = ()
+    changed: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def tower_changed(self) -> bool:
@@ -62,16 +64,18 @@ class Adapted:
 
 def adapt(
     config: Mapping[str, Any],
-    arrays: Mapping[str, mx.array],
+    before: Adapted,
     adapters: Sequence[Adapter],
     native_names: NativeNames,
+    shared: Collection[str] = (),
 ) -> Adapted:
     """A model's native weights with adapters, one after the other. Nothing is evaluated.
 
-    native_names: what knows published names. Raises UsageError for layers that the model does not
-    have or that are shaped otherwise, and for two adapters that change one layer and do not add up.
+    before: the weights, with earlier adapters. native_names: what knows published names. shared:
+    layers that take no update up. Raises UsageError for layers that the model does not have or that
+    are shaped otherwise, and for two adapters that change one layer and do not add up.
     """
-    base = _Base(config, dict(arrays))
+    base = _Base(config, before, shared)
     for adapter in adapters:
         base.take(adapter, native_names)
     return Adapted(base.arrays, base.branches, base.changed)
@@ -104,10 +108,9 @@ def _under(layer: str, arrays: Arrays) -> str:
 class _Base:
     """A model's native weights, which take adapters up one after the other."""
 
-    def __init__(self, config: Mapping[str, Any], arrays: Arrays) -> None:
-        self.config, self.arrays = config, arrays
-        self.branches: list[tuple[str, LowRank]] = []
-        self.changed: dict[str, bool] = {}  # layers by earlier adapters: whether more would add up
+    def __init__(self, config: Mapping[str, Any], before: Adapted, shared: Collection[str]) -> None:
+        self.config, self.arrays, self.shared = config, dict(before.arrays), shared
+        self.branches, self.changed = list(before.branches), dict(before.changed)
 
     def take(self, adapter: Adapter, native_names: NativeNames) -> None:
         low, whole = _native(self.config, adapter, self.arrays, native_names)
@@ -130,15 +133,16 @@ class _Base:
                     "replaces it; name one of the two"
                 )
 
-    def _untie(self, layers: Iterable[str]) -> None:
+    def _untie(self, adding: Mapping[str, bool]) -> None:
         """Give a tied head its own weights where the table's or its own are to change.
 
-        PEFT trains one without the other. A packed table stays tied: its branch is none of the
+        PEFT trains one without the other. A table with a branch stays tied: that is none of the
         head.
         """
         table, packed = self.arrays.get(f"{EMBEDDING}.weight"), f"{EMBEDDING}.scales" in self.arrays
         tied = f"{HEAD}.weight" not in self.arrays and table is not None and not packed
-        if tied and {EMBEDDING, HEAD}.intersection(layers):
+        branch = EMBEDDING in self.shared and adding.get(EMBEDDING, False)
+        if tied and (HEAD in adding or (EMBEDDING in adding and not branch)):
             self.arrays[f"{HEAD}.weight"] = self.arrays[f"{EMBEDDING}.weight"]
 
     def _replace(self, name: str, array: mx.array, adapter: Adapter) -> None:
@@ -152,7 +156,8 @@ class _Base:
 
     def _update(self, layer: str, update: LowRank, adapter: Adapter) -> None:
         self._check(f"{layer}.weight", update.shape, adapter)
-        if f"{layer}.scales" in self.arrays and not layer.startswith(TOWERS):
+        packed = f"{layer}.scales" in self.arrays and not layer.startswith(TOWERS)
+        if packed or (layer in self.shared and f"{layer}.weight" in self.arrays):
             self.branches.append((layer, update))
             return
         self._unpack(layer)
@@ -189,14 +194,21 @@ class _Base:
 
 
 def branched(layer: nn.Module, update: LowRank) -> nn.Module:
-    """A packed layer with an update beside it."""
+    """A layer with an update beside it."""
     a, b = update.a.T, update.b.T * update.scale
     if update.embedding:
         return low_rank.Embedding(layer, a, b)
     factor = None
     if update.magnitude is not None:
-        packed = {f"x.{part}": layer[part] for part in PARTS if part in layer}
-        block = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
-        weight = dequantized(packed, block)["x.weight"].astype(mx.float32)
-        factor = update.factor(weight + update.delta)
+        factor = update.factor(_weight(layer).astype(mx.float32) + update.delta)
     return low_rank.Linear(layer, a, b, factor)
+
+
+def _weight(layer: nn.Module) -> mx.array:
+    """A layer's weight [out, in] in numbers."""
+    if "scales" not in layer:
+        weight: mx.array = layer.weight
+        return weight
+    packed = {f"x.{part}": layer[part] for part in PARTS if part in layer}
+    block = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
+    return dequantized(packed, block)["x.weight"]

@@ -75,12 +75,18 @@ class VisionLanguageModel(nn.Module):
     identify: Callable[[], str] | None = None  # see `identity`
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
     pass_costs: Mapping[int, float] | None = None  # see generation/drafting.py
+    seen_by: Callable[[], "VisionLanguageModel"] | None = None  # see `eyes`
 
     @property
     def identity(self) -> str | None:
         """What stands for the weights and settings of a model that was read from files, for what
         outlives the process; None for one that was not."""
         return None if self.identify is None else self.identify()
+
+    @property
+    def eyes(self) -> "VisionLanguageModel":
+        """The model whose visual tokens are this one's, for what remembers them."""
+        return self if self.seen_by is None else self.seen_by()
 
     @property
     def tower(self) -> Any:

@@ -63,15 +63,15 @@ class Answering:
         self.engine, self.limits, self.remote_images = engine, limits, remote_images
         self._preparing, self._under_way = asyncio.Semaphore(PREPARING), 0
 
-    async def start(self, asked: Asked) -> "Answers":
-        """Decode, tokenise and put in the line. Raises ApiError."""
+    async def start(self, asked: Asked, adapter: str | None = None) -> "Answers":
+        """Decode, tokenise and put in the line, for the model with an adapter. Raises ApiError."""
         started = time.perf_counter()
         inputs, timer = await self._prepared(asked)
         answers = Answers(len(asked.options))
         try:
             for index, options in enumerate(asked.options):
                 ticket = self.engine.submit(
-                    inputs, options, answers.deliverer(index),
+                    inputs, options, answers.deliverer(index), adapter=adapter,
                     client=asked.client, timer=timer.copy(), started=started,
                 )  # fmt: skip
                 answers.tickets.append(ticket)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,8 @@ FILES = {
 class Served:
     """What is served: name is the model's, as clients call it; engine is None while it loads.
 
-    failure: why there will be none. on_failure: called when that is known, to end the server.
+    adapters: names of those that a request may ask for, as the model name:adapter. failure: why
+    there will be none. on_failure: called when that is known, to end the server.
     """
 
     name: str
@@ -51,11 +52,17 @@ class Served:
     on_failure: Callable[[], None] | None = None
     answering: Answering | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    adapters: Sequence[str] = ()
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """The names that requests may call a model by, and the adapter of each."""
+        return {self.name: None} | {f"{self.name}:{adapter}": adapter for adapter in self.adapters}
 
     def ready(self, name: str | None) -> Answering:
-        """Raises ApiError 404 for another model's name, 503 until the model is there, and 500 where
-        it cannot be loaded."""
-        self.check_model(name)
+        """Raises ApiError 404 for another model's name, 400 for another adapter's, 503 until the
+        model is there, and 500 where it cannot be loaded."""
+        self.adapter(name)
         if self.failure is not None:
             raise ApiError(500, "the model could not be loaded", code="failed")
         if self.engine is None:
@@ -64,11 +71,18 @@ class Served:
             self.answering = Answering(self.engine, self.limits, self.remote_images)
         return self.answering
 
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, self.name):
-            raise ApiError(
-                404, f"the model served here is {self.name}", param="model", code="model_not_found"
-            )
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter of the model that a request names. Raises ApiError for another's name."""
+        if name is None or name in self.models:
+            return self.models[name or self.name]
+        if self.adapters and name.startswith(f"{self.name}:"):
+            raise bad_request(
+                f"the adapters served here are {', '.join(self.adapters)}", "model",
+                "adapter_not_found",
+            )  # fmt: skip
+        raise ApiError(
+            404, f"the model served here is {self.name}", param="model", code="model_not_found"
+        )
 
 
 def application(served: Served, load: Callable[[], Engine] | None = None) -> Guards:
@@ -175,23 +189,22 @@ async def _complete(
     served: Served, request: Request, sent: ChatRequest | CompletionRequest, asked: Asked
 ) -> Response:
     tokenizer = served.ready(sent.model).engine.processor.tokenizer
-    reply = openai.Reply(sent, served.name, tokenizer)
-    return await _reply(served, request, asked, reply, sent.stream)
+    reply = openai.Reply(sent, sent.model or served.name, tokenizer)
+    return await _reply(served, request, sent, asked, reply)
 
 
 async def _responses(served: Served, request: Request) -> Response:
     sent = parse(ResponsesRequest, await _body(request))
     asked = responses_api.asked(sent, served.limits)
-    served.ready(sent.model)
-    reply = responses_api.Reply(sent, served.name)
-    return await _reply(served, request, asked, reply, sent.stream)
+    reply = responses_api.Reply(sent, sent.model or served.name)
+    return await _reply(served, request, sent, asked, reply)
 
 
 async def _messages(served: Served, request: Request) -> Response:
     sent = parse(MessagesRequest, await _body(request))
     asked = messages_api.asked(sent, served.limits)
-    served.ready(sent.model)
-    return await _reply(served, request, asked, messages_api.Reply(served.name), sent.stream)
+    reply = messages_api.Reply(sent.model or served.name)
+    return await _reply(served, request, sent, asked, reply)
 
 
 async def _count_tokens(served: Served, request: Request) -> Response:
@@ -209,11 +222,20 @@ class Reply(Protocol):
     def events(self, answers: Answers) -> AsyncIterator[bytes]: ...
 
 
+class Sent(Protocol):
+    """What every request for an answer says."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def stream(self) -> bool: ...
+
+
 async def _reply(
-    served: Served, request: Request, asked: Asked, reply: Reply, stream: bool
+    served: Served, request: Request, sent: Sent, asked: Asked, reply: Reply
 ) -> Response:
-    answers = await served.ready(None).start(asked)
-    if stream:
+    answers = await served.ready(sent.model).start(asked, served.adapter(sent.model))
+    if sent.stream:
         return StreamingResponse(
             served.metrics.counted(reply.events(answers), reply.choices),
             media_type="text/event-stream",
@@ -243,17 +265,20 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _models(served: Served, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_entry(served)]})
+    return JSONResponse(
+        {"object": "list", "data": [_entry(served, name) for name in served.models]}
+    )
 
 
 async def _model(served: Served, request: Request) -> Response:
-    served.check_model(request.path_params["id"])
-    return JSONResponse(_entry(served))
+    name = request.path_params["id"]
+    served.adapter(name)
+    return JSONResponse(_entry(served, name))
 
 
-def _entry(served: Served) -> dict[str, Any]:
+def _entry(served: Served, name: str) -> dict[str, Any]:
     return {
-        "id": served.name, "object": "model", "created": 0, "owned_by": "mlx-vlm-edge",
+        "id": name, "object": "model", "created": 0, "owned_by": "mlx-vlm-edge",
         "loaded": served.engine is not None,
     }  # fmt: skip
 
@@ -261,7 +286,7 @@ def _entry(served: Served) -> dict[str, Any]:
 async def _openapi(served: Served, request: Request) -> Response:
     from .openapi import document
 
-    return JSONResponse(document(served.name))
+    return JSONResponse(document(list(served.models)))
 
 
 async def _health(served: Served, request: Request) -> Response:

@@ -1,10 +1,10 @@
 """The API as an OpenAPI document, made from what requests are checked against.
 
-A field that is null counts as left out, and the model is the one that is served; the document says
+A field that is null counts as left out, and the model is one that is served; the document says
 so in every schema of a request.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -29,6 +29,7 @@ REFUSED = {
 }  # fmt: skip
 NO_KEY = {"401": "the key is missing or wrong"}
 NO_MODEL = {"404": "another model"}
+NO_ADAPTER = {"400": "another adapter"}
 NOT_ANSWERED = {
     "400": "a field is wrong, missing or not supported", "415": "not application/json",
     "429": "too many requests wait", "503": "the model is not ready",
@@ -37,8 +38,8 @@ JSON = "application/json"
 NULL = {"type": "null"}
 
 
-def document(model: str) -> dict[str, Any]:
-    """The whole document, OpenAPI 3.1. model: the name of the one that is served."""
+def document(models: Sequence[str]) -> dict[str, Any]:
+    """The whole document, OpenAPI 3.1. models: the names of those that are served."""
     requests = [(request, "validation") for request, _, _ in POSTS.values()]
     _, schemas = models_json_schema(
         requests,  # type: ignore[arg-type]
@@ -49,14 +50,15 @@ def document(model: str) -> dict[str, Any]:
         for path, (request, answer, summary) in POSTS.items()
     }
     paths |= {
-        "/v1/models": {"get": _get("The model that is served", "ModelList")},
+        "/v1/models": {"get": _get("The model, alone and with each adapter", "ModelList")},
         "/v1/models/{id}": {
-            "get": _get("One model", "Model", NO_MODEL) | {"parameters": [_identifier(model)]}
+            "get": _get("One model", "Model", NO_MODEL | NO_ADAPTER)
+            | {"parameters": [_identifier(models)]}
         },
         "/health": {"get": _health()},
         "/metrics": {"get": _get("Prometheus figures", "", kind="text/plain")},
     }
-    requested = {name: _as_taken(schema, model) for name, schema in schemas["$defs"].items()}
+    requested = {name: _as_taken(schema, models) for name, schema in schemas["$defs"].items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlx-vlm-edge", "version": __version__},
@@ -69,12 +71,12 @@ def document(model: str) -> dict[str, Any]:
     }
 
 
-def _as_taken(schema: Mapping[str, Any], model: str) -> dict[str, Any]:
+def _as_taken(schema: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     """A request's schema with what is done before it is checked: nulls are dropped, whatever their
     name, and so are values of unsupported fields that ask for nothing."""
     properties = dict(schema["properties"])
     if "model" in properties:
-        properties["model"] = {"const": model}
+        properties["model"] = {"enum": list(models)}
         neutral = {name: {"const": value} for name, value in NEUTRAL.items()}
         properties = neutral | properties
     required = schema.get("required", ())
@@ -85,8 +87,8 @@ def _as_taken(schema: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {**schema, "properties": properties, "additionalProperties": NULL}
 
 
-def _identifier(model: str) -> dict[str, Any]:
-    of = {"type": "string", "examples": [model]}
+def _identifier(models: Sequence[str]) -> dict[str, Any]:
+    of = {"type": "string", "examples": list(models)}
     return {"name": "id", "in": "path", "required": True, "schema": of}
 
 

@@ -211,7 +211,7 @@ def test_pieces_give_an_answer_in_the_caller_s_thread(fastvlm, start):  # noqa: 
 def test_clients_take_turns():
     line = Line(limit=9)
     for client in "aaabbc":
-        line.put(Ticket(None, None, None, client, None, 0.0))
+        line.put(Ticket(None, None, None, client, None, 0.0, None))
     order = []
     while (ticket := line.take()) is not None:
         order.append(ticket.client)

@@ -156,7 +156,7 @@ def test_the_openapi_file_tells_what_is_done_before_a_request_is_checked(client)
     chat = document["components"]["schemas"]["ChatRequest"]
     assert chat["additionalProperties"] == {"type": "null"}
     assert chat["properties"]["tools"]["anyOf"] == [{"const": []}, {"type": "null"}]
-    assert {"const": "demo"} in chat["properties"]["model"]["anyOf"]
+    assert {"enum": ["demo"]} in chat["properties"]["model"]["anyOf"]
     refusals = document["paths"]["/v1/messages"]["post"]["responses"]["400"]["content"]
     assert refusals["application/json"]["schema"]["$ref"].endswith("/AnthropicError")
 

@@ -84,6 +84,17 @@ async function answer(history, signal, show) {
   throw new Error("the connection broke off");
 }
 
+// The model alone and with each adapter, where the server has some.
+function choose(names) {
+  const select = () => { $("model").textContent = model = $("models").value; };
+  const before = model ?? localStorage.getItem("models");
+  $("models").replaceChildren(...names.map((name) => new Option(name)));
+  $("models").value = names.includes(before) ? before : names[0];
+  $("models").onchange = () => { localStorage.setItem("models", $("models").value); select(); };
+  $("choice").hidden = names.length < 2;
+  select();
+}
+
 async function connect() {
   for (;;) {
     try {
@@ -93,8 +104,7 @@ async function connect() {
         if (list.status === 401) {
           $("model").textContent = "needs an API key (Settings)";
         } else {
-          model = (await list.json()).data[0].id;
-          $("model").textContent = model;
+          choose((await list.json()).data.map((entry) => entry.id));
         }
         return;
       }
