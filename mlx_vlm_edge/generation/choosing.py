@@ -27,7 +27,8 @@ class TokenSampler:
 
     prompt: its token ids, int[N]. logprobs: how many of the likeliest tokens to tell of with each
     token; None tells nothing. matcher: what the answer must match; it needs each token on the host
-    before the next can be chosen.
+    before the next can be chosen. rows: how many of the vocabulary's rows may be chosen, the first
+    ones; None for all.
     """
 
     def __init__(
@@ -36,15 +37,17 @@ class TokenSampler:
         prompt: mx.array,
         logprobs: int | None = None,
         matcher: "Matcher | None" = None,
+        rows: int | None = None,
     ) -> None:
         self._draw, self._sampling, self._matcher = make_sampler(sampling), sampling, matcher
         self._recent = prompt[-sampling.repetition_context_size :]
         self._counts: mx.array | None = None
         self._last: mx.array | None = None
+        self._rows = rows
         self._count, self._told = logprobs, deque[tuple[mx.array, mx.array, mx.array]]()
 
     def __call__(self, logits: mx.array) -> mx.array:
-        chosen_from = self._penalized(logits)
+        chosen_from = self._tokens(self._penalized(logits))
         if self._matcher is not None:
             if self._last is not None:
                 self._matcher.take(cast(int, self._last.item()))
@@ -54,6 +57,11 @@ class TokenSampler:
         if self._count is not None:
             self._tell(logits, token, self._count)
         return token
+
+    def _tokens(self, logits: mx.array) -> mx.array:
+        """Logits without rows that are no tokens, at their end."""
+        padded = self._rows is not None and self._rows < logits.shape[-1]
+        return logits[..., : self._rows] if padded else logits
 
     def _penalized(self, logits: mx.array) -> mx.array:
         sampling = self._sampling
@@ -72,7 +80,7 @@ class TokenSampler:
         """Keep a token's log-probability and the likeliest ones', which nothing waits for yet."""
         logits = logits[0].astype(mx.float32)
         every = logits - mx.logsumexp(logits)
-        top = mx.argsort(-every)[:count]
+        top = mx.argsort(-self._tokens(every))[:count]
         told = every[token], top, every[top]
         mx.async_eval(told)  # another thread may take the token
         self._told.append(told)

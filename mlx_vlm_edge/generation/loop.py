@@ -325,12 +325,10 @@ def token_sampler(
 ) -> TokenSampler:
     """What chooses the tokens of one answer. Raises UsageError for a schema that cannot be met."""
     sampling = Sampling(**{f.name: getattr(options, f.name) for f in fields(Sampling)})
-    matcher = None
+    rows, matcher = processor.rows, None
     if options.grammar is not None:
         from .grammar import Matcher
 
-        vocabulary = model.language_model.config.vocab_size
-        matcher = Matcher(
-            options.grammar, processor.tokenizer, sorted(processor.eos_ids), vocabulary
-        )
-    return TokenSampler(sampling, mx.array(inputs.input_ids[0]), options.logprobs, matcher)
+        matcher = Matcher(options.grammar, processor.tokenizer, sorted(processor.eos_ids), rows)
+    prompt = mx.array(inputs.input_ids[0])
+    return TokenSampler(sampling, prompt, options.logprobs, matcher, rows)

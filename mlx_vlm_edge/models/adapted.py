@@ -155,6 +155,10 @@ class _Base:
         self.arrays[name] = array.astype(like.dtype)
 
     def _update(self, layer: str, update: LowRank, adapter: Adapter) -> None:
+        if layer in self.arrays:  # a mixture's gate, which is no layer
+            self._check(layer, update.shape, adapter)
+            self.arrays[layer] = update.merged(self.arrays[layer])
+            return
         self._check(f"{layer}.weight", update.shape, adapter)
         packed = f"{layer}.scales" in self.arrays and not layer.startswith(TOWERS)
         if packed or (layer in self.shared and f"{layer}.weight" in self.arrays):

@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,14 @@ class Processor(ABC):
         named = (tokenizer.token_id(token) for token in self.stop_tokens)
         extra = {token for token in named if token is not None}
         self.eos_ids: frozenset[int] = tokenizer.eos_ids | {*config.eos_token_ids} | extra
+
+    @cached_property
+    def rows(self) -> int:
+        """How many of the vocabulary's rows an answer's tokens are from; those beyond are there to
+        round their number up, and no token of an answer may be one."""
+        rows = self.config.text.vocab_size
+        ends = (id for id in self.eos_ids if id < rows)
+        return max(self.tokenizer.rows(rows), 1 + max(ends, default=0))
 
     def __call__(
         self,

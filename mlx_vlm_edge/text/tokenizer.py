@@ -80,6 +80,11 @@ class Tokenizer:
                 "model's; get the model's files again"
             )
 
+    def rows(self, most: int) -> int:
+        """How many of a model's rows have a token, those in between included."""
+        ids = range(most - 1, -1, -1)
+        return next((id + 1 for id in ids if self.backend.id_to_token(id) is not None), most)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`.
 

@@ -41,6 +41,15 @@ def test_greedy_without_anything_else():
     assert chosen(Sampling(), 3) == [0, 0, 0]
 
 
+def test_rows_that_are_no_tokens_are_not_chosen():
+    sample = TokenSampler(Sampling(repetition_penalty=1.5), mx.array([1]), logprobs=4, rows=3)
+    logits = mx.array([[1.0, 0.9, 0.8, 9.0]])
+    assert [sample(logits).item() for _ in range(3)] == [0, 2, 0]
+    told = sample.told()
+    assert [id for id, _ in told.top] == [0, 1, 2]
+    assert told.logprob < -8  # by the model, whatever may be chosen
+
+
 def test_a_repetition_penalty_looks_at_the_last_tokens_of_prompt_and_answer():
     assert chosen(Sampling(repetition_penalty=2.0, repetition_context_size=2), 5, (1, 0)) == [
         2, 1, 0, 2, 1,

@@ -83,6 +83,7 @@ class Prepared:
     length: int = 10
     visual: int = 4
     eos_ids: frozenset = frozenset({tiny.STOP, tiny.END})
+    rows: int = tiny.VOCAB
 
     def steps(self, prompt, images, *, raw=False, budget=None):
         self.asked = prompt, list(images), raw

@@ -454,3 +454,34 @@ def test_a_class_token_among_the_features_is_caught(stablelm):
     assert distance(shifted[0], reference["land/features"]) > 100 * FLOAT32
     other = Pixels(np.ascontiguousarray(pixels.data[..., ::-1]), pixels.size)
     assert distance(model.encode_image(other), reference["land/features"]) > 100 * FLOAT32
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_rows_that_pad_the_vocabulary_are_never_said(kind, models, tmp_path, monkeypatch):
+    """Published heads have more rows than their tokenizers have tokens; here those always win."""
+    plain, processor, reference = models(kind)
+    folder = theirs.copied(kind, tmp_path / kind, vocab_size=352)
+    named = theirs.weights(folder)
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        path.unlink()
+    for name in ("lm_head", "model.embed_tokens", "transformer.wte"):
+        if (table := named.get(f"{name}.weight")) is not None:
+            more = 352 - table.shape[0]
+            named[f"{name}.weight"] = mx.concatenate([table, 10 * table[:more]])
+    mx.save_safetensors(str(folder / "model.safetensors"), named)
+    model, padded = load(str(folder))
+    assert padded.rows == processor.rows == plain.config.text.vocab_size
+    prompt, images = asked(reference, "text")
+    winners = np.array(model(padded(prompt, images=images, raw=True))[0].argmax(axis=-1))
+    assert winners.max() >= padded.rows
+    for one in (processor, padded):
+        monkeypatch.setattr(one, "eos_ids", frozenset())
+    for settings in ({}, {"temperature": 1.0, "seed": 3, "logprobs": 5}):
+        said = [
+            list(stream_generate(*pair, prompt, images, raw=True, max_tokens=8, **settings))[:8]
+            for pair in ((plain, processor), (model, padded))
+        ]
+        ids = [[piece.token for piece in pieces] for pieces in said]
+        assert ids[0] == ids[1]
+    told = [id for piece in said[1] for id, _ in piece.logprobs.top]
+    assert max(told) < padded.rows

@@ -1,9 +1,12 @@
 """PEFT on a tiny reference model: adapters of every kind, saved, and the model that has them."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,3 +35,37 @@ def tuned(
             parameter.data.add_(spread * torch.randn_like(parameter))
     peft.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return peft.double().eval()
+
+
+def skeleton(weights: Mapping[str, mx.array]) -> nn.Module:
+    """Modules that have published weights under their names and compute nothing: what PEFT needs of
+    a model whose original code does not run here. Matrices are linear layers."""
+    root = nn.Module()
+    for name, array in weights.items():
+        *parents, last = name.split(".")
+        tensor = torch.from_numpy(np.array(array.astype(mx.float32)))
+        if last == "weight" and tensor.ndim == 2:
+            linear = nn.Linear(tensor.shape[1], tensor.shape[0], f"{name[:-6]}bias" in weights)
+            linear.weight.data = tensor
+            _below(root, parents[:-1]).add_module(parents[-1], linear)
+    for name, array in weights.items():
+        *parents, last = name.split(".")
+        module = _below(root, parents)
+        if not (last == "weight" and array.ndim == 2):
+            tensor = torch.from_numpy(np.array(array.astype(mx.float32)))
+            setattr(module, last, nn.Parameter(tensor))
+    return root
+
+
+def _below(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    for name in names:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module._modules[name]
+    return module
+
+
+def merged(peft: nn.Module) -> dict[str, mx.array]:
+    """The published weights with PEFT's own merge of its adapter in them, float32."""
+    model = copy.deepcopy(peft).merge_and_unload()
+    return {name: mx.array(tensor.float().numpy()) for name, tensor in model.state_dict().items()}

@@ -171,6 +171,11 @@ def _repository(name: str) -> str:
     return kind_of(name).repository or re.sub(r"-(?:res|interp)\d+", "", name)
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change; the four towers are others' and stay."""
+    return RULES
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

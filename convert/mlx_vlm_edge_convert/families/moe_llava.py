@@ -63,6 +63,11 @@ def rules() -> tuple[Rule, ...]:
     )
 
 
+def adapter_rules() -> tuple[Rule, ...]:
+    """The names of weights that an adapter may change: DeepSpeed's experts and gates among them."""
+    return rules()
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -66,7 +66,7 @@ class Working:
 class Preparing:
     def __init__(self, tokenizer, clock):
         self.tokenizer, self.clock = tokenizer, clock
-        self.eos_ids = frozenset({tiny.STOP})
+        self.eos_ids, self.rows = frozenset({tiny.STOP}), tiny.VOCAB
 
     def steps(self, prompt, images, *, raw=False, budget=None):
         self.clock.now += DECODE
