@@ -9,6 +9,8 @@ import pytest
 from mlx_vlm_edge_convert.families import decoder, fastvlm
 from mlx_vlm_edge_convert.families.fastvlm_config import derive_geometry
 
+from ..memory import Peak
+
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
 SIZES = ("0.5b", "1.5b", "7b")
 TIED = ("0.5b", "1.5b")
@@ -25,9 +27,9 @@ def unallocated(listed: dict[str, tuple[int, ...]]) -> dict[str, mx.array]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_allocated():
-    mx.reset_peak_memory()
+    peak = Peak()
     yield
-    assert mx.get_peak_memory() < 10_000_000
+    assert peak.bytes < 10_000_000
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -18,14 +18,16 @@ from mlx_vlm_edge.loading.counting import Work, counted
 from mlx_vlm_edge.loading.load import load
 from mlx_vlm_edge.text.prompt import Inputs
 
+from ..memory import Peak
+
 COUNTED = json.loads((Path(__file__).parents[1] / "golden/fastvithd_gmacs.json").read_text())
 
 
 @pytest.fixture(autouse=True)
 def little_is_allocated():
-    mx.reset_peak_memory()
+    peak = Peak()
     yield
-    assert mx.get_peak_memory() < 20_000_000
+    assert peak.bytes < 20_000_000
 
 
 def prompt(plan, image=(1024, 1024), text=24):

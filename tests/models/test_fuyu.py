@@ -23,6 +23,7 @@ from mlx_vlm_edge.language import persimmon
 from mlx_vlm_edge.models import fuyu
 from mlx_vlm_edge.models.build import build
 
+from ..memory import Peak
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
 QUESTION = "What is this?"
@@ -308,8 +309,7 @@ def test_the_published_checkpoint_maps_whole_and_unallocated():
     """All 582 weights of Fuyu-8B become parameters of a full-size model; none is made."""
     with gzip.open(KEYS, "rt") as file:
         listed = json.load(file)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()  # what other tests' models hold
+    peak = Peak()
     source = {name: mx.zeros(shape, dtype=mx.bfloat16) for name, shape in listed.items()}
     text = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 64,
             "intermediate_size": 16384, "vocab_size": 262144}  # fmt: skip
@@ -322,7 +322,7 @@ def test_the_published_checkpoint_maps_whole_and_unallocated():
     assert (parsed.image_token_id, parsed.image_newline_id) == (None, None)  # the tokenizer's
     assert (parsed.text.rope_theta, parsed.text.rotary_dims, parsed.context) == (25000.0, 32, 16384)
     assert (parsed.text.layer_norm_eps, parsed.eos_token_ids) == (1e-5, (2,))
-    assert mx.get_peak_memory() - before < 10_000_000
+    assert peak.bytes < 10_000_000
 
 
 def test_an_unknown_weight_is_refused():

@@ -18,6 +18,7 @@ from mlx_vlm_edge.picture import tiling
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.picture.tiling import Tiles, best_resolution
 
+from ..memory import Peak
 from ..parity import BFLOAT16_FACTOR, FLOAT32, distance
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -204,10 +205,9 @@ def test_memory_does_not_grow_with_the_tiles(loaded, monkeypatch):
     for at_once in (36, 2):
         monkeypatch.setattr(llava_onevision, "TILES_AT_ONCE", at_once)
         mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        peak = Peak()
         mx.eval(model.features(tiles))
-        peaks.append(mx.get_peak_memory() - before)
+        peaks.append(peak.bytes)
     assert peaks[1] < peaks[0] / 3
 
 
@@ -399,15 +399,14 @@ def test_the_published_size_maps_every_key(theirs, layout):
         name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
     mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    peak = Peak()
     arrays = {
         name: mx.zeros(tuple(tensor.shape), mx.bfloat16)
         for name, tensor in theirs.in_layout(shapes, layout).items()
     }
     native, converted = converter.to_native(config, arrays)
     built = build(llava_onevision, native, converted)
-    assert mx.get_peak_memory() - before < 2e6
+    assert peak.bytes < 2e6
     count = sum(p.size for _, p in tree_flatten(built.parameters()))
     unused = 2 * 1152  # the norm after the tower
     assert count == sum(tensor.numel() for tensor in shapes.values()) - unused

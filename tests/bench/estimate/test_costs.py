@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_vlm_edge_bench.bench.picture import default_picture
@@ -24,6 +23,8 @@ from mlx_vlm_edge.hub.models import ALIASES
 from mlx_vlm_edge.loading.cost import nbytes
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 
+from ...memory import Peak
+
 SQUARE = (1024, 1024)
 PICTURES = [(640, 480), (300, 700), (1920, 1080), (384, 384)]
 
@@ -41,9 +42,9 @@ def predicted_flops(config, resolution=None, text_tokens=None, image=SQUARE):
 
 @pytest.fixture(autouse=True)
 def little_is_allocated():
-    mx.reset_peak_memory()
+    peak = Peak()
     yield
-    assert mx.get_peak_memory() < 40_000_000
+    assert peak.bytes < 40_000_000
 
 
 @pytest.fixture(scope="module")
