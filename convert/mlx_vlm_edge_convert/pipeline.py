@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.adapter import Adapter, read_adapter
+from mlx_vlm_edge.checkpoint.adapter import Adapter, check_values, read_adapter
 from mlx_vlm_edge.checkpoint.adapter_choice import choices
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
@@ -99,6 +99,8 @@ def convert(
     check_target(target, overwrite=overwrite, listed=written_files)  # before anything is fetched
     chosen = choices(adapter)
     adapters = [read_adapter(choice.path, choice.scale, read_torch) for choice in chosen]
+    for one in adapters:
+        check_values(one)
     folder = obtain(str(source))
     _check_apart(target, folder)
     read = read_config(folder)

@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 
 from ..errors import UsageError
 from ..wording import some
 from .files import read_json
-from .weights import read_safetensors
+from .weights import check_finite, read_safetensors
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -32,9 +32,12 @@ _UNKNOWN = (
 )  # fmt: skip
 # Initialisations that change the base's weights: such an adapter does not fit the published ones.
 _MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# What patterns of layers are made of; no group under a repetition, which could match for ever.
-_PLAIN = re.compile(r"[\^\$]?(?:[\w|]|\\?\.|\.\*|\\d\+?|\[[\d-]+\])*[\$]?")
+# What patterns of layers are made of, and their steps: a character of some kind, once or repeated.
+_PLAIN = re.compile(r"\^?(?:[\w|]|\\?\.|\.\*|\\d\+?|\[[\d-]+\])*\$?")
+_STEP = re.compile(r"(\\.|\[[\d-]+\]|.)([*+]?)")
 _WRAPPERS = ("base_layer.", "original_module.", "modules_to_save.default.", "modules_to_save.")
+
+LARGEST = 1e30  # of numbers, and of what an update may add up to: float32 ends at 3e38
 
 Torch = Callable[[Path], dict[str, mx.array]]  # reads a .bin file
 
@@ -137,6 +140,26 @@ def read_adapter(path: Path, scale: float, torch: Torch) -> Adapter:
     return replace(adapter, low_rank=scaled)
 
 
+def check_values(adapter: Adapter) -> None:
+    """Raises UsageError for numbers that make no weights: NaN, infinities, whole numbers, and
+    updates that are too large. Evaluates all of it."""
+    if any(not mx.issubdtype(array.dtype, mx.floating) for array in adapter.arrays):
+        raise UsageError(f"{adapter.called}: a tensor holds whole numbers, not weights")
+    sums = mx.stack([(array.astype(mx.float32) * 0).sum() for array in adapter.arrays])
+    mx.eval(adapter.arrays)
+    check_finite({f"{adapter.called}: a tensor": sums})
+    if not adapter.low_rank:
+        return
+    updates = adapter.low_rank.values()
+    largest = [mx.abs(u.a).max().astype(mx.float32) * mx.abs(u.b).max() for u in updates]
+    products = cast(list[float], mx.stack(largest).tolist())
+    for (layer, update), product in zip(adapter.low_rank.items(), products, strict=True):
+        if not abs(update.scale) * product < LARGEST:
+            raise UsageError(
+                f"{adapter.called}: the update of {layer} is larger than any weight; it is damaged"
+            )
+
+
 def _read_peft(path: Path, config: Mapping[str, Any], torch: Torch) -> Adapter:
     _check_peft(path, config)
     arrays = _one_of(path, PEFT_WEIGHTS, torch)
@@ -168,6 +191,8 @@ def _check_peft(path: Path, config: Mapping[str, Any]) -> None:
         raise UsageError(f"adapter {path}: peft_type {config['peft_type']!r}: only LORA is known")
     if unknown := [key for key in _UNKNOWN if config.get(key)]:
         raise UsageError(f"adapter {path}: {CONFIG} sets {unknown[0]}, which is not known")
+    if not isinstance(config.get("use_rslora") or False, bool):
+        raise UsageError(f"adapter {path}: {CONFIG}: use_rslora is neither true nor false")
     start = str(config.get("init_lora_weights") or "").lower()
     if start.startswith(_MOVES_BASE):
         raise UsageError(
@@ -193,7 +218,8 @@ def _peft_scale(path: Path, config: Mapping[str, Any], layer: str, a: mx.array) 
     rank = _matched(config.get("rank_pattern"), layer, config.get("r"))
     alpha = _matched(config.get("alpha_pattern"), layer, config.get("lora_alpha"))
     if type(rank) is not int or rank < 1 or not _finite(alpha):
-        raise UsageError(f"adapter {path}: r {rank!r} or lora_alpha {alpha!r} is no number above 0")
+        shown = f"r {str(rank)[:20]} or lora_alpha {str(alpha)[:20]}"
+        raise UsageError(f"adapter {path}: {shown} is no number above 0")
     if a.ndim != 2 or a.shape[0] != rank:
         raise UsageError(
             f"adapter {path}: {layer} is {tuple(a.shape)}, of rank {rank} by its {CONFIG}"
@@ -211,16 +237,37 @@ def _matched(patterns: Any, layer: str, common: Any) -> Any:
                 f"{CONFIG}: the pattern {pattern[:80]!r} is not of names, dots, .*, \\d+ and |"
             )
         try:
-            if re.match(rf"(.*\.)?({pattern})$", layer):
+            if any(_ends_as(layer, one) for one in pattern.split("|")):
                 return value
         except re.error as error:
-            raise UsageError(f"{CONFIG}: {pattern!r} is no pattern ({error})") from None
+            raise UsageError(f"{CONFIG}: {pattern[:80]!r} is no pattern ({error})") from None
     return common
 
 
+def _ends_as(layer: str, pattern: str) -> bool:
+    """PEFT's re.match(rf"(.*\\.)?({pattern})$", layer), in time that no pattern makes long: all
+    places that a step may begin at are followed at once."""
+    places = {0} | {at + 1 for at, sign in enumerate(layer) if sign == "."}
+    if pattern.startswith("^"):
+        places = {0}
+    for kind, repeated in _STEP.findall(pattern.removeprefix("^").removesuffix("$")):
+        follows = re.compile(kind).match
+        if not repeated:
+            places = {at + 1 for at in places if follows(layer, at)}
+            continue
+        reached = set(places) if repeated == "*" else set()
+        for at in sorted(places):
+            while at + 1 not in reached and follows(layer, at):
+                at += 1
+                reached.add(at)
+        places = reached
+    return len(layer) in places
+
+
 def _finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that float32 holds; JSON's may be of any length."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) < LARGEST
 
 
 def _read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
@@ -260,7 +307,7 @@ def _mlx_scale(path: Path, parameters: Mapping[str, Any], layer: str, a: mx.arra
     if scale is None and _finite(alpha := parameters.get("alpha")):
         return float(alpha) / rank
     if not _finite(scale):
-        raise UsageError(f"adapter {path}: scale {scale!r} is no number")
+        raise UsageError(f"adapter {path}: scale {str(scale)[:20]} is no number")
     return float(scale)
 
 
@@ -268,7 +315,7 @@ def _low_rank(
     path: Path, layer: str, a: mx.array, b: mx.array, scale: float, magnitude: mx.array | None
 ) -> LowRank:
     """Raises UsageError for shapes that do not belong together."""
-    fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
+    fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.size and b.size
     if not fits or (magnitude is not None and magnitude.size != b.shape[0]):
         shapes = " and ".join(str(tuple(array.shape)) for array in (a, b))
         raise UsageError(f"adapter {path}: {layer} has {shapes}, which is no update of a matrix")

@@ -6,9 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.adapter import Adapter, read_adapter
+from ..checkpoint.adapter import Adapter, check_values, read_adapter
 from ..checkpoint.adapter_choice import AdapterChoice
-from ..checkpoint.weights import check_finite
 from ..models.adapted import Adapted, adapt
 
 
@@ -18,15 +17,9 @@ def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
     Evaluated: another thread takes them up, which cannot use an array that this one leaves lazy.
     """
     adapters = [read_adapter(choice.path, choice.scale, _read_torch) for choice in chosen]
-    mx.eval([array for adapter in adapters for array in adapter.arrays])
     for adapter in adapters:
-        check_finite({f"{adapter.called}: a tensor": mx.stack(_sums(adapter))})
+        check_values(adapter)
     return adapters
-
-
-def _sums(adapter: Adapter) -> list[mx.array]:
-    """A number of each tensor that is finite where all of it is."""
-    return [(array.astype(mx.float32) * 0).sum() for array in adapter.arrays]
 
 
 def _read_torch(path: Path) -> dict[str, mx.array]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mlx_vlm_edge import load
-from mlx_vlm_edge.checkpoint.adapter import LowRank
+from mlx_vlm_edge.checkpoint.adapter import LowRank, _matched
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import low_rank
@@ -326,6 +327,23 @@ def broken(folder, target, change):
         arrays[first] = np.array(1, np.float32)
     elif change == "alpha is no number":
         config = {"lora_alpha": float("nan")}
+    elif change == "alpha is endless":
+        config = {"lora_alpha": 10**400}
+    elif change == "alpha is huge":
+        config = {"lora_alpha": 1e307}
+    elif change == "alpha is missing":
+        config = {"lora_alpha": None}
+    elif change == "rank is 0":
+        config = {"r": 0}
+    elif change == "of no rank":
+        arrays = {name: array.take([], int("lora_B" in name)) for name, array in arrays.items()}
+        config = {"r": 3}
+    elif change == "a word for true":
+        config = {"use_rslora": "false"}
+    elif change == "whole numbers":
+        arrays[first] = arrays[first].astype(np.int32)
+    elif change == "too large":
+        arrays = {name: 1e25 * array for name, array in arrays.items()}
     elif change == "patterns are a list":
         config = {"rank_pattern": ["q_proj"]}
     elif change == "a pattern that never ends":
@@ -372,6 +390,14 @@ def test_a_part_that_adapters_may_not_change_is_told_from_another_base():
         ("not finite", "has values that are not finite"),
         ("no matrix", "of rank 3 by its adapter_config.json"),
         ("alpha is no number", "lora_alpha nan is no number"),
+        ("alpha is endless", "lora_alpha 10000000000000000000 is no number"),
+        ("alpha is huge", "lora_alpha 1e+307 is no number"),
+        ("alpha is missing", "lora_alpha None is no number"),
+        ("rank is 0", "r 0 or lora_alpha"),
+        ("of no rank", "of rank 3 by its adapter_config.json"),
+        ("a word for true", "use_rslora is neither true nor false"),
+        ("whole numbers", "holds whole numbers"),
+        ("too large", "is larger than any weight"),
         ("patterns are a list", "is no object"),
         ("a pattern that never ends", "is not of names"),
         ("two of one weight", "two of its names are of the same weight"),
@@ -388,6 +414,36 @@ def test_a_wrong_adapter_gets_one_line(folders, adapters, tmp_path, change, said
         load(str(folders["hub"]), adapter=folder)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+LAYERS = ["model.layers.1.self_attn.q_proj", "layers.11.mlp.up_proj", "q_proj", "a.layers.2.fc1"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj", "proj", r"layers.1.self_attn.q_proj", r"layers\.\d+\.mlp.*", r".*proj",
+        "^q_proj$", r"layers\.[1-2]\..*|q_proj", r"^model.*\d+.*q_proj", r"self_attn",
+        r".*\.fc\d", "up_proj|fc1", r"layers.\d.*", "", r"\d+.mlp.up_proj", "^model|fc1$",
+    ],
+)  # fmt: skip
+def test_patterns_match_as_pefts(pattern):
+    theirs = [bool(re.match(rf"(.*\.)?({pattern})$", layer)) for layer in LAYERS]
+    assert [_matched({pattern: True}, layer, False) for layer in LAYERS] == theirs
+
+
+def test_no_pattern_takes_long():
+    """Hundreds of places at once, each step looks at every one of them only once."""
+    layer = "a." * 200 + "b"
+    assert _matched({".*" * 60 + "X": True}, layer, False) is False
+    assert _matched({r"\d+" * 60 + "X": True}, "1" * 200, False) is False
+
+
+def test_convert_fuses_no_numbers_that_make_no_weights(folders, adapters, tmp_path):
+    folder = broken(adapters("lora")[0], tmp_path / "adapter", "not finite")
+    with pytest.raises(UsageError, match="values that are not finite"):
+        convert(folders["hub"], tmp_path / "fused", adapter=folder)
+    assert not (tmp_path / "fused").exists()
 
 
 @pytest.mark.parametrize("named", [3, ("x", "y"), ("x", 1e9), ("x", True), "folder:200", ["a", 4]])
