@@ -6,11 +6,16 @@ $PAGE_SHOTS, where it is set.
 
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from mlx_vlm_edge.generation.engine import Engine
+from mlx_vlm_edge.server.app import Served
+
 from ..demo import IMAGES, known
+from .conftest import running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="make test-page installs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -226,3 +231,27 @@ def test_without_javascript_it_says_so(browser, address):
     page.goto(address)
     assert page.get_by_text("needs JavaScript").is_visible()
     context.close()
+
+
+def test_an_adapter_is_chosen_in_the_settings(browser, demo):
+    """And remembered, as the other settings are."""
+    engine = Engine(*demo, adapters={"receipts": demo[0]})
+    served = Served("demo", engine=engine, adapters=("receipts",))
+    with running(served) as address, closing(browser.new_page()) as page:
+        page.goto(address)
+        page.get_by_role("status").get_by_text("demo", exact=True).wait_for()
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Model").select_option("demo:receipts")
+        page.get_by_role("button", name="Done").click()
+        with page.expect_request("**/v1/chat/completions") as asked:
+            ask(page, "What are you?")
+        assert asked.value.post_data_json["model"] == "demo:receipts"
+        page.get_by_role("button", name="Retry").wait_for()
+        page.reload()
+        page.get_by_role("status").get_by_text("demo:receipts", exact=True).wait_for()
+    engine.close()
+
+
+def test_without_adapters_there_is_no_choice(page):
+    page.get_by_role("button", name="Settings").click()
+    assert page.get_by_label("Model").is_hidden()
