@@ -21,6 +21,8 @@ def refused(capsys, *flags):
         ),
         (("--cors-origin", "https://example.org/"), "without a path"),
         (("--host", "300.1.1.1", "--api-key", "x"), "choose another --host or --port"),
+        (("--adapter", "a=one", "--adapter", "a=two"), "two are named a"),
+        (("--adapter", "a=one:200"), "scale 200.0 is no number from -100 to 100"),
     ],
 )
 def test_what_can_never_work_is_refused_at_once(capsys, flags, told):
