@@ -13,6 +13,7 @@ HELP = (
 )
 CONTEXT = 2048
 _TABLES: dict[str | None, Any] = {None: None, "4": 4, "8": 8}  # --embedding-bits
+_HEADS: dict[str | None, Any] = {None: None, "6": 6}  # --head-bits
 PARTS = ("vision", "connector", "decoder", "all")
 _PICTURES = ("is for pictures", ("vision", "connector"))
 _DECODER = ("is the decoder's", ("decoder",))
@@ -20,6 +21,7 @@ _DECODER = ("is the decoder's", ("decoder",))
 _OF_PARTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "bits": (None, "compresses the decoder", ("decoder",)),
     "embedding_bits": (None, *_DECODER),
+    "head_bits": (None, *_DECODER),
     "context": (None, *_DECODER),
     "device": (None, "chooses for the decoder", ("decoder",)),
     "image_size": (None, *_PICTURES),
@@ -74,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--bits", choices=("4", "8", "palette4"),
         help="compress the decoder (default: as the model's weights are)",
+    )  # fmt: skip
+    form.add_argument(
+        "--head-bits", choices=("6",),
+        help="of the output head beside --bits palette4: palettes of 64 values (default: the same)",
     )  # fmt: skip
     form.add_argument(
         "--embedding-bits", choices=("4", "8"),
@@ -187,8 +193,8 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision, compute=args.compute,
         size=sizes[0] if sizes else None, more_sizes=tuple(sizes[1:]),
         strategy=args.image_strategy, bits=bits,
-        embedding_bits=_TABLES[args.embedding_bits], context=context,
-        more_contexts=tuple(more_contexts),
+        embedding_bits=_TABLES[args.embedding_bits], head_bits=_HEADS[args.head_bits],
+        context=context, more_contexts=tuple(more_contexts),
         fused=not args.separate_connector, image_input=args.input == "image",
         coreai=args.format == "coreai",
     )  # fmt: skip

@@ -7,6 +7,7 @@ leaves float16 is repaired and verified again. A bundle that fails does not stay
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from .emit.toolkit import tools
 from .names import MAIN, sized_name
 from .package.save import save_package
 from .part import Options, Part
-from .parts.decoder import DecoderPart, refuse_groups
+from .parts.decoder import DecoderPart, refuse_groups, refuse_head
 from .parts.encoders import AppPixels, Encoder, encoder, encoders
 from .parts.pictures import drawn_cases, picture_cases
 from .parts.prompt_cache import STEPS, write_prompt_cache
@@ -75,35 +76,39 @@ def export(
     precheck(target, options, image, overwrite)
     folder = obtain(str(source))
     model, processor = _load(folder, parts)
-    built, pixels = _parts(model, parts, options, image)
-    prompt = prompt_entry(processor)
-    with new_folder(target, overwrite=overwrite, listed=manifest.listed) as partial:
+    waiting, pixels = _parts(
+        model, parts, options, image, partial(_read_again, model.language_model, folder)
+    )
+    prompt, tokens = prompt_entry(processor), _tokens(model, processor)
+    config = model.config.source
+    del model  # a part lets go of what is its alone, one after the other
+    with new_folder(target, overwrite=overwrite, listed=manifest.listed) as fresh:
         entries = {}
-        for part in built:
-            entry, part = _written(part, partial, options, verify, show_lint, say)
+        while waiting:
+            entry, part = _written(waiting.pop(0), fresh, options, verify, show_lint, say)
             if verify and prompt is not None and isinstance(part, DecoderPart):
-                entry |= _prompt_cache(part, partial, prompt["before_image"], say)
+                entry |= _prompt_cache(part, fresh, prompt["before_image"], say)
             entries[part.name] = entry
-        _copy(folder, processor, partial)
+        _copy(folder, processor, fresh)
         if processor is None:
             say(f"{folder} has no tokenizer: the bundle is without tokenizer and prompt")
         elif prompt is None:
             say("the bundle is without a prompt: this family's is not text around one picture")
         content: dict[str, Any] = {
-            "model": _model_entry(model, folder),
+            "model": _model_entry(config, folder),
             "licence": licence(folder),
             "minimum_os": manifest.minimum_os(entries.values()),
             "parts": entries,
-            "tokens": _tokens(model, processor),
+            "tokens": tokens,
             "prompt": prompt,
             "context": options.context if "decoder" in entries else None,
         }
         if pixels:
             entry = manifest.preprocessing_entry(pixels[MAIN])
-            content["preprocessing"] = entry | {"vectors": write_vectors(partial, pixels[MAIN])}
+            content["preprocessing"] = entry | {"vectors": write_vectors(fresh, pixels[MAIN])}
             content["sizes"] = manifest.sizes_entry(pixels, entries)
-        card.write(partial, content)
-        manifest.write(partial, content)
+        card.write(fresh, content)
+        manifest.write(fresh, content)
     return target
 
 
@@ -131,6 +136,7 @@ def precheck(out: Path, options: Options, image: str | Path | None, overwrite: b
     if options.coreai:
         authoring()
     refuse_groups(options)
+    refuse_head(options)
     check_target(out, overwrite=overwrite, listed=manifest.listed)
     if image is not None:
         open_image(image)
@@ -160,6 +166,12 @@ def _load(folder: Path, parts: Sequence[str]) -> tuple[VisionLanguageModel, Proc
     return model, kind.Processor(model.config, Tokenizer.from_folder(folder), AS_PUBLISHED)
 
 
+def _read_again(language_model: Any, folder: Path) -> None:
+    """Weights that were computed with are gigabytes; the same ones, unread, are none."""
+    config, arrays = native_checkpoint(folder)
+    language_model.update(build(family(config), config, arrays).language_model.parameters())
+
+
 def _float32(array: mx.array) -> mx.array:
     return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
@@ -169,8 +181,12 @@ def _parts(
     wanted: Sequence[str],
     options: Options,
     image: str | Path | None,
+    forget: Callable[[], None],
 ) -> tuple[list[Part], dict[str, AppPixels]]:
-    """The parts to export, and how a picture becomes what each function of one tower takes."""
+    """The parts to export, and how a picture becomes what each function of one tower takes.
+
+    forget: the decoder's.
+    """
     built: list[Part] = []
     pixels: dict[str, AppPixels] = {}
     if {"vision", "connector"} & {*wanted}:
@@ -188,7 +204,7 @@ def _parts(
             built += _tower_parts(sizes, "vision", wanted, options, image, {})
             pixels = {function: each.pixels for function, each in sizes.items()}
     if "decoder" in wanted:
-        built.append(DecoderPart(model.language_model, options))
+        built.append(DecoderPart(model.language_model, options, forget=forget))
     return built, pixels
 
 
@@ -268,18 +284,17 @@ def _lint(path: Path, say: Report) -> dict[str, int]:
     return lint.counts(findings)
 
 
-def _copy(folder: Path, processor: Processor | None, partial: Path) -> None:
+def _copy(folder: Path, processor: Processor | None, bundle: Path) -> None:
     """The tokenizer as our processor uses it, with what other files and the family add to it, as
     tokenizer.json in any case; and what its readers look up elsewhere."""
-    copy_files(folder, partial)
-    shutil.copyfile(folder / CONFIG, partial / CONFIG)
+    copy_files(folder, bundle)
+    shutil.copyfile(folder / CONFIG, bundle / CONFIG)
     if processor is not None:
         (tokenizer,) = TOKENIZER_JSON
-        processor.tokenizer.backend.save(str(partial / tokenizer))
+        processor.tokenizer.backend.save(str(bundle / tokenizer))
 
 
-def _model_entry(model: VisionLanguageModel, folder: Path) -> dict[str, Any]:
-    source = model.config.source
+def _model_entry(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "name": label(folder),
         "model_type": source.get("model_type"),

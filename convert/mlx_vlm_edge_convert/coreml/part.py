@@ -9,7 +9,7 @@ from .parity import Check
 
 Precision = Literal["fp16", "fp32", "mixed"]
 Compute = Literal["cpu-gpu", "cpu-ne"]
-Bits = Literal[4, 8, "palette4"]
+Bits = Literal[4, 8, "palette4", "palette6"]
 Say = Callable[[str], None]
 Size = tuple[int, int]  # height and width of a picture
 
@@ -25,10 +25,11 @@ class Options:
 
     size of the picture, and strategy, how one becomes that: None for the model's own. more_sizes:
     that the same packages take, each by a function of its own. bits and context are the decoder's,
-    more_contexts: for which it has functions too; embedding_bits: of the table beside it, None for
-    a dense one. fused:
-    the connector is in the vision package. image_input: the package takes a picture, not a tensor
-    [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core AI asset as well.
+    more_contexts: for which it has functions too; head_bits: of its output head, where it has
+    another palette than the rest; embedding_bits: of the table beside it, None for a dense one.
+    fused: the connector is in the vision package. image_input: the package takes a picture, not a
+    tensor [1, 3, H, W] of the same values, 0..255. coreai: the vision part as a Core AI asset as
+    well.
     """
 
     precision: Precision = "fp16"
@@ -38,6 +39,7 @@ class Options:
     strategy: str | None = None
     bits: Bits | None = None
     embedding_bits: Literal[4, 8] | None = None
+    head_bits: Literal[6] | None = None
     context: int = 2048
     more_contexts: tuple[int, ...] = ()
     fused: bool = True

@@ -195,7 +195,11 @@ class Package:
             whole = DECOMPRESS[op.type](
                 **{n: self._saved.value(v) for n, v in values.items()}, **results
             )
-            dense = self.stored(whole, type_of(op.outputs[0].type).dtype)
+            dtype, own = type_of(op.outputs[0].type).dtype, whole.dtype == np.float32
+            if own and dtype == "fp16" and self.mode == "declared" and whole.flags.c_contiguous:
+                dense = to_half(whole, whole)  # of which there may be half a gigabyte
+            else:
+                dense = self.stored(whole, dtype)
             if not stored:
                 return dense
             self._constants[key] = dense
@@ -276,7 +280,8 @@ class _Frame:
         if op.type == "const" or op.type in DECOMPRESS:
             self.values[output.name] = result
             return
-        moved = op.type in MOVES and self._same_float(op, kind)
+        read = op.type == "read_state" and self.types[_state_name(op)].dtype == kind.dtype
+        moved = read or (op.type in MOVES and self._same_float(op, kind))
         result = result if moved else self.package.stored(result, kind.dtype)
         self.values[output.name] = result
         whole = op.type in _STATES  # whose new values have a name of their own

@@ -7,6 +7,7 @@ one sign; what half precision leaves of s and b has it no more exactly. A matrix
 offsets where every group allows it, else all of its offsets stay as they are, floats.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
+from ..packing import nibbles
 from ..part import Bits
 from .network import numpy
-from .palettes import Palette, palette
+from .palettes import PALETTES, Palette, palette
 from .toolkit import tools
 
 GROUPS = (64, 32)
+CACHED = 1 << 18  # values that are worked on at a time
 WIDTHS = (4, 8)
 # How far, in steps, an offset may be from the integer that stands for it: float32's rounding. What
 # half precision leaves of an integer (`ROUNDING` of it) goes back onto it as well, up to MOVED.
@@ -49,16 +52,24 @@ class Groups:
         """For the manifest."""
         return f"{self.bits} bits in groups of {self.data.shape[1] // self.scale.shape[1]}"
 
+    @property
+    def nbytes(self) -> int:
+        """In a float16 package."""
+        return self.data.size * self.bits // 8 + 3 * self.scale.size
+
     def rows(self, part: slice) -> "Groups":
         """Some of the outputs."""
         return replace(self, data=self.data[part], scale=self.scale[part], offset=self.offset[part])
 
     def dense(self) -> np.ndarray:
         """The weights they stand for, float32 [out, in]."""
-        values = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
-        values -= self.offset[..., None]
-        values *= self.scale[..., None]
-        return values.reshape(self.data.shape)  # [out, groups, group] -> [out, in]
+        values = np.empty(self.data.shape, np.float32)
+        split = values.reshape(*self.scale.shape, -1)  # of the values themselves
+        for part in parts_of(values):
+            values[part], some = self.data[part], split[part]
+            some -= self.offset[part, :, None]
+            some *= self.scale[part, :, None]
+        return values
 
     def emit(self, half: bool, extra: tuple[int, ...]) -> Any:
         """A constant of MIL [out, in, *extra] that the device dequantises."""
@@ -67,7 +78,7 @@ class Groups:
         packed = types.np_uint4_dtype if self.bits == 4 else np.uint8
         shape, blocks = (*self.data.shape, *extra), (*self.scale.shape, *extra)
         return mb.constexpr_blockwise_shift_scale(
-            data=self.data.astype(packed).reshape(shape),
+            data=self.data.view(packed).reshape(shape),  # not copied: functions share it
             scale=self.scale.astype(kind).reshape(blocks),
             offset=self.offset.astype(packed if self.whole else kind).reshape(blocks),
         )
@@ -84,6 +95,11 @@ class Dense:
         """For the manifest."""
         return str(self.weight.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """As it is."""
+        return self.weight.nbytes
+
     def rows(self, part: slice) -> "Dense":
         """Some of the outputs."""
         return Dense(self.weight[part])
@@ -95,7 +111,7 @@ class Dense:
     def emit(self, half: bool, extra: tuple[int, ...]) -> Any:
         """A plain constant [out, in, *extra]."""
         kind = np.float16 if half else np.float32
-        return self.weight.astype(kind).reshape(*self.weight.shape, *extra)
+        return self.weight.astype(kind, copy=False).reshape(*self.weight.shape, *extra)
 
 
 @dataclass(frozen=True)
@@ -118,24 +134,6 @@ class Matrix:
         return Matrix(self.weight.rows(part), bias)
 
 
-def as_layer(matrix: Matrix, factor: np.ndarray | None = None) -> nn.Module:
-    """MLX's layer of the same values, in float32; factor float32 [out] scales its outputs."""
-    factor = np.ones(matrix.outputs, np.float32) if factor is None else factor
-    weight = matrix.weight
-    if isinstance(weight, Groups):
-        group = weight.data.shape[1] // weight.scale.shape[1]
-        layer = nn.QuantizedLinear(group, 32, False, group_size=group, bits=weight.bits)
-        layer.weight = mx.array(packed(weight.data, weight.bits))
-        scale = weight.scale * factor[:, None]
-        layer.scales, layer.biases = mx.array(scale), mx.array(-(weight.offset * scale))
-    else:
-        layer = nn.Linear(1, 1, False)
-        layer.weight = mx.array(weight.dense() * factor[:, None])
-    if matrix.bias is not None:
-        layer.bias = mx.array(matrix.bias * factor)
-    return layer
-
-
 def packed(data: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [out, in] -> MLX's uint32 [out, in * bits / 32]; `unpacked` takes it back."""
     if bits == 4:
@@ -149,9 +147,7 @@ def unpacked(weight: np.ndarray, bits: int) -> np.ndarray:
     unpacked([[0x87654321]], 4) -> [[1, 2, 3, 4, 5, 6, 7, 8]]
     """
     each = np.ascontiguousarray(weight).view(np.uint8)  # little-endian, as MLX's machines are
-    if bits == 8:
-        return each
-    return np.stack([each & 15, each >> 4], axis=-1).reshape(len(weight), -1)
+    return each if bits == 8 else nibbles(each)
 
 
 def groups(
@@ -162,13 +158,13 @@ def groups(
     rounding: relative, of a bias over a scale, from the dtype that both were stored in.
     """
     data, largest = unpacked(weight, bits), (1 << bits) - 1
+    data = data if data.flags.writeable else data.copy()
     scales, biases = scales.astype(np.float64), biases.astype(np.float64)
-    width = data.shape[1] // scales.shape[1]
-    split = data.reshape(*scales.shape, width)
-    split, scales, biases = _without_flat(split, scales, biases)
+    split = data.reshape(*scales.shape, -1)  # of the data itself
+    _fill_flat(split, scales, biases)
     steps = np.divide(np.abs(biases), np.abs(scales), out=0 * biases, where=scales != 0)
     negative = scales < 0
-    split = np.where(negative[..., None], largest - split, split).astype(np.uint8)
+    split ^= np.where(negative, np.uint8(largest), np.uint8(0))[..., None]  # largest - q
     biases = np.where(negative, biases + scales * largest, biases)
     scales = np.abs(scales)
     offset = np.divide(-biases, scales, out=0 * biases, where=scales > 0)
@@ -176,7 +172,7 @@ def groups(
     away = np.abs(offset - nearest)
     whole = bool((away <= np.clip(rounding * steps, OFF, MOVED)).all())
     return Groups(
-        split.reshape(data.shape),
+        data,
         scales.astype(np.float32),
         (nearest if whole else offset).astype(np.float32),
         bits,
@@ -185,17 +181,23 @@ def groups(
     )
 
 
-def _without_flat(
-    data: np.ndarray, scales: np.ndarray, biases: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups of one value, whose scale MLX makes next to nothing, with that value as their scale.
+def _fill_flat(split: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> None:
+    """Groups of one value, whose scale MLX makes next to nothing, get that value as their scale.
 
     A group of c: data 1, scale c, bias 0. c = 0: all zero.
     """
-    flat = (data == data[..., :1]).all(-1)
-    value = scales * data[..., 0] + biases
-    data = np.where(flat[..., None], 1, data)
-    return data, np.where(flat, value, scales), np.where(flat, 0.0, biases)
+    for part in parts_of(split):
+        data, scale, bias = split[part], scales[part], biases[part]
+        flat = (data == data[..., :1]).all(-1)
+        if flat.any():
+            scale[flat] = scale[flat] * data[flat, 0] + bias[flat]
+            data[flat], bias[flat] = 1, 0
+
+
+def parts_of(array: np.ndarray) -> Iterator[slice]:
+    """Slices of the first axis, each of so much that it stays in a processor's cache."""
+    rows = max(1, CACHED // max(1, array[:1].size))
+    return (slice(first, first + rows) for first in range(0, len(array), rows))
 
 
 def rounded(weight: Dense | Groups | Palette, half: bool) -> Dense | Groups | Palette:
@@ -234,17 +236,20 @@ def matrix(layer: nn.Module, bits: Bits | None, half: bool) -> Matrix:
     return Matrix(rounded(_weight(layer, bits), half), bias)
 
 
-def original(layer: nn.Module, bits: Bits | None) -> np.ndarray:
-    """What MLX makes of a layer's weights, float32 [out, in], `bits` as MLX quantises."""
+def original(
+    layer: nn.Module, bits: Bits | None, rows: slice | mx.array = slice(None)
+) -> np.ndarray:
+    """What MLX makes of a layer's weights, float32 [rows, in], `bits` as MLX quantises."""
+    weight = layer.weight[rows]
     if "scales" in layer:
-        parts, form = (layer.weight, layer.scales, layer.biases), (layer.group_size, layer.bits)
+        parts, form = (layer.scales[rows], layer.biases[rows]), (layer.group_size, layer.bits)
     elif bits in WIDTHS:
-        parts, form = _compressed(layer.weight, bits), (group_size(layer.weight.shape[1]), bits)
+        form = group_size(weight.shape[1]), bits
+        weight, *parts = _compressed(weight, bits)
     else:
-        return numpy(layer.weight)
-    packed, *rest = parts
-    scales, biases = (array.astype(mx.float32) for array in rest)
-    return np.array(mx.dequantize(packed, scales, biases, group_size=form[0], bits=form[1]))
+        return numpy(weight)
+    scales, biases = (array.astype(mx.float32) for array in parts)
+    return np.array(mx.dequantize(weight, scales, biases, group_size=form[0], bits=form[1]))
 
 
 def _compressed(weight: mx.array, bits: int) -> Any:
@@ -267,10 +272,10 @@ def _weight(layer: nn.Module, bits: Bits | None) -> Dense | Groups | Palette:
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return _quantized(layer, bits)
     weight = layer.weight
-    if bits == "palette4":
-        return palette(numpy(weight))
     if bits is None:
         return Dense(numpy(weight))
+    if isinstance(bits, str):
+        return palette(numpy(weight), PALETTES[bits])
     return groups(*_arrays(_compressed(weight, bits)), bits)
 
 

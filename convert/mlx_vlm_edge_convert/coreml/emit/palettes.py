@@ -1,4 +1,4 @@
-"""Palettes: 16 values for every few rows of a matrix, found by k-means, and 4 bits a weight."""
+"""Palettes: 16 or 64 values for every few rows of a matrix, by k-means; 4 or 6 bits a weight."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -8,7 +8,7 @@ import numpy as np
 
 from .toolkit import tools
 
-ENTRIES = 16
+PALETTES = {"palette4": 4, "palette6": 6}  # bits of a weight
 ROWS = 16  # rows that share a table, at the most
 STEPS = 60  # of Lloyd's iteration, at the most
 CUTS = 128  # places of each kind at which the runs of a start may begin
@@ -16,7 +16,8 @@ CUTS = 128  # places of each kind at which the runs of a start may begin
 
 @dataclass(frozen=True)
 class Palette:
-    """data uint8 [out, in] of indices, table float32 [tables, 16], each for out / tables rows."""
+    """data uint8 [out, in] of indices, table float32 [tables, 16 or 64], each for
+    out / tables rows."""
 
     data: np.ndarray
     table: np.ndarray
@@ -24,7 +25,13 @@ class Palette:
     @property
     def kind(self) -> str:
         """For the manifest."""
-        return f"palettes of {ENTRIES} for {len(self.data) // len(self.table)} rows"
+        return f"palettes of {self.table.shape[1]} for {len(self.data) // len(self.table)} rows"
+
+    @property
+    def nbytes(self) -> int:
+        """In a float16 package."""
+        entries = self.table.shape[1]
+        return self.data.size * (entries.bit_length() - 1) // 8 + 2 * self.table.size
 
     def rows(self, part: slice) -> "Palette":
         """Some of the outputs, whole tables of them."""
@@ -41,18 +48,20 @@ class Palette:
         """A constant of MIL [out, in, *extra] that the device looks up."""
         mb, types = tools().mb, tools().types
         kind = np.float16 if half else np.float32
-        indices = self.data.astype(types.np_uint4_dtype).reshape(*self.data.shape, *extra)
-        blocks = (len(self.table), *[1] * (indices.ndim - 1), ENTRIES, 1)
+        entries = self.table.shape[1]
+        packed = {16: types.np_uint4_dtype, 64: types.np_uint6_dtype}[entries]
+        indices = self.data.view(packed).reshape(*self.data.shape, *extra)
+        blocks = (len(self.table), *[1] * (indices.ndim - 1), entries, 1)
         return mb.constexpr_lut_to_dense(
             indices=indices, lut=self.table.astype(kind).reshape(blocks)
         )
 
 
-def palette(weight: np.ndarray) -> Palette:
+def palette(weight: np.ndarray, bits: int) -> Palette:
     """float32 [out, in] -> its palettes, one for each 16 rows where 16 divides them."""
     count = len(weight) // gcd(len(weight), ROWS)
     blocks = weight.reshape(count, -1)
-    tables = np.stack([_centres(block) for block in blocks])
+    tables = np.stack([_centres(block, 1 << bits) for block in blocks])
     data = np.stack(
         [np.searchsorted(_edges(t), block) for t, block in zip(tables, blocks, strict=True)]
     )
@@ -64,18 +73,18 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return (centres[1:] + centres[:-1]) / 2
 
 
-def _centres(values: np.ndarray) -> np.ndarray:
-    """16 numbers near which all the values lie, ascending: the values where there are no more."""
+def _centres(values: np.ndarray, count: int) -> np.ndarray:
+    """So many numbers near which all values lie, ascending: the values where there are no more."""
     ordered = np.sort(values)
     distinct = np.unique(ordered)
-    if len(distinct) <= ENTRIES:
-        return np.pad(distinct, (0, ENTRIES - len(distinct)), mode="edge")
-    return _k_means(ordered, _best_cuts(ordered))
+    if len(distinct) <= count:
+        return np.pad(distinct, (0, count - len(distinct)), mode="edge")
+    return _k_means(ordered, _best_cuts(ordered, count))
 
 
-def _best_cuts(ordered: np.ndarray) -> np.ndarray:
-    """The means of 16 runs of sorted values, the best ones that begin at some 256 places: as many
-    values apart, and as far apart, so that dense parts and outliers both have some.
+def _best_cuts(ordered: np.ndarray, count: int) -> np.ndarray:
+    """The means of `count` runs of sorted values, the best ones that begin at some 256 places: as
+    many values apart, and as far apart, so that dense parts and outliers both have some.
 
     By dynamic programming: the least error of the first values in k + 1 runs is that of fewer
     values in k, and one run more. Source: Wang and Song, The R Journal 3 (2011), Ckmeans.1d.dp.
@@ -92,7 +101,7 @@ def _best_cuts(ordered: np.ndarray) -> np.ndarray:
     )
     spread = np.where(counts > 0, spread, np.inf)
     least, begins = spread[0], []
-    for _ in range(ENTRIES - 1):
+    for _ in range(count - 1):
         errors = least[:, None] + spread
         begins.append(errors.argmin(0))
         least = errors.min(0)

@@ -13,6 +13,8 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 
+from ..packing import nibbles, sixes
+
 VERSION, SENTINEL, ALIGNMENT = 2, 0xDEADBEEF, 64
 WIDTHS = {"int4": 4, "uint4": 4, "uint2": 2, "uint1": 1, "uint6": 6, "uint3": 3}  # below a byte
 NUMPY: dict[str, type[np.generic]] = {
@@ -42,7 +44,9 @@ def unpack(raw: bytes, count: int, dtype: str) -> np.ndarray:
     if len(packed) * 8 < count * width:
         raise ValueError(f"{len(packed)} bytes are too few for {count} values of {dtype}")
     if width == 4:
-        values = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]
+        values = nibbles(packed)[:count]
+    elif width == 6 and len(packed) % 3 == 0:
+        values = sixes(packed)[:count]
     else:
         bits = np.unpackbits(packed, bitorder="little")[: count * width].reshape(count, width)
         weights = (1 << np.arange(width)).astype(np.uint8)

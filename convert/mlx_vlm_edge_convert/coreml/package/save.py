@@ -1,8 +1,10 @@
 """Functions -> a saved .mlpackage; arrays -> a file beside it."""
 
+import hashlib
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,29 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.wording import first_line
 
 from ..emit.toolkit import quiet, tools
-from ..names import MAIN, PACKAGE_SUFFIX
+from ..names import MAIN
 from ..part import Function, Part
+
+PASSES = (
+    "noop_elimination",
+    "const_elimination",
+    "const_deduplication",
+    "remove_redundant_ops",
+    "dedup_op_and_var_names",
+    "add_fp16_cast",
+    "cast_optimization",
+    "canonicalize_inplace_pattern",
+    "topological_reorder",
+    "dead_code_elimination",
+)
 
 
 def save_package(part: Part, path: Path) -> None:
     """Write a part as the package `path`. Raises UsageError when the disk is full."""
     functions = part.functions()
+    shutil.rmtree(path, ignore_errors=True)
     try:
-        if len(functions) == 1:
-            _save(functions[0], part.minimum, path)
-        else:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                _save_together([*functions], part.minimum, Path(folder), path)
+        _save(functions, getattr(tools().ct.target, part.minimum), path)
         readable(path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) or "write" in str(error).lower():
@@ -57,20 +69,72 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _save(function: Function, minimum: str, path: Path) -> None:
-    ct = tools().ct
-    target = getattr(ct.target, minimum)
-    images = [
-        ct.ImageType(name=name, shape=shape, color_layout=ct.colorlayout.RGB)
-        for name, shape in function.images.items()
-    ]
-    shutil.rmtree(path, ignore_errors=True)
+def _save(functions: Sequence[Function], target: Any, path: Path) -> None:
+    """Convert them together, equal weights stored once; the first is the default."""
     with quiet():
-        ct.convert(
-            function.program(), convert_to="mlprogram", minimum_deployment_target=target,
-            compute_precision=_precision(function), inputs=images or None, skip_model_load=True,
-            package_dir=str(path),
+        tools().ct.convert(
+            _program(functions), convert_to="mlprogram", minimum_deployment_target=target,
+            compute_precision=_precision(functions[0]), skip_model_load=True,
+            package_dir=str(path), pass_pipeline=_passes(),
         )  # fmt: skip
+
+
+def _program(functions: Sequence[Function]) -> Any:
+    """One program of all of them."""
+    ct, (first, *others) = tools().ct, functions
+    program = ct.converters.mil.mil.Program()
+    for function in functions:
+        emitted = function.program().functions[MAIN]
+        emitted.set_input_types(tuple(_image(*item) for item in function.images.items()))
+        program.add_function(function.name, emitted)
+    program.default_function_name = first.name
+    program.export_as_multifunction = bool(others)
+    return program
+
+
+def _image(name: str, shape: tuple[int, ...]) -> Any:
+    ct = tools().ct
+    image = ct.ImageType(name=name, shape=shape, color_layout=ct.colorlayout.RGB)
+    image.channel_first = True
+    return image
+
+
+@cache
+def _sharing() -> str:
+    """The name of a pass by which equal constants of several functions become one record."""
+    passes = import_module("coremltools.converters.mil.mil.passes.graph_pass")
+    registry = import_module("coremltools.converters.mil.mil.passes.pass_registry")
+
+    def apply(_: Any, program: Any) -> None:
+        if len(program.functions) > 1:
+            _share(program)
+
+    registry.register_pass("emitted")(type("share", (passes.AbstractGraphPass,), {"apply": apply}))
+    return "emitted::share"
+
+
+def _share(program: Any) -> None:
+    """Equal constants of several functions are one record of the weight file."""
+    hashes: dict[Hashable, str] = {}
+    for function in program.functions.values():
+        for op in function.operations:
+            value = op.outputs[0].val if op.op_type == "const" else None
+            if isinstance(value, np.ndarray):
+                kind = (tools().types.builtin_to_string(op.outputs[0].dtype), value.shape)
+                place = (value.__array_interface__["data"], value.strides, *kind)
+                if place not in hashes:  # most are one array, which is read once
+                    content = np.ascontiguousarray(value)
+                    hashes[place] = f"{kind} {hashlib.sha256(content.data).hexdigest()}"
+                op.weight_id = hashes[place]
+
+
+def _passes() -> Any:
+    """The passes of coremltools that have something to do in what is emitted here.
+
+    All of them would take most of an export: the program is validated after each.
+    """
+    names = [*(f"common::{name}" for name in PASSES), _sharing()]
+    return tools().ct.PassPipeline(names, "emitted")
 
 
 def _precision(function: Function) -> Any:
@@ -86,17 +150,3 @@ def _precision(function: Function) -> Any:
         return islands.isdisjoint({op.name, *makers})
 
     return ct.transform.FP16ComputePrecision(op_selector=rounded)
-
-
-def _save_together(functions: list[Function], minimum: str, folder: Path, path: Path) -> None:
-    """Several functions in one package, equal weights stored once; the first is the default."""
-    ct = tools().ct
-    joined = ct.utils.MultiFunctionDescriptor()
-    for function in functions:
-        single = folder / f"{function.name}{PACKAGE_SUFFIX}"
-        _save(function, minimum, single)
-        joined.add_function(str(single), src_function_name=MAIN, target_function_name=function.name)
-    joined.default_function_name = functions[0].name
-    with quiet():
-        shutil.rmtree(path, ignore_errors=True)
-        ct.utils.save_multifunction(joined, str(path))

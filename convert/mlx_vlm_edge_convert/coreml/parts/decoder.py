@@ -4,8 +4,8 @@ How it is verified stands in decoder_check.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,19 @@ import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig, rope_periods
+from mlx_vlm_edge.wording import gigabytes
 
+from ..check.lint import PROGRAM_BYTES
 from ..emit.matrices import WIDTHS, Groups, Matrix, matrix, packed, to_half
 from ..emit.network import numpy
 from ..emit.transformer import Decoder, Form, Layer
 from ..names import DECODE, context_name, prefill_name
 from ..package.save import save_arrays, save_package
 from ..parity import Check
-from ..part import Function, Options
+from ..part import Bits, Function, Options
 from ..run.host import EMBEDDINGS_FILE, EMBEDDINGS_NAME, Geometry
-from .decoder_check import (
-    GATE_UP,
-    QKV,
-    RESTORED,
-    check,
-    check_context,
-    either,
-    head_of,
-    linears_of,
-    matrices_of,
-)
+from .decoder_check import RESTORED, check, check_context
+from .decoder_reference import GATE_UP, QKV, either, head_of, linears_of, matrices_of
 
 CHUNK, MORE = 64, 4  # positions of the smallest prefill; how many of it are the larger one
 ROWS = 16384  # embeddings that are read at a time
@@ -57,11 +50,21 @@ def refuse_groups(options: Options, quantised: bool = False) -> None:
     )
 
 
+def refuse_head(options: Options) -> None:
+    """Raises UsageError for a head of its own where the rest has no palettes."""
+    if options.head_bits is not None and options.bits != "palette4":
+        raise UsageError(
+            f"--head-bits {options.head_bits} gives the output head palettes of 64 values, where "
+            "the rest has 16: use it with --bits palette4"
+        )
+
+
 @dataclass(frozen=True)
 class DecoderPart:
     """prefill takes `chunk` positions, where the context has room for them another four times as
     many, decode one; the context is a multiple of the chunk. first: whose numbers these are, where
-    it is a further context of that."""
+    it is a further context of that. forget: called when MLX has computed all that a package is
+    compared with."""
 
     language_model: Any
     options: Options
@@ -69,6 +72,7 @@ class DecoderPart:
     first: "DecoderPart | None" = None
     name: str = "decoder"
     minimum: str = "iOS18"
+    forget: Callable[[], None] = field(default=lambda: None, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.language_model) is not LanguageModel:
@@ -77,6 +81,7 @@ class DecoderPart:
                 "use --part vision"
             )
         refuse_groups(self.options, self._quantised)
+        refuse_head(self.options)
         for context in (self.options.context, *self.options.more_contexts):
             self._check_context(context)
 
@@ -130,7 +135,7 @@ class DecoderPart:
             config=self._config,
             layers=[self._layer(layer) for layer in model.layers],
             norm=self._vector(model.norm.weight),
-            head=self._matrix(head_of(self.language_model)),
+            head=matrix(head_of(self.language_model), self._head_bits, self._half),
             context=self.options.context,
             half=self._half,
             form=self.form,
@@ -145,6 +150,10 @@ class DecoderPart:
             down=self._matrix(layer.mlp.down_proj),
             norms=(self._vector(norms[0]), self._vector(norms[1])),
         )
+
+    @property
+    def _head_bits(self) -> Bits | None:
+        return "palette6" if self.options.head_bits == 6 else self.options.bits
 
     def _matrix(self, layer: nn.Module) -> Matrix:
         return matrix(layer, self.options.bits, self._half)
@@ -262,8 +271,15 @@ class DecoderPart:
         return [weight for weight in weights if isinstance(weight, Groups)]
 
     def warnings(self) -> list[str]:
-        """Of offsets that are not what Core ML wants, or not what MLX has."""
+        """Of a size that devices may not load, and of offsets that are not what Core ML wants, or
+        not what MLX has."""
         groups, lines = self._groups(), []
+        nbytes = sum(matrix.weight.nbytes for matrix in matrices_of(self.decoder))
+        if nbytes > PROGRAM_BYTES:
+            lines.append(
+                f"its weights are {gigabytes(nbytes)} in one program, which devices are reported "
+                f"not to load beyond {gigabytes(PROGRAM_BYTES)}: use fewer bits"
+            )
         if floats := sum(not weight.whole for weight in groups):
             lines.append(
                 f"offsets of {floats} of {len(groups)} matrices are no integers, on which Core ML "

@@ -26,6 +26,7 @@ from .encoders import Encoder
 ARRAYS = "_arrays.safetensors"
 # Relative errors that a sound package stays below: in float32, and rounded to float16.
 GRAPH, HALF = 1e-5, 2e-2
+LAST, OTHERS = slice(-1, None), slice(-1)  # of the pictures
 
 
 class Case:
@@ -155,7 +156,7 @@ class VisionPart:
 
     notes, arrays: for the host, in the manifest and beside the package. powers: by site, the power
     of two that values are held smaller by. islands: operations in float32. others: by function, the
-    sizes beside that of `main`.
+    sizes beside that of `main`. sites: of the operations that were emitted last.
     """
 
     segment: Segment
@@ -166,6 +167,7 @@ class VisionPart:
     powers: Mapping[str, int] = field(default_factory=dict)
     islands: frozenset[str] = frozenset()
     others: Mapping[str, View] = field(default_factory=dict)
+    sites: dict[str, tuple[str, int]] = field(default_factory=dict, compare=False)
 
     @property
     def minimum(self) -> str:
@@ -187,7 +189,8 @@ class VisionPart:
         return self.options.precision != "fp32" and not self.islands
 
     def _network(self) -> Network:
-        return Network(self._half, self.powers, split_heads=self.options.compute == "cpu-ne")
+        by_head = self.options.compute == "cpu-ne"
+        return Network(self._half, self.powers, split_heads=by_head, sites=self.sites)
 
     def functions(self) -> Sequence[Function]:
         """`main`, and one for each further size."""
@@ -237,15 +240,30 @@ class VisionPart:
             return self, replace(check, trial=self._trial())
         with TemporaryDirectory(dir=path.parent) as folder:
             twin = Path(folder) / path.name
-            part, whole = self, self._graph(twin)
-            while repaired := part.repaired(whole):
-                part, whole = repaired, repaired._graph(twin)
+            part, whole = self._in_range(twin)
             save_package(part, path)
             check_rounded(path, twin)
-        narrow = part._run(path, HALF, "", first=True)
-        return part, replace(
-            whole, parity=(*whole.parity, *narrow.parity), trial=self._trial()
-        )  # fmt: skip
+        narrow = part._run(path, HALF, "", slice(1))
+        parity = (*whole.parity, *narrow.parity)
+        return part, replace(whole, parity=parity, trial=self._trial())
+
+    def _in_range(self, path: Path) -> "tuple[VisionPart, Check]":
+        """The part whose float32 twin stays in float16's range on every picture, and how the twin,
+        saved at `path`, compares.
+
+        The last picture comes first: it is the one that drives activations furthest, and what it
+        has repaired need not be run on the others.
+        """
+        part, twin = self, self._saved_twin(path)
+        check = twin._graph(path, LAST)
+        while True:
+            if not (repaired := part.repaired(check, twin.sites)):
+                check = twin._graph(path, OTHERS).joined(check)
+                repaired = part.repaired(check, twin.sites)
+            if not repaired:
+                return part, check
+            part, twin = repaired, repaired._saved_twin(path)
+            check = twin._graph(path, LAST)
 
     def _trial(self) -> dict[str, np.ndarray]:
         """The first picture, uint8 [H, W, 3], and what MLX makes of it, in float16."""
@@ -253,34 +271,38 @@ class VisionPart:
         outputs = {name: array.astype(np.float16) for name, array in case.reference.items()}
         return {IMAGE: case.pixels, **outputs}
 
-    def _graph(self, path: Path) -> Check:
-        """The float32 twin, saved and run."""
-        twin = replace(self, options=replace(self.options, precision="fp32"), islands=frozenset())
+    def _saved_twin(self, path: Path) -> "VisionPart":
+        """The same in float32."""
+        options = replace(self.options, precision="fp32")
+        twin = replace(self, options=options, islands=frozenset(), sites={})
         save_package(twin, path)
-        return twin._run(path, GRAPH, " (graph)")
+        return twin
 
-    def _run(self, path: Path, limit: float, note: str, *, first: bool = False) -> Check:
-        """Every function on its pictures, or on the first of them."""
+    def _graph(self, path: Path, cases: slice) -> Check:
+        return self._run(path, GRAPH, " (graph)", cases)
+
+    def _run(self, path: Path, limit: float, note: str, cases: slice = slice(None)) -> Check:
+        """Every function on its pictures, or some of them."""
         package, parity = Package(path, track=True), []
         for function, view in self._views.items():
             size = "" if function == MAIN else f", {function}"
-            for case in view.cases[: 1 if first else None]:
+            for case in view.cases[cases]:
                 outputs = package.run(function, view.segment.inputs(case, self._half))
                 for name, output in outputs.items():
                     error = distance(output, case.reference[name])
                     parity.append(Parity(self.name, case.name + size + note, error, limit))
         return Check(tuple(parity), dict(package.ranges), summed=dict(package.summed))
 
-    def repaired(self, check: Check) -> "VisionPart | None":
+    def repaired(self, check: Check, sites: audit.Sites) -> "VisionPart | None":
         """The same with its ranges brought into float16; None where nothing leaves it.
+
+        sites: of the twin that was checked.
 
         Raises UsageError for what only float32 can hold, unless the precision is mixed.
         """
         if self.islands >= {*audit.leaving(audit.sums(check.ranges, check.summed))}:
             return None
-        net = Network(False, self.powers)
-        self.segment.emit(net)  # for its sites
-        repair = audit.repair(check.ranges, net.sites, self.powers, check.summed)
+        repair = audit.repair(check.ranges, sites, self.powers, check.summed)
         if repair.beyond and self.options.precision != "mixed":
             worst = max(repair.beyond, key=lambda name: check.ranges[name])
             raise UsageError(

@@ -7,7 +7,6 @@ import pytest
 from mlx_vlm_edge_convert.coreml.emit.matrices import (
     Dense,
     Groups,
-    as_layer,
     groups,
     matrix,
     original,
@@ -15,6 +14,7 @@ from mlx_vlm_edge_convert.coreml.emit.matrices import (
     unpacked,
 )
 from mlx_vlm_edge_convert.coreml.emit.palettes import palette
+from mlx_vlm_edge_convert.coreml.parts.decoder_reference import Product
 
 from mlx_vlm_edge.errors import UsageError
 
@@ -120,12 +120,12 @@ def test_packing_there_and_back(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8, "palette4", None])
-def test_the_layer_for_comparison_has_the_package_s_weights(bits):
+def test_the_product_for_comparison_has_the_package_s_weights(bits):
     layer = nn.Linear(128, 32)
     found = matrix(layer, bits, half=True)
     x = mx.array(normal(4, 128))
     own = np.array(x) @ found.weight.dense().T + found.bias
-    assert np.abs(np.array(as_layer(found)(x)) - own).max() < 1e-5
+    assert np.abs(np.array(Product(found)(x)) - own).max() < 1e-5
     limit = 0.2 if bits == "palette4" else 1e-3
     true = original(layer, bits)
     assert np.linalg.norm(found.weight.dense() - true) < limit * np.linalg.norm(true)

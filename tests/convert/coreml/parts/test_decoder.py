@@ -14,10 +14,13 @@ from mlx.utils import tree_map
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge_convert.coreml.emit import matrices
+from mlx_vlm_edge_convert.coreml.emit.matrices import original
 from mlx_vlm_edge_convert.coreml.export import export
+from mlx_vlm_edge_convert.coreml.parity import distance
 from mlx_vlm_edge_convert.coreml.part import Options
-from mlx_vlm_edge_convert.coreml.parts import decoder_check
+from mlx_vlm_edge_convert.coreml.parts import decoder, decoder_check
 from mlx_vlm_edge_convert.coreml.parts.decoder import CHUNK, DecoderPart
+from mlx_vlm_edge_convert.coreml.parts.decoder_reference import pairs
 from mlx_vlm_edge_convert.coreml.run import host
 from mlx_vlm_edge_convert.coreml.run.host import DecoderHost, Geometry
 
@@ -215,6 +218,46 @@ def test_weights_in_groups_are_refused_on_the_neural_engine(bits, says):
     with pytest.raises(UsageError, match=rf"^{says}.* with --compute cpu-ne: .*palette4"):
         make(model, "readonly", "fp16", bits)
     make(model, "stateful", "fp16", bits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_head_of_64_values_beside_layers_of_16(tools, qwen2, tmp_path, form):
+    options = Options(
+        compute=FORMS[form], precision="fp16", bits="palette4", head_bits=6, context=32
+    )
+    made, found = DecoderPart(qwen2, options, chunk=8).verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    assert len(made.describe()["weights"]) == 2
+    *layers, head = (
+        distance(matrix.weight.dense(), original(layer, None)) for layer, matrix in pairs(made)
+    )
+    assert head < min(layers) / 2
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_head_of_its_own_goes_with_palettes(qwen2, bits):
+    with pytest.raises(UsageError, match=r"^--head-bits 6 .* use it with --bits palette4$"):
+        DecoderPart(qwen2, Options(bits=bits, head_bits=6, context=32))
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8, "palette4"])
+def test_a_program_that_devices_may_not_load_is_told_of(tools, qwen2, tmp_path, monkeypatch, bits):
+    made = make(qwen2, "stateful", "fp16", bits)
+    assert made.warnings() == []
+    made.verified(tmp_path / "decoder.mlpackage")
+    nbytes = (tmp_path / "decoder.mlpackage" / WEIGHT).stat().st_size
+    monkeypatch.setattr(decoder, "PROGRAM_BYTES", nbytes // 2)
+    (line,) = made.warnings()
+    assert "in one program, which devices are reported not to load beyond" in line
+
+
+def test_mlx_is_let_go_before_the_package_is_run(tools, qwen2, tmp_path, monkeypatch):
+    order, run = [], Package.run
+    monkeypatch.setattr(Package, "run", lambda *args: order.append("run") or run(*args))
+    made = replace(make(qwen2), forget=lambda: order.append("forget"))
+    made.verified(tmp_path / "decoder.mlpackage")
+    assert order[0] == "forget"
+    assert order.count("forget") == 1
 
 
 def _block(path, name, spec=None):

@@ -1,5 +1,7 @@
 """Towers and connectors of every family as Core ML packages, run and compared with MLX."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -165,13 +167,31 @@ def test_streams_that_leave_float16_are_held_smaller(native_folder, tmp_path, st
     made = encoder(model, (64, 64), None)
     part, path = part_of(made, Options()), tmp_path / "high.mlpackage"
     save_package(part, path)
-    (parity,) = part._run(path, part.cases, vision.HALF, "").parity
+    (parity,) = part._run(path, vision.HALF, "").parity
     assert not parity.passed
     repaired, check = verified(part, path)
     assert {*repaired.powers} == {f"stage{stage}"}
     assert not repaired.islands
     assert max(check.ranges.values()) < audit.HELD
     assert repaired.describe()["range_repair"]["powers_of_two"] == repaired.powers
+
+
+def test_what_the_last_picture_has_repaired_is_not_run_on_the_others(
+    native_folder, tmp_path, monkeypatch
+):
+    """Of the first twin; the second one and the package are."""
+    model = model_of(native_folder)
+    amplify(model.vision_tower, 1, 2.0**13)
+    made = encoder(model, (64, 64), None)
+    part, ran, run = part_of(made, Options()), [], Package.run
+    part = replace(part, cases=[vision.Case("black", 0 * part.cases[0].pixels, made), *part.cases])
+    monkeypatch.setattr(Package, "run", lambda *args: ran.append(args) or run(*args))
+    repaired, check = verified(part, tmp_path / "high.mlpackage")
+    assert [parity.inputs for parity in check.parity] == [
+        "black (graph)", "random pixels (graph)", "black",
+    ]  # fmt: skip
+    assert repaired.powers
+    assert len(ran) == 1 + 2 + 1
 
 
 def test_what_no_power_repairs_stays_in_float32_when_mixed(native_folder, tmp_path):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from .parallel import each
 from .reduction import softmax
 
 Array = np.ndarray | None
-BLOCK = 1 << 17  # elements of a channel block, so that its sums stay in the cache
+BLOCK = 1 << 16  # elements of a channel block, so that its sums stay in the cache
 WINDOWS = 1 << 25  # gathered elements at a time
 
 
@@ -108,30 +109,46 @@ def _depthwise(
     multiple = outputs // C
     y = np.empty((B, C, multiple, rows, columns), x.dtype)
     taps = weight.reshape(C, multiple, *weight.shape[2:])
-    block = max(1, BLOCK // (rows * columns))
-    scratch = np.empty((block, rows, columns), x.dtype)
-    for b in range(B):
-        for first in range(0, C, block):
-            part = slice(first, min(first + block, C))
-            source, space = x[b, part], scratch[: part.stop - first]
-            for m in range(multiple):
-                y[b, part, m] = _shifted_sum(source, taps[part, m], steps, gaps, space)
+    block = max(1, BLOCK // (rows * x.shape[3]))
+
+    def some(place: tuple[int, int]) -> None:
+        b, first = place
+        part = slice(first, min(first + block, C))
+        for m in range(multiple):
+            y[b, part, m] = _shifted_sum(x[b, part], taps[part, m], (rows, columns), steps, gaps)
+
+    each(some, [(b, first) for b in range(B) for first in range(0, C, block)])
     return y.reshape(B, outputs, rows, columns)
 
 
 def _shifted_sum(
-    x: np.ndarray, taps: np.ndarray, steps: list[int], gaps: list[int], scratch: np.ndarray
+    x: np.ndarray, taps: np.ndarray, grid: tuple[int, int], steps: list[int], gaps: list[int]
 ) -> np.ndarray:
-    """x [C, H, W], taps [C, kh, kw] -> [C, H', W'], the shape of `scratch`."""
-    rows, columns = scratch.shape[1:]
-    total = np.zeros_like(scratch)
+    """x [C, H, W], taps [C, kh, kw] -> [C, *grid].
+
+    With steps of 1 a shifted picture is one stretch of memory; what it has beyond a row's end is
+    computed and left out.
+    """
+    (C, _, W), (rows, columns) = x.shape, grid
+    whole = steps == [1, 1]
+    width = W if whole else columns
+    total, scratch = (np.zeros((C, rows, width), x.dtype) for _ in range(2))
+    size = (rows - 1) * W + columns
+    flat, sums, products = (array.reshape(C, -1) for array in (x, total, scratch))
+    sums, products = sums[:, :size], products[:, :size]
     for i in range(taps.shape[1]):
-        down = x[:, i * gaps[0] :][:, : (rows - 1) * steps[0] + 1 : steps[0]]
         for j in range(taps.shape[2]):
-            shifted = down[:, :, j * gaps[1] :][:, :, : (columns - 1) * steps[1] + 1 : steps[1]]
-            np.multiply(shifted, taps[:, i, j, None, None], out=scratch)
-            total += scratch
-    return total
+            down, right = i * gaps[0], j * gaps[1]
+            if whole:
+                first = down * W + right
+                shifted = flat[:, first : first + size]
+                np.multiply(shifted, taps[:, i, j, None], out=products)
+            else:
+                shifted = x[:, down:, right:][:, : (rows - 1) * steps[0] + 1 : steps[0]]
+                shifted = shifted[:, :, : (columns - 1) * steps[1] + 1 : steps[1]]
+                np.multiply(shifted, taps[:, i, j, None, None], out=scratch)
+            sums += products
+    return total[:, :, :columns]
 
 
 def _pooled(

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+from .parallel import each
 
 BLOCK = 1 << 15  # elements: chains run block by block, in the cache
 
@@ -15,17 +17,25 @@ P = (1.12837904, 1.92540126e-1, 5.30261488e-2, 3.85742822e-3, 2.87006413e-4, 2.0
 Q = (1.0, 5.03966032e-1, 1.14987710e-1, 1.51506881e-2, 1.18504660e-3, 3.80326235e-5)
 
 
-def by_blocks(
-    function: Callable[[np.ndarray], np.ndarray],
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The same function of an array of any size, without temporary arrays of that size."""
+class Blocked(Protocol):
+    def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
 
-    def blocked(x: np.ndarray) -> np.ndarray:
-        flat = np.ascontiguousarray(x).reshape(-1)
-        out = np.empty(flat.shape, flat.dtype)
-        for start in range(0, flat.size, BLOCK):
-            out[start : start + BLOCK] = function(flat[start : start + BLOCK])
-        return out.reshape(x.shape)
+
+def by_blocks(function: Callable[[np.ndarray], np.ndarray]) -> Blocked:
+    """The same function of an array of any size, without temporary arrays of that size.
+
+    out: where the result goes, x itself maybe; contiguous.
+    """
+
+    def blocked(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        source = np.ascontiguousarray(x).reshape(-1)
+        target = np.empty_like(source) if out is None else out.reshape(-1)
+
+        def one(start: int) -> None:
+            target[start : start + BLOCK] = function(source[start : start + BLOCK])
+
+        each(one, range(0, source.size, BLOCK))
+        return target.reshape(x.shape)
 
     return blocked
 

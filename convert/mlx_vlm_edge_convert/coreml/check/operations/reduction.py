@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from .parallel import each
+
+BLOCK = 1 << 15  # elements: chains run block by block, in the cache
 Axes = np.ndarray | None
 
 
@@ -34,8 +37,23 @@ def argmax(
 
 
 def softmax(x: np.ndarray, axis: Any = -1) -> np.ndarray:
-    y = np.exp(x - x.max(axis=int(axis), keepdims=True))
-    y /= y.sum(axis=int(axis), keepdims=True)
+    """Along the last axis by rows that stay in the cache."""
+    if int(axis) % x.ndim < x.ndim - 1 or not x.size:
+        return _softmax(x, int(axis))
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    out, count = np.empty_like(rows), max(1, BLOCK // x.shape[-1])
+
+    def some(first: int) -> None:
+        out[first : first + count] = _softmax(rows[first : first + count], -1)
+
+    each(some, range(0, len(rows), count))
+    return out.reshape(x.shape)
+
+
+def _softmax(x: np.ndarray, axis: int) -> np.ndarray:
+    y = x - x.max(axis=axis, keepdims=True)
+    np.exp(y, out=y)
+    y /= y.sum(axis=axis, keepdims=True)
     return y
 
 
