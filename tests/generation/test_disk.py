@@ -13,7 +13,7 @@ import pytest
 from mlx_vlm_edge import PrefixCache, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.disk import DiskStore
-from mlx_vlm_edge.loading.load import _identity
+from mlx_vlm_edge.loading.load import model_identity
 
 from ..demo import IMAGES, known
 from .test_prefix import FAMILIES, family, models, picture  # noqa: F401  (fixtures)
@@ -71,9 +71,9 @@ def test_other_weights_settings_and_models_see_nothing(demo, folder):
 
 def test_numbers_of_another_device_are_not_taken_over(demo):
     folder, options, cpu, adapters = demo[0].identify.args
-    assert _identity(folder, options, cpu, adapters) == demo[0].identity
-    assert _identity(folder, options, not cpu, adapters) != demo[0].identity
-    assert _identity(folder, options, cpu, ["1 of another"]) != demo[0].identity
+    assert model_identity(folder, options, cpu, adapters) == demo[0].identity
+    assert model_identity(folder, options, not cpu, adapters) != demo[0].identity
+    assert model_identity(folder, options, cpu, ["1 of another"]) != demo[0].identity
 
 
 def test_a_model_without_files_keeps_nothing_there(demo, folder, monkeypatch):
