@@ -159,6 +159,44 @@ def test_pictures_are_read_before_anything_is_loaded(tools, ask, demo_bundles, t
     assert (done.returncode, link.loads) == (2, [])
 
 
+def asked(tools, program, bundle, folder, *words):
+    """Answers with a folder of their own."""
+    folder.mkdir()
+    said, link = answers(tools, program, bundle, folder, *words, "--max-tokens", str(MOST))
+    return [answer["report"]["tokens"] for answer in said], link
+
+
+def test_a_size_and_a_context_of_several(tools, ask, exported, tmp_path):
+    """A session loads the functions of what it was told, and is what a bundle of these alone is."""
+    both = exported(
+        size=(128, 128), more_sizes=((192, 192),), context=128, more_contexts=(512,)
+    )  # fmt: skip
+    alone = exported(size=(192, 192), context=512)
+    chosen = ["--size", "192", "--context", "512"]
+    said, link = asked(tools, ask, both, tmp_path / "both", SHAPES, LONG, *chosen)
+    assert (said, len(said[0]) > 0) == (
+        asked(tools, ask, alone, tmp_path / "alone", SHAPES, LONG)[0],
+        True,
+    )
+    assert link.loads == [
+        ("vision.mlpackage", "main_192x192"),
+        ("decoder.mlpackage", "prefill_256_context_512"),
+        ("decoder.mlpackage", "prefill_context_512"),
+        ("decoder.mlpackage", "decode_context_512"),
+    ]
+    said, link = asked(tools, ask, both, tmp_path / "first", SHAPES, QUESTIONS[0])
+    assert said == [ids for ids, _ in mlx_answers(["shapes.png"], QUESTIONS[:1])]
+    assert [function for _, function in link.loads] == ["main", "prefill", "decode"]
+    link = Link(tools, both, tmp_path)
+    for words, message in (
+        (["--context", "7"], "no context of 7; choose one of its own: 128, 512"),
+        (["--size", "7"], "no pictures 7 pixels wide; choose one of its widths: 128, 192"),
+    ):
+        done = link.run(ask, str(both), SHAPES, QUESTIONS[0], *words)
+        assert (done.returncode, link.loads) == (2, [])
+        assert message in done.stderr
+
+
 WRONG = ("vision.mlpackage", "connector.mlpackage", "decoder.mlpackage")
 
 

@@ -15,15 +15,21 @@ public actor Session {
         public var tries: Bool
         /// Pictures whose visual tokens stay.
         public var pictures: Int
+        /// One of the manifest's `contexts`; nil takes the first.
+        public var context: Int?
+        /// One of the manifest's `sizes`; nil takes the first.
+        public var size: Manifest.PictureSize?
 
         public init(
             system: String? = nil, units: ComputeUnits? = nil, tries: Bool = true,
-            pictures: Int = 8
+            pictures: Int = 8, context: Int? = nil, size: Manifest.PictureSize? = nil
         ) {
             self.system = system
             self.units = units
             self.tries = tries
             self.pictures = pictures
+            self.context = context
+            self.size = size
         }
     }
 
@@ -73,7 +79,8 @@ public actor Session {
         self.bundle = bundle
         self.options = options
         encoded = EncodedPictures(most: options.pictures)
-        parts = try Runnable(bundle.manifest)
+        parts = try Runnable(
+            bundle.manifest, context: options.context, size: options.size)
         prompt = try Prompt(bundle.manifest, system: options.system)
         let embeddings = try Embeddings(
             folder: bundle.folder, described: parts.decoder.embeddings)

@@ -8,6 +8,8 @@ import Foundation
 let usage = """
     usage: edge-ask BUNDLE PICTURE[,PICTURE...] QUESTION [QUESTION...]
       --max-tokens N  --temperature T  --top-k K  --top-p P  --seed S  --stop TEXT  --system TEXT
+      --context N     one of the bundle's contexts, in the place of its first
+      --size N        of the bundle's sizes of pictures the one so many pixels wide
       --no-check      do not compare the bundle's files with their hashes
       --no-trial      do not run every package once before the first question
       --json          a JSON object for each answer, with its text and report
@@ -22,6 +24,7 @@ struct Arguments {
     var check = ModelBundle.FileCheck.once
     var json = false
     var checksPictures = false
+    var width: Int?
 
     init(_ given: [String]) throws {
         var rest = given[...]
@@ -47,6 +50,8 @@ struct Arguments {
             case "--seed": options.seed = try number() as UInt64
             case "--stop": options.stop.append(try value())
             case "--system": session.system = try value()
+            case "--context": session.context = try number() as Int
+            case "--size": width = try number() as Int
             case "--no-check": check = .never
             case "--no-trial": session.tries = false
             case "--json": json = true
@@ -111,7 +116,17 @@ func run() async throws {
     let names = arguments.words[1] == "---" ? [] : arguments.words[1].split(separator: ",")
     var pictures = try names.map { try Picture(contentsOf: URL(fileURLWithPath: String($0))) }
     let given = pictures
-    let session = try await Session(bundle: bundle, options: arguments.session)
+    var options = arguments.session
+    if let width = arguments.width {
+        options.size = bundle.manifest.sizes?.first { $0.width == width }
+        guard options.size != nil else {
+            let known = bundle.manifest.sizes?.map { String($0.width) } ?? []
+            throw EdgeVLMError(
+                "the bundle takes no pictures \(width) pixels wide",
+                "choose one of its widths: \(known.joined(separator: ", "))")
+        }
+    }
+    let session = try await Session(bundle: bundle, options: options)
     for question in arguments.words.dropFirst(2) {
         if question.hasPrefix("+") {
             await session.reset()

@@ -8,7 +8,7 @@ import Foundation
 
 final class LanguageDecoder {
     private(set) var offset = 0
-    let geometry: Manifest.Geometry
+    let geometry: DecoderGeometry
     let embeddings: Embeddings
 
     private let functions: [String: DecoderFunction]
@@ -23,13 +23,13 @@ final class LanguageDecoder {
 
     init(_ parts: Runnable, packages: Packages, embeddings: Embeddings) throws {
         let entry = parts.decoder
-        geometry = entry.geometry
+        geometry = parts.geometry
         self.embeddings = embeddings
-        functions = try entry.geometry.functions.keys.reduce(into: [:]) { all, name in
+        functions = try geometry.functions.keys.reduce(into: [:]) { all, name in
             guard let described = entry.functions[name] else { return }
             all[name] = try DecoderFunction(model: packages[entry.package, name], described)
         }
-        let decode = entry.functions[FunctionName.decode.rawValue]
+        let decode = entry.functions[geometry.decode]
         let prefixes = [DecoderPrefix.keys.rawValue, DecoderPrefix.values.rawValue]
         cacheNames = (decode?.inputs ?? []).map(\.name).filter { name in
             prefixes.contains { name.hasPrefix($0) }
@@ -50,7 +50,7 @@ final class LanguageDecoder {
 
     private func clear() throws {
         if isStateful {
-            state = try function(FunctionName.prefill.rawValue).model.makeState()
+            state = try function(geometry.decode).model.makeState()
             return
         }
         let shape = [geometry.layers, geometry.kvHeads, geometry.headDim, geometry.context]
@@ -101,6 +101,7 @@ final class LanguageDecoder {
         let part = parts.decoder
         guard let trial = try TrialFile(part.trial, of: part.package, in: folder) else { return }
         let (ids, token) = try trial.tokens()
+        guard ids.count <= geometry.context else { return }
         rewind(to: 0)
         defer { rewind(to: 0) }
         try trial.check(prefill(embeddings.rows(ids)), leads: token)
@@ -135,7 +136,7 @@ final class LanguageDecoder {
                 "begin a new conversation, or export with a larger --context")
         }
         let row = try embeddings.rows([token]).values[...]
-        return try run(function(FunctionName.decode.rawValue), row, 1)
+        return try run(function(geometry.decode), row, 1)
     }
 
     /// Whether one more token fits.

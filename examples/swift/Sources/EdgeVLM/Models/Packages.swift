@@ -19,11 +19,15 @@ public struct LoadStep: Sendable {
 
 /// Every model of a bundle that a session runs.
 struct Packages: Sendable {
-    private let models: [Runnable.Model: LoadedModel]
+    private let models: [String: LoadedModel]
+
+    private static func key(_ package: String, _ function: String) -> String {
+        "\(package) \(function)"
+    }
 
     subscript(package: String, function: String) -> MLModel {
         get throws {
-            guard let loaded = models[Runnable.Model(package: package, function: function)] else {
+            guard let loaded = models[Self.key(package, function)] else {
                 throw EdgeVLMError("\(package) has no function \(function)", exportAgain)
             }
             return loaded.model
@@ -36,11 +40,12 @@ struct Packages: Sendable {
         progress: (@Sendable (LoadStep) -> Void)?
     ) async throws -> Packages {
         let wanted = parts.models
-        var models: [Runnable.Model: LoadedModel] = [:]
+        var models: [String: LoadedModel] = [:]
         for (done, entry) in wanted.enumerated() {
             progress?(LoadStep(package: entry.model.package, done: done, total: wanted.count))
             let units = try units ?? ComputeUnits(manifest: entry.units)
-            models[entry.model] = try await load(bundle, entry.model, units)
+            models[key(entry.model.package, entry.model.function)] = try await load(
+                bundle, entry.model, units)
         }
         progress?(LoadStep(package: "", done: wanted.count, total: wanted.count))
         return Packages(models: models)
@@ -53,7 +58,7 @@ struct Packages: Sendable {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = units.coreML
         // A package of one function is loaded without a name.
-        if model.function != FunctionName.main.rawValue {
+        if model.isNamed {
             configuration.functionName = model.function
         }
         let compiled = try await compile(bundle, package)

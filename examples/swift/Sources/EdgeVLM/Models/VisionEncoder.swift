@@ -13,10 +13,8 @@ final class VisionEncoder {
     init(_ parts: Runnable, packages: Packages) throws {
         input = parts.image
         preprocessing = parts.preprocessing
-        vision = try packages[parts.vision.package, FunctionName.main.rawValue]
-        connector = try parts.connector.map {
-            try packages[$0.package, FunctionName.main.rawValue]
-        }
+        vision = try packages[parts.vision.package, parts.function]
+        connector = try parts.connector.map { try packages[$0.package, parts.function] }
     }
 
     /// Visual tokens of a picture in the model's size, a row each.
@@ -29,8 +27,12 @@ final class VisionEncoder {
         return Rows(width: width, values: try tokens.halves(VisionName.visualTokens.rawValue))
     }
 
-    /// Each package on its trial, or on a blank picture; a package without one is not checked.
+    /// Each package on its trial, which is of the first size of pictures, or else on a blank one.
     func tryOut(_ parts: Runnable, in folder: URL) throws {
+        guard parts.function == FunctionName.main.rawValue else {
+            _ = try encode(blank)
+            return
+        }
         let seen = connector == nil ? VisionName.visualTokens : .imageFeatures
         if let trial = try TrialFile(parts.vision.trial, of: parts.vision.package, in: folder) {
             try trial.check(see(trial.raster()), seen)

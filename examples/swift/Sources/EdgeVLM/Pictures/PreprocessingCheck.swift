@@ -78,6 +78,13 @@ public struct PreprocessingCheck: Sendable {
 }
 
 extension Manifest.Preprocessing {
+    /// The same for another size of pictures.
+    func sized(_ width: Int, _ height: Int) -> Self {
+        Self(
+            strategy: strategy, width: width, height: height, fill: fill, resample: resample,
+            color: color, range: range, folded: folded, vectors: vectors)
+    }
+
     /// Raises EdgeVLMError for what `Raster.fitted` does not do.
     func check() throws {
         guard color == "RGB", fill.count == 3, resample == "bicubic", width > 0, height > 0 else {
