@@ -92,3 +92,13 @@ def native_folder(native_weights, tmp_path_factory) -> Path:
     from .reference import native
 
     return native.save(native_weights, native.config(), tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture
+def every_row(monkeypatch):
+    """Rows that only pad a vocabulary may be chosen, as others' programs choose them."""
+    from mlx_vlm_edge.text.prompt import Processor
+
+    monkeypatch.setattr(
+        Processor, "rows", property(lambda processor: processor.config.text.vocab_size)
+    )

@@ -197,6 +197,7 @@ def ours(folder: Path, prompt: str, image: Path | None) -> tuple[list[int], np.n
     return [chunk.token for chunk in found if chunk.token is not None], logits
 
 
+@pytest.mark.usefixtures("every_row")
 def test_mlx_vlm_gives_the_same_greedy_ids(source, picture, tmp_path):
     from mlx_vlm_edge_convert import convert
 
