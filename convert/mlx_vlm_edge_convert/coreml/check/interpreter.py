@@ -5,7 +5,7 @@ rounds every result to the dtype the program declares, "fp32" leaves float16 out
 held against its declared shape and dtype. What it is not: bit-exact to a device, or a compiler.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from ..package.malformed import reading
 from ..package.saved import FLOATS, Saved, Type, type_of
 from .constants import DECOMPRESS
 from .operations import MOVES, OPERATIONS
+from .operations.layout import updated
 from .rounding import to_half
 
 Mode = Literal["declared", "fp32"]
@@ -99,7 +100,9 @@ class Package:
                     frame.types[item.name] = type_of(item.type)
             frame.types.update(self.inputs(function))
             last = _last_uses(block)
+            replacing = _replacing(block, last)
             for index, op in enumerate(block.operations):
+                frame.replaces = index in replacing
                 frame.step(op)
                 for name in last.get(index, ()):
                     frame.values.pop(name, None)
@@ -170,7 +173,9 @@ class Package:
 
     def _leaving(self, array: np.ndarray, kind: Type) -> np.ndarray:
         half = kind.dtype == "fp16" and self.mode == "declared"
-        return array.astype(np.float16) if half else np.ascontiguousarray(array)
+        return np.array(
+            array, np.float16 if half else None, order="C"
+        )  # a state may go on to change
 
     def constant(self, value: Any) -> Any:
         """A constant as operations take it; from the weight file only once."""
@@ -217,6 +222,7 @@ class _Frame:
         self.package, self.state = package, state
         self.values: dict[str, Any] = {}
         self.types: dict[str, Type] = {}
+        self.replaces = False  # the operation at hand makes the state of what it was read as
 
     def step(self, op: Any) -> None:
         """Run one operation and check what it gives against what it declares."""
@@ -247,8 +253,19 @@ class _Frame:
             return []
         if op.type not in OPERATIONS:
             raise self.package.error(op, "the interpreter does not know this operation")
-        result = OPERATIONS[op.type](**self._inputs(op))
+        inputs = self._inputs(op)
+        if self.replaces and self._alone(inputs["x"]):
+            return [updated(**inputs)]  # of megabytes, some positions
+        result = OPERATIONS[op.type](**inputs)
         return result if isinstance(result, list) else [result]
+
+    def _alone(self, array: np.ndarray) -> bool:
+        """Whether no other value is in an array's memory than a state of its own and itself."""
+        others = [*self.values.values(), *self.state.values()]
+        sharing = (
+            isinstance(other, np.ndarray) and np.may_share_memory(other, array) for other in others
+        )
+        return bool(array.flags.writeable) and sum(sharing) == 2
 
     def _given_type(self, op: Any, argument: str) -> str | None:
         """The declared dtype of an argument that is a result."""
@@ -340,6 +357,27 @@ def _uses(op: Any) -> Iterator[str]:
         for binding in argument.arguments:
             if binding.WhichOneof("binding") == "name":
                 yield binding.name
+
+
+def _replacing(block: Any, last: Mapping[int, Sequence[str]]) -> set[int]:
+    """Updates of what was read from a state, by their index, when the state is written with them
+    before it is read again and nobody needs what it was."""
+    states: dict[str, str] = {}  # by what was read of them
+    pending: dict[str, tuple[int, str]] = {}  # by state, an update and its name
+    places: set[int] = set()
+    for index, op in enumerate(block.operations):
+        if op.type == "read_state":
+            states[op.outputs[0].name] = _state_name(op)
+            pending.pop(_state_name(op), None)
+        elif op.type == "write_state":
+            update = pending.pop(_state_name(op), None)
+            if update is not None and op.inputs["data"].arguments[0].name == update[1]:
+                places.add(update[0])
+        elif op.type == "slice_update":
+            read = op.inputs["x"].arguments[0].name
+            if read in states and read in last.get(index, ()):
+                pending[states[read]] = (index, op.outputs[0].name)
+    return places
 
 
 def _last_uses(block: Any) -> dict[int, list[str]]:

@@ -229,3 +229,57 @@ def test_a_package_is_read_without_importing_coremltools(package):
         "import coremltools; assert coremltools.proto.Model_pb2.Model().SerializeToString() == b''"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def _updating(tools, update):
+    """A program of a state [4, 8] with one row more in each call; update(mb, read, new) -> what it
+    gives besides writing `new`."""
+    mb, mil = tools.mb, tools.ct.converters.mil.mil
+    program = mil.Program()
+    specs = {
+        "row": mb.TensorSpec((1, 8), tools.types.fp16),
+        "at": mb.TensorSpec((1,), tools.types.int32),
+        "rows": mb.StateTensorSpec((4, 8), tools.types.fp16),
+    }
+    with mil.Function(specs, tools.ct.target.iOS18) as function:
+        rows, at = function.inputs["rows"], function.inputs["at"]
+        read, zero = mb.read_state(input=rows), np.array([0], np.int32)
+        begin = mb.concat(values=[at, zero], axis=0)
+        stop = mb.concat(values=[mb.add(x=at, y=np.array([1], np.int32)), zero + 8], axis=0)
+        before = update(mb, read)
+        new = mb.slice_update(x=read, update=function.inputs["row"], begin=begin, end=stop)
+        whole = mb.coreml_update_state(state=rows, value=new)
+        function.set_outputs([mb.mul(x=before, y=np.float16(2)), mb.mul(x=whole, y=np.float16(2))])
+        program.add_function("main", function)
+    return program
+
+
+@pytest.mark.parametrize("mode", ["declared", "fp32"])
+@pytest.mark.parametrize(
+    ("update", "copies"),
+    [
+        (lambda mb, read: mb.abs(x=read), 0),
+        (lambda mb, read: mb.slice_by_index(x=read, begin=[0, 0], end=[4, 8]), 1),
+        (lambda mb, read: read, 1),
+    ],
+    ids=["a value", "a view", "itself"],
+)
+def test_what_was_read_of_a_state_stays_what_it_was(
+    tools, save, tmp_path, monkeypatch, mode, update, copies
+):
+    """Though the state is written where it is, when nobody needs that: in the first program."""
+    path = save(tmp_path / "a.mlpackage", main=lambda: _updating(tools, update))
+    package, copied, sound = Package(path, mode), [], OPERATIONS["slice_update"]
+    monkeypatch.setitem(OPERATIONS, "slice_update", lambda **of: copied.append(1) or sound(**of))
+    state = package.new_state()
+    expected, outputs = np.zeros((4, 8), np.float32), []
+    for at in range(3):
+        row = np.full((1, 8), at + 1, np.float16)
+        before, whole = package.run("main", {"row": row, "at": np.array([at])}, state).values()
+        np.testing.assert_array_equal(before, 2 * expected)
+        expected[at] = at + 1
+        np.testing.assert_array_equal(whole, 2 * expected)
+        outputs.append((whole, 2 * expected))
+    assert len(copied) == 3 * copies
+    for whole, then in outputs:
+        np.testing.assert_array_equal(whole, then)

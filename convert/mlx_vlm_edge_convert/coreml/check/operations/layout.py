@@ -83,12 +83,19 @@ def slice_update(
     x: np.ndarray, update: np.ndarray, begin: np.ndarray, end: np.ndarray, stride: Ints = None,
     begin_mask: Ints = None, end_mask: Ints = None, squeeze_mask: Ints = None,
 ) -> np.ndarray:  # fmt: skip
-    y = x.copy()
+    return updated(x.copy(), update, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+
+
+def updated(
+    x: np.ndarray, update: np.ndarray, begin: np.ndarray, end: np.ndarray, stride: Ints = None,
+    begin_mask: Ints = None, end_mask: Ints = None, squeeze_mask: Ints = None,
+) -> np.ndarray:  # fmt: skip
+    """The same in x itself."""
     place = _where(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    if y[place].shape != update.shape:
-        raise ValueError(f"an update of {update.shape} for a place of {y[place].shape}")
-    y[place] = update
-    return y
+    if x[place].shape != update.shape:
+        raise ValueError(f"an update of {update.shape} for a place of {x[place].shape}")
+    x[place] = update
+    return x
 
 
 def slice_by_size(x: np.ndarray, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
