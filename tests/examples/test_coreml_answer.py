@@ -63,6 +63,24 @@ def test_another_family_as_well(export, example, tmp_path):
     assert list(bundle.answer(IMAGES / ASKED[0][0], ASKED[0][1], 12)) == expected
 
 
+def test_a_bundle_of_two_sizes_contexts_and_a_prompt_cache(export, example, demo, tmp_path):
+    """Each size answers as MLX does with pictures of that size, by name or by its budget; the
+    decoder goes on behind the ids that the bundle knows."""
+    from mlx_vlm_edge_convert.coreml.part import Options
+
+    options = Options(size=(128, 128), more_sizes=((192, 192),), context=64, more_contexts=(128,))
+    folder = export("demo", tmp_path / "out", options=options)
+    picture, question = "text.png", "Describe the image."
+    large = (load("demo", dtype="float32", resolution=192), {"image_size": "192"})
+    for model, wanted in ((demo, {}), large, (demo, {"visual_tokens": 8})):
+        bundle = example.Bundle(folder, lambda name: Package(folder / name), **wanted)
+        expected = answer(model, picture, question)
+        assert list(bundle.answer(IMAGES / picture, question, 24)) == expected
+        assert bundle.decoder.begin(bundle.before) == len(bundle.before) > 9
+    with pytest.raises(UsageError, match="pictures of 128x128, 192x192, not of 99"):
+        example.Bundle(folder, lambda name: Package(folder / name), "99")
+
+
 def test_the_prompt_is_that_of_mlx(bundle, demo):
     model, processor = demo
     question = " What\n\nis 'it', \u00e9?\n"
