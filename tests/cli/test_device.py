@@ -59,6 +59,8 @@ def test_a_quantised_model_keeps_its_bits_and_a_short_one_its_context():
         (["demo", "--device", "m1", "--compute", "cpu-ne"], "--device chooses for the GPU"),
         (["demo", "--device", "m1", "--precision", "fp32"], "leave --precision fp32 out"),
         (["llava-1.5-7b", "--device", "m1", "--context", "8192"], "this model's is at most 4096"),
+        # The largest of several must fit.
+        (["llava-1.5-7b", "--device", "m1", "--context", "512", "8192"], "is at most 4096"),
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments, said, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_edge.checkpoint import configs
-from mlx_vlm_edge.cli import available, main
+from mlx_vlm_edge.cli import available, habits, main
 from mlx_vlm_edge.hub import models
 from mlx_vlm_edge.loading import memory
 
@@ -161,3 +161,19 @@ def test_every_alias_has_its_licence_looked_up():
 def test_ls_lists(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert cli("models", "ls", "--json") == cli("models", "list", "--json")
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        (["--context", "1024", "4096", "x"], ["--context", "1024,4096", "x"]),
+        (["--image-size", "512", "768x512", "1024"], ["--image-size", "512,768x512,1024"]),
+        (["--image-size", "512,640", "1024"], ["--image-size", "512,640,1024"]),
+        (["--context", "1024", "demo", "4096"], ["--context", "1024", "demo", "4096"]),
+        (["--context", "many", "4096"], ["--context", "many", "4096"]),
+        (["--bits", "4", "8"], ["--bits", "4", "8"]),
+        (["--context"], ["--context"]),
+    ],
+)
+def test_numbers_behind_a_flag_of_several_are_one_word(typed, taken):
+    assert habits.joined(typed, ["--context", "--image-size"]) == taken
