@@ -39,6 +39,7 @@ class Link:
         self.shared: dict[tuple[str, str], set[str]] = {}
         self.packages: dict[str, Package] = {}
         self.states: dict[int, Any] = {}
+        self.written: list[str] = []  # states, by their names
         for name in ("asked", "answered"):
             os.mkfifo(folder / name)
 
@@ -119,11 +120,7 @@ class Link:
             return {"dies": True}
         if (package, function, units) in self.fails:
             return {"error": "this one fails"}
-        if package not in self.packages:
-            self.packages[package] = Package(self.bundle / package)
-        runs = self.packages[package]
-        if state and state not in self.states:
-            self.states[state] = runs.new_state(function)
+        runs = self._package(package, function, state)
         arrays = {name: self._array(**entry) for name, entry in inputs.items()}
         outputs = {}
         for name, array in runs.run(function, arrays, self.states.get(state)).items():
@@ -137,6 +134,30 @@ class Link:
             array.astype(DTYPES[dtype]).tofile(file)
             outputs[name] = {"dtype": dtype, "shape": array.shape, "file": str(file)}
         return {"outputs": outputs}
+
+    def _state(
+        self, package: str, function: str, state: int, name: str,
+        values: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """What a state holds, or new values for all of it."""
+        runs = self._package(package, function, state)
+        if values is not None:
+            values.pop("shared")
+            runs.write(self.states[state], name, self._array(**values))
+            self.written.append(name)
+            return {}
+        array, file = runs.read(self.states[state], name), self.folder / f"state_{name}"
+        array.astype(np.float16).tofile(file)
+        return {"shape": array.shape, "file": str(file)}
+
+    def _package(self, package: str, function: str, state: int) -> Package:
+        """A package, and its state where it has one of this number."""
+        if package not in self.packages:
+            self.packages[package] = Package(self.bundle / package)
+        runs = self.packages[package]
+        if state and state not in self.states:
+            self.states[state] = runs.new_state(function)
+        return runs
 
     @staticmethod
     def _array(dtype: str, shape: list[int], file: str, width: int = 0) -> np.ndarray:

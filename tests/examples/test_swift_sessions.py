@@ -272,3 +272,31 @@ def test_a_full_context_that_fails_is_undone_or_has_lost_a_picture(
     # A turn whose picture is gone, and those before it, cannot be run again.
     lost = told("lost", pictured=[place - 1], forgets=place)
     assert next(entry["dropped"] for entry in lost if "dropped" in entry) >= place
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prompt_goes_on_behind_what_the_bundle_knows(tools, ask, exported, tmp_path, form):
+    """Its prompt cache stands for the first ids of a first turn; an app's own instructions share
+    but some of them. In a second conversation it is there again."""
+    bundle = exported(verify=True, context=128, **FORMS[form])
+    content = json.loads((bundle / "manifest.json").read_text())
+    known = content["parts"]["decoder"]["prompt_cache"]["ids"]
+    assert known == content["prompt"]["before_image"]
+    words = [SHAPES, *QUESTIONS[:2], f"+{QUESTIONS[0]}", "--max-tokens", str(MOST)]
+    said, link = answers(tools, ask, bundle, tmp_path, *words)
+    expected = [ids for ids, _ in mlx_answers(["shapes.png"], QUESTIONS[:2])]
+    assert [answer["report"]["tokens"] for answer in said] == [*expected, expected[0]]
+    reports = [answer["report"] for answer in said]
+    assert [report["reusedTokens"] == len(known) for report in reports] == [True, False, True]
+    assert reports[0]["promptTokens"] == reports[2]["promptTokens"]
+    assert link.written == (["keys", "values"] * 2 if form == "stateful" else [])
+    other = tmp_path / "other"
+    other.mkdir()
+    words = [SHAPES, QUESTIONS[0], "--system", "Be brief.", "--max-tokens", str(MOST)]
+    (told,), _ = answers(tools, ask, bundle, other, *words)
+    assert 0 < told["report"]["reusedTokens"] < len(known)
+    total = told["report"]["reusedTokens"] + told["report"]["promptTokens"]
+    (tmp_path / "plain").mkdir()
+    plain, _ = answers(tools, ask, exported(context=128, **FORMS[form]), tmp_path / "plain", *words)
+    assert plain[0]["report"]["promptTokens"] == total
+    assert plain[0]["report"]["tokens"] == told["report"]["tokens"]

@@ -77,6 +77,16 @@ public final class MLMultiArray {
         set { data.storeBytes(of: newValue.int32Value, toByteOffset: 4 * index, as: Int32.self) }
     }
 
+    /// With the values of a file, row after row.
+    func fill(_ file: String) {
+        let data = try! Data(contentsOf: URL(fileURLWithPath: file))
+        var place = 0
+        for row in rows {
+            row.copyBytes(from: data[place..<place + row.count])
+            place += row.count
+        }
+    }
+
     /// Rows in their places here, and their bytes.
     var rows: [UnsafeMutableRawBufferPointer] {
         let item = dataType == .float16 ? 2 : 4
@@ -167,13 +177,34 @@ public final class MLPredictionOptions {
 
 struct Failed: Error { let error: String }
 
-// coreml/mlstate
+// coreml/mlstate: withMultiArray(for:_:), whose array is read and written in its place
 public final class MLState {
     nonisolated(unsafe) static var made = 0
     let number: Int
-    init() {
+    private let package, function: String
+
+    init(_ package: String, _ function: String) {
         MLState.made += 1
         number = MLState.made
+        self.package = package
+        self.function = function
+    }
+
+    public func withMultiArray<R>(
+        for stateName: String, _ body: (MLMultiArray) throws -> R
+    ) rethrows -> R {
+        var asked: [String: Any] = [
+            "call": "state", "package": package, "function": function, "state": number,
+            "name": stateName,
+        ]
+        let told = Link.shared.ask(asked)
+        let shape = (told["shape"] as! [Int]).map { NSNumber(value: $0) }
+        let array = try! MLMultiArray(shape: shape, dataType: .float16, gap: MLMultiArray.gap)
+        array.fill(told["file"] as! String)
+        let result = try body(array)
+        asked["values"] = MLFeatureValue(multiArray: array).asked
+        _ = Link.shared.ask(asked)
+        return result
     }
 }
 
@@ -211,7 +242,7 @@ public final class MLModel {
         return MLModel(package, function, configuration.computeUnits)
     }
 
-    public func makeState() -> MLState { MLState() }
+    public func makeState() -> MLState { MLState(package, function) }
 
     public func prediction(from inputs: any MLFeatureProvider) throws -> any MLFeatureProvider {
         try run(inputs, 0, MLPredictionOptions())
@@ -242,12 +273,7 @@ public final class MLModel {
             let shape = (output["shape"] as! [Int]).map { NSNumber(value: $0) }
             let dataType = MLMultiArrayDataType(rawValue: output["dtype"] as! String)!
             let array = try options.array(name, shape, dataType, MLModel.calls)
-            let data = try Data(contentsOf: URL(fileURLWithPath: output["file"] as! String))
-            var place = 0
-            for row in array.rows {
-                row.copyBytes(from: data[place..<place + row.count])
-                place += row.count
-            }
+            array.fill(output["file"] as! String)
             outputs[name] = MLFeatureValue(multiArray: array)
         }
         return try MLDictionaryFeatureProvider(dictionary: outputs)

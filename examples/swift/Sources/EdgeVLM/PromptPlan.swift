@@ -15,6 +15,7 @@ struct PromptWriter {
     let tokenizer: Tokenizer
     let embeddings: Embeddings
     let encoded: EncodedPictures
+    let promptCache: PromptCache?
 
     /// A quarter of the context at most is left free for an answer.
     private static let reserve = 4
@@ -33,9 +34,13 @@ struct PromptWriter {
         if !transcript.isStale {
             var rows = try embeddings.rows(transcript.pending)
             try append(words, pictures, first: entries.isEmpty, to: &rows)
-            let whole = decoder.offset + rows.count
-            if entries.isEmpty { try decoder.checkRoom(for: whole) }
-            if entries.isEmpty || whole <= room { return PromptPlan(rows: rows) }
+            if entries.isEmpty {
+                try decoder.checkRoom(for: rows.count)
+                let first = try beginning(words, pictures)
+                rows.values.removeFirst(try decoder.begin(promptCache, with: first) * rows.width)
+                return PromptPlan(rows: rows)
+            }
+            if decoder.offset + rows.count <= room { return PromptPlan(rows: rows) }
         }
         // A turn whose visual tokens are gone cannot be run again.
         let last = entries.lastIndex { $0.pictures.contains { encoded[$0] == nil } } ?? -1
@@ -50,6 +55,13 @@ struct PromptWriter {
             start += 1
             enough = room / 2
         }
+    }
+
+    /// The first ids of a conversation, up to its first picture, or but for the last one.
+    private func beginning(_ words: String, _ pictures: [String]) throws -> [Int] {
+        let parts = try prompt.parts(
+            words, pictures: pictures.count, first: true, encode: tokenizer.encode)
+        return pictures.isEmpty ? parts[0].dropLast() : parts[0]
     }
 
     /// Turns with their answers, then a question, from the conversation's beginning on; and where

@@ -45,6 +45,7 @@ public actor Session {
     private let parts: Runnable
     private let tokenizer: Tokenizer
     private let prompt: Prompt
+    private let promptCache: PromptCache?
     private var models: Models?
     private var encoded: EncodedPictures
     private var transcript = Transcript()
@@ -84,6 +85,10 @@ public actor Session {
         prompt = try Prompt(bundle.manifest, system: options.system)
         let embeddings = try Embeddings(
             folder: bundle.folder, described: parts.decoder.embeddings)
+        promptCache = try parts.decoder.promptCache.map { [parts] in
+            try PromptCache(
+                folder: bundle.folder, described: $0, geometry: parts.decoder.geometry)
+        }
         tokenizer = try Tokenizer(file: bundle.folder.appending(path: "tokenizer.json"))
         let trial = options.units == nil ? Trial(bundle) : nil
         let candidates = try trial?.candidates(bundle.fallbackUnits) ?? [options.units]
@@ -192,7 +197,8 @@ public actor Session {
         let keys = try encode(pictures, models.vision, &clock)
         let visual = keys.reduce(0) { $0 + (encoded[$1]?.count ?? 0) }
         let writer = PromptWriter(
-            prompt: prompt, tokenizer: tokenizer, embeddings: decoder.embeddings, encoded: encoded)
+            prompt: prompt, tokenizer: tokenizer, embeddings: decoder.embeddings, encoded: encoded,
+            promptCache: promptCache)
         let plan = try writer.plan(words, keys, transcript, decoder, options.maxTokens)
         clock.end(.tokenise, plan.rows.count)
         let dropped = plan.rebuilt?.start ?? 0

@@ -64,6 +64,22 @@ final class LanguageDecoder {
         self.offset = min(offset, self.offset)
     }
 
+    /// Begin with what a bundle knows of a prompt's first ids; how many of them need not be run.
+    func begin(_ known: PromptCache?, with ids: [Int]) throws -> Int {
+        offset = 0
+        let count = min(known?.shared(with: ids) ?? 0, geometry.context)
+        guard let known, count > 0 else { return 0 }
+        for name in [DecoderPrefix.keys.rawValue, DecoderPrefix.values.rawValue] {
+            if let state {
+                try state.withMultiArray(for: name) { try known.write(name, count, to: $0) }
+            } else if let cache = caches[name] {
+                try known.write(name, count, to: cache)
+            }
+        }
+        offset = count
+        return count
+    }
+
     /// Bytes of keys and values.
     var cacheBytes: Int {
         2 * 2 * geometry.layers * geometry.kvHeads * geometry.headDim * geometry.context
