@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["convert", "native_config", "to_native"]
+__all__ = ["convert", "native_config", "to_native", "tower_repositories"]
 
 
 def to_native(
@@ -25,6 +25,13 @@ def to_native(
 def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The native config of a published one, without its weights; see `pipeline.native_config`."""
     from .pipeline import native_config as run
+
+    return run(config)
+
+
+def tower_repositories(config: Mapping[str, Any]) -> list[str]:
+    """The Hub's names of vision towers that a published model needs beside its own files."""
+    from .pipeline import tower_repositories as run
 
     return run(config)
 

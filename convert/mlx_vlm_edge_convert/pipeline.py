@@ -47,6 +47,12 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**native, "tie_word_embeddings": tied}
 
 
+def tower_repositories(config: Mapping[str, Any]) -> list[str]:
+    """The Hub's names of the vision towers that a published config's model leaves out and names."""
+    named = getattr(source_family(config), "tower_repositories", None)
+    return [] if named is None else list(named(config))
+
+
 def native_checkpoint(folder: Path) -> tuple[dict[str, Any], Arrays]:
     """Config and native weights of a folder in any layout; see `to_native`."""
     config = read_config(folder)

@@ -52,8 +52,7 @@ def models() -> Iterator[Available]:
 
 
 def _memory(config: Mapping[str, Any]) -> int:
-    cost = memory.needed(config)
-    return sum(memory.by_use(cost, cost.prompt_tokens + memory.ANSWER).values())
+    return sum(memory.of_question(memory.needed(config)).values())
 
 
 def line(model: Available, limit: int | None) -> str:

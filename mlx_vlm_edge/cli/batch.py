@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = share(pictures, rank, size, content_of) if size > 1 else pictures
     name = args.model or default_model()
     loading = within_budget(args, name, load_options(args))
+    _check_tokens(name, loading, pictures)
     asked = Run(name, args.prompt, args.system, options, loading)
     output = Output(_output(args.output, rank, size), asked, args.retry_errors)
     try:
@@ -82,6 +83,25 @@ def run(args: argparse.Namespace) -> int:
             engine.close()
     finally:
         output.close()
+
+
+def _check_tokens(name: str, loading: "LoadOptions", pictures: list[str]) -> None:
+    """Raises UsageError for a number of visual tokens that none of the pictures has. What cannot
+    be told before it is fetched or decoded may have as many."""
+    if not isinstance(loading.visual_tokens, int) or any("://" in name for name in pictures):
+        return
+    from ..loading.fitting import check_any_picture
+
+    check_any_picture(name, loading, filter(None, map(_size, pictures)))
+
+
+def _size(picture: str) -> tuple[int, int] | None:
+    from ..picture.image import check_header
+
+    try:
+        return check_header(picture)
+    except UsageError:  # told as the failure of this picture
+        return None
 
 
 def _engine(args: argparse.Namespace, name: str, loading: "LoadOptions") -> "Engine":

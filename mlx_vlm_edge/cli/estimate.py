@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--prompt-tokens", type=int, metavar="N",
-        help="text tokens of the prompt, exactly; visual ones come on top (default: a question's)",
+        help="text tokens of the prompt, exactly; visual ones come on top (default: those of a "
+        "short question in a stand-in's vocabulary)",
     )  # fmt: skip
     what.add_argument(
         "--context", type=int, metavar="N",
@@ -92,7 +93,8 @@ def _estimate(args: argparse.Namespace) -> None:
         whole = [item.as_json() for item in outlooks]
         print(json.dumps(whole[0] if len(whole) == 1 else whole))
     elif len(outlooks) == 1:
-        print(f"{LABEL}: {_describe(outlooks[0], image)}")
+        words = "" if args.prompt_tokens else " (as a stand-in counts: --prompt-tokens N)"
+        print(f"{LABEL}: {_describe(outlooks[0], image, words)}")
     else:
         print(f"{LABEL}; the picture is {image[0]} x {image[1]} pixels\n{_compare(outlooks)}")
 
@@ -116,7 +118,8 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _describe(outlook: "Outlook", image: tuple[int, int]) -> str:
+def _describe(outlook: "Outlook", image: tuple[int, int], words: str) -> str:
+    """words: what is to be said of the number of text tokens."""
     chip, step = outlook.chip, outlook.step
     tiles = f" in {outlook.tiles} tiles" if outlook.tiles > 1 else ""
     rows = [["stage", "GFLOP", "MB", "ms", "bound by"]]
@@ -131,7 +134,7 @@ def _describe(outlook: "Outlook", image: tuple[int, int]) -> str:
     lines = [
         f"{outlook.model} at {_bits(outlook)} bits on {chip.name}",
         f"a picture of {image[0]} x {image[1]} pixels{tiles}: {outlook.visual_tokens:,} visual and "
-        f"{outlook.text_tokens:,} text tokens\n",
+        f"{outlook.text_tokens:,} text tokens{words}\n",
         table(rows),
         f"\n{outlook.rate:,.1f} tokens/s after the first one",
         *_engine_line(outlook),

@@ -161,8 +161,8 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--ttft-budget", metavar="TIME",
-        help="with --resolution auto: the first token within that, as 200ms, by the last bench of "
-        "the model here or, on a Mac, by `estimate`",
+        help="with --resolution auto: the first token within that, as 200ms or 0.2s (a number "
+        "alone is milliseconds), by the last bench of the model here or, on a Mac, by `estimate`",
     )  # fmt: skip
     group.add_argument(
         "--resize-shape", dest="resolution", type=int, nargs="+", action=ResizeShape,
@@ -188,7 +188,8 @@ def add_token_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--token-method",
         metavar="NAME",
-        help="which these are: divprune (the default), dpp, pool, random, hiprune or visionzip",
+        help="which these are: divprune (the default), dpp, pool, random, hiprune or visionzip; "
+        'models have some of them each, as `models show NAME` says under "fewer of them by"',
     )
 
 

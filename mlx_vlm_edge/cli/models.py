@@ -147,7 +147,28 @@ def _pull(args: argparse.Namespace) -> int:
     folder = fetched(args.name, args.revision)
     remember(folder)
     print(folder)
+    for repo in _towers_elsewhere(folder):
+        if local_snapshot(repo) is None:
+            gets = f"`mlx-vlm-edge models pull {repo}` gets it"
+            print(f"note: it needs the vision tower {repo}: {gets}", file=sys.stderr)
     return 0
+
+
+def _towers_elsewhere(folder: Path) -> list[str]:
+    """Repositories of vision towers that the model of a folder needs beside it."""
+    from ..checkpoint.config import read_config
+
+    try:
+        config = read_config(folder)
+        return [] if "text_config" in config else _towers(config)
+    except UsageError:  # a repository of another kind, such as a tower
+        return []
+
+
+def _towers(config: dict[str, Any]) -> list[str]:
+    from mlx_vlm_edge_convert import tower_repositories
+
+    return tower_repositories(config)
 
 
 def fetched(name: str, revision: str | None = None) -> Path:
@@ -212,7 +233,7 @@ def _said(key: str, value: Any) -> str:
             f"{gigabytes(value['weights'])} ({gigabytes(value['read'])} read for a token), "
             f"KV cache {gigabytes(value['cache'])} "
             f"({gigabytes(value['cache_position'])} a position), activations about "
-            f"{gigabytes(value['activations'])}{free}"
+            f"{gigabytes(value['activations'])}, the program {gigabytes(value['program'])}{free}"
         )
     if isinstance(value, dict):
         return ", ".join(f"{count:,} of {size} pixels" for size, count in value.items())
@@ -231,7 +252,8 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
     }
     alias = next((alias for alias, one in ALIASES.items() if one == repo), None)
     if alias is not None:
-        facts |= _config_facts(configs.read(alias))
+        config = configs.read(alias)
+        facts |= _config_facts(config) | _said_of_towers(_towers(config))
     try:
         if args.offline:
             raise UsageError(f"{repo} is not on this machine; without --offline the Hub is asked")
@@ -256,9 +278,14 @@ def _local_facts(folder: Path) -> dict[str, Any]:
     return {
         "model": str(folder),
         **_config_facts(native(read_config(folder))),
+        **_said_of_towers(_towers_elsewhere(folder)),
         "size": size,
         "licence": licence(folder),
     }
+
+
+def _said_of_towers(repositories: list[str]) -> dict[str, str]:
+    return {"vision towers of": ", ".join(repositories)} if repositories else {}
 
 
 def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -306,9 +333,17 @@ def _memory(config: dict[str, Any]) -> dict[str, int | None]:
     from ..loading import memory
 
     cost = memory.needed(config)
-    parts = cost.memory(cost.prompt_tokens + memory.ANSWER)
-    read = {"read": cost.step.weights, "cache_position": cost.cached}
-    return {**parts, **read, "free": memory.usable()}
+    parts = memory.of_question(cost)
+    return {
+        "total": sum(parts.values()),
+        "weights": parts["weights"],
+        "read": cost.step.weights,
+        "cache": parts["KV cache"],
+        "cache_position": cost.cached,
+        "activations": parts["activations (estimated)"],
+        "program": parts["program"],
+        "free": memory.usable(),
+    }
 
 
 def _quantisation(model: Any) -> str:

@@ -52,6 +52,7 @@ ALIASES: dict[str, str] = {
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
 DEMO = "demo"
+NAME_SHOWN = 80  # characters of a name that is not known
 _DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -125,9 +126,10 @@ def repo_id(name: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name.lower(), [*ALIASES, DEMO], n=2, cutoff=0.5)
-    meant = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(ALIASES)}."
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
-        f"no model is called {name!r}; {meant} A Hub id (owner/name) will do, to run one a folder"
+        f"no model is called {name[:NAME_SHOWN]!r}; {meant}`mlx-vlm-edge models list --available` "
+        "has the short names; a Hub id (owner/name) will do, to run one a folder"
     )
 
 

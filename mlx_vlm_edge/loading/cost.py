@@ -100,8 +100,8 @@ def config_of(name: str) -> dict[str, Any]:
     if alias := aliases.get(repo.lower()):
         return configs.read(alias)
     raise UsageError(
-        f"{repo} is not on this machine: `mlx-vlm-edge models pull {name}` gets it, or name one of "
-        f"{', '.join(ALIASES)}"
+        f"{repo} is not on this machine: `mlx-vlm-edge models pull {name}` gets it; `mlx-vlm-edge "
+        "models list --available` has those that are known without their files"
     )
 
 
@@ -184,8 +184,8 @@ def blank(size: Size) -> Any:
 class Cost:
     """What a prompt with pictures costs: until its first token, and one token after it.
 
-    tiles: pictures that the vision tower sees. reduction: what choosing some of the visual tokens
-    costs the device. parameters: bytes of all weights. cached: bytes that
+    tiles: pictures that the vision tower sees, or each of several towers. reduction: what choosing
+    some of the visual tokens costs the device. parameters: bytes of all weights. cached: bytes that
     one position takes in the KV cache. pixels: bytes of the pictures. layers: of the decoder.
     """
 
@@ -243,8 +243,9 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
         model.step(mx.zeros((1,), mx.int32), cache)
         step = counter.take()
     data = [pixels.data for pixels in inputs.pixels]
+    towers = len(getattr(model.tower, "towers", ())) or 1
     return Cost(
-        tiles=sum(len(array) if array.ndim == 4 else 1 for array in data),
+        tiles=sum(len(array) if array.ndim == 4 else 1 for array in data) // towers,
         visual_tokens=len(inputs.visual),
         prompt_tokens=length,
         vision=done.get("vision", Work()),

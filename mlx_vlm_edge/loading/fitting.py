@@ -4,11 +4,11 @@ Asked before anything is read, and before anything is fetched where the config i
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -18,6 +18,9 @@ from ..hub.cache import local_snapshot
 from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
 from ..wording import gigabytes
 from .load import LoadOptions
+
+if TYPE_CHECKING:
+    from .cost import Blueprint
 
 Size = tuple[int, int]  # width, height
 LARGE = 2400  # pixels of a side, of which no family makes more tokens than of fewer
@@ -103,17 +106,41 @@ def check_pictures(name: str, options: LoadOptions, sizes: Sequence[Size]) -> No
     counts, since what is in a picture is not known yet."""
     if not isinstance(options.visual_tokens, int):
         return
+    plan = _plan(name, options)
+    for size in sizes:
+        _check_picture(plan, size, len(sizes))
+
+
+def check_any_picture(name: str, options: LoadOptions, sizes: Iterable[Size]) -> None:
+    """`check_pictures` of prompts with one of the pictures each: raises UsageError, about the first
+    one, where none of them has as many visual tokens."""
+    if not isinstance(options.visual_tokens, int):
+        return
+    plan, first = _plan(name, options), None
+    for size in dict.fromkeys(sizes):
+        try:
+            return _check_picture(plan, size, 1)
+        except UsageError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _plan(name: str, options: LoadOptions) -> "Blueprint":
     from .cost import blueprint
 
     plan = blueprint(_config(name, options), asked=options.preprocessing)
     if plan.asked.auto:  # for which a blank picture would be made small
         side = plan.config.adapted(plan.asked).sides[-1]
         plan = replace(plan, asked=replace(plan.asked, auto=False, resolution=side))
-    for size in sizes:
-        try:
-            plan.pixels(_smaller_picture(size), len(sizes))
-        except UsageError:  # which is rare, and may be of the rounding
-            plan.pixels(size, len(sizes))
+    return plan
+
+
+def _check_picture(plan: "Blueprint", size: Size, among: int) -> None:
+    try:
+        plan.pixels(_smaller_picture(size), among)
+    except UsageError:  # which is rare, and may be of the rounding
+        plan.pixels(size, among)
 
 
 def _smaller_picture(size: Size) -> Size:

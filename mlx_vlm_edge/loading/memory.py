@@ -71,6 +71,11 @@ def by_use(cost: Cost, positions: int) -> dict[str, int]:
     }
 
 
+def of_question(cost: Cost) -> dict[str, int]:
+    """`by_use` of a short question about a picture and its answer."""
+    return by_use(cost, cost.prompt_tokens + ANSWER)
+
+
 def refuse_too_large(name: str, parts: Mapping[str, int], limit: int | None) -> None:
     """Raises UsageError with the figures when the parts together are more than there is."""
     total = sum(parts.values())

@@ -205,7 +205,7 @@ def test_a_wrong_size_is_found():
     ("name", "message"),
     [
         ("fastvlm-05b", "did you mean fastvlm-0.5b"),
-        ("", "known are cambrian-13b"),
+        ("", "models list --available"),
         ("../config", "no config is shipped"),
     ],
 )

@@ -44,6 +44,24 @@ def pictures(tmp_path):
     return folder
 
 
+def test_a_number_of_visual_tokens_that_no_picture_has_is_refused_once(
+    batch, pictures, monkeypatch
+):
+    monkeypatch.setattr("mlx_vlm_edge.cli.batch._engine", lambda *what: pytest.fail("loaded"))
+    code, lines, said = batch(pictures, "--visual-tokens", "300")
+    assert (code, lines) == (2, [])
+    assert said.err.count("\n") == 1
+    assert "visual tokens 300: the picture has 4" in said.err
+    assert not batch.out.exists()
+
+
+def test_a_picture_that_cannot_be_read_is_no_reason_to_refuse_the_others(batch, pictures):
+    (pictures / "a.png").write_bytes(b"no picture")
+    code, lines, _ = batch(pictures / "a.png", pictures / NAMES[0], "--visual-tokens", "2")
+    assert code == 1
+    assert [line.get("visual_tokens") for line in lines if "error" not in line] == [2]
+
+
 def test_each_picture_and_question_has_a_line_with_the_known_answer(batch, pictures):
     known = {(row.picture, row.question): row.answer for row in KNOWN}
     questions = sorted({row.question for row in KNOWN})[:3]

@@ -134,8 +134,50 @@ def test_show_of_a_model_that_is_here(cached, capsys):
     assert 2e6 < facts["size"] < 3e6
     assert facts["quantisation"] == "none"
     needed = facts["memory"]
-    assert needed["total"] == needed["weights"] + needed["cache"] + needed["activations"]
+    parts = ("weights", "cache", "activations", "program")
+    assert needed["total"] == sum(needed[part] for part in parts)
     assert "for a short question about a picture: weights " in shown
+
+
+def test_show_and_the_list_of_what_is_available_give_one_figure(cached, capsys, monkeypatch):
+    from mlx_vlm_edge.cli import available
+
+    monkeypatch.setattr(available, "ALIASES", {"fastvlm-7b": hub.ALIASES["fastvlm-7b"]})
+    (listed,) = available.models()
+    assert main(["models", "show", "fastvlm-7b", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["total"] == listed.memory
+
+
+TOWERS = [
+    "timm/ViT-SO400M-14-SigLIP-384", "openai/clip-vit-large-patch14-336", "facebook/dinov2-giant",
+    "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
+]  # fmt: skip
+
+
+def test_towers_of_other_repositories_are_named(cached, tmp_path, capsys, monkeypatch):
+    """By `show`, and by `pull` those that are not here; of a tower itself nothing is said."""
+    from mlx_vlm_edge.checkpoint import configs
+
+    assert main(["models", "show", "cambrian-8b", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vision towers of"] == ", ".join(TOWERS)
+    published = {k: v for k, v in configs.read("cambrian-8b").items() if k != "text_config"}
+    folders = {name: tmp_path / name for name in ("cambrian", "tower", "bare")}
+    for folder, config in zip(
+        folders.values(), (published, {"model_type": "dinov2"}), strict=False
+    ):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    folders["bare"].mkdir()
+    monkeypatch.setattr("mlx_vlm_edge.cli.models.fetched", lambda name, revision: folders[name])
+    here = [TOWERS[1]]
+    monkeypatch.setattr("mlx_vlm_edge.cli.models.local_snapshot", lambda name: name in here or None)
+    for name, missing in (("cambrian", [*TOWERS[:1], *TOWERS[2:]]), ("tower", []), ("bare", [])):
+        assert main(["models", "pull", name]) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{folders[name]}\n"
+        assert [line.split("`")[1] for line in said.err.splitlines() if "tower" in line] == [
+            f"mlx-vlm-edge models pull {repo}" for repo in missing
+        ]
 
 
 def test_show_of_a_converted_folder(cached, tmp_path, capsys):

@@ -135,11 +135,12 @@ def test_a_folder_is_itself_and_must_have_a_model(tmp_path):
     [
         ("fastvlm-05b", "did you mean fastvlm-0.5b"),
         ("fastvlm", "did you mean"),
-        ("llama", "known are fastvlm-0.5b"),
+        ("llama", "models list --available"),
         ("./nowhere", "no such folder"),
         ("a/b/c", "no such folder"),
         ("apple/../x", "no model is called|no such folder"),
         ("", "no model is called"),
+        ("x" * 5000, "no model is called"),
     ],
 )
 def test_unknown_names_are_answered_in_one_line(name, said, cache):

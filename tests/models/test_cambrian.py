@@ -420,7 +420,7 @@ def test_the_full_model_costs_what_the_original_does():
         work = counted(lambda x=x, index=index: plan.model.tower(x, index))
         assert work.flops / 2e9 == pytest.approx(TOWERS[index], rel=2e-3), index
     whole = cost.cost(plan, cost.question(plan, (1024, 1024), text_tokens=0))
-    assert (whole.visual_tokens, whole.tiles) == (600, 4)
+    assert (whole.visual_tokens, whole.tiles) == (600, 1)  # which each of four towers sees
     assert whole.connector.flops / 2e9 == pytest.approx(68.0 + 81.6 + 12.1, rel=2e-3)
     embeddings = mx.zeros((1, 600, 4096), mx.bfloat16)
     plain = counted(lambda: plan.model.language_model(embeddings, last_only=True))

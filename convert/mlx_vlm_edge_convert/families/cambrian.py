@@ -176,6 +176,11 @@ def adapter_rules() -> tuple[Rule, ...]:
     return RULES
 
 
+def tower_repositories(config: Mapping[str, Any]) -> list[str]:
+    """Which ones have the towers' weights, in the towers' order."""
+    return [_repository(name) for name in _names(config)]
+
+
 def to_native(
     config: Mapping[str, Any],
     weights: Mapping[str, mx.array],

@@ -50,6 +50,9 @@ def _read(alias: str) -> dict[str, Any]:
     known = names()
     if alias.lower() not in known:
         near = difflib.get_close_matches(alias.lower(), known, n=2, cutoff=0.5)
-        meant = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-        raise UsageError(f"no config is shipped for {alias!r}; {meant}")
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(
+            f"no config is shipped for {alias!r}; {meant}`mlx-vlm-edge models list --available` "
+            "has the names"
+        )
     return read_json(_FOLDER / f"{alias.lower()}.json")
