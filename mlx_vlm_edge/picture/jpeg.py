@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import imageio
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -31,6 +33,8 @@ def content_of(image: "Image", source: Path | bytes) -> bytes | None:
 
 def decode(content: bytes, buffer: "np.ndarray") -> bool:
     """Into uint8 [H, W, 3] or [H, W, 4] (the last of them is nothing); whether it was done."""
+    if imageio.asked():
+        return imageio.decode(content, buffer)
     try:
         import simplejpeg
     except ImportError:  # Pillow alone does it too
