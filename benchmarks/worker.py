@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 STARTED = time.perf_counter()
@@ -99,6 +100,8 @@ class Ours:
     ) -> Iterator[int]:
         from mlx_vlm_edge import stream_generate
 
+        if cache is None and find_spec("mlx_vlm_edge.generation.opening"):
+            cache = False  # nothing is taken over from the last run, by the peer neither
         more = {} if cache is None else {"prefix_cache": cache}
         images = [image] if image else []
         chunks = stream_generate(

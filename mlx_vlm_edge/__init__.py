@@ -6,11 +6,14 @@ print(generate(model, processor, "What is this?", images=["x.jpg"]))
 """
 
 import sys
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import blas
 
+# What the interpreter had worked until now, and when now is, in seconds: see cli/cold.py.
+STARTED = time.process_time(), time.perf_counter()
 __version__ = "0.1.0"
 __all__ = [
     "Conversation",

@@ -55,6 +55,11 @@ class Timer:
         self.seconds: dict[str, float] = {}
         self._last = clock()
 
+    def restart(self) -> float:
+        """Have the next step begin now; when that is."""
+        self._last = self.clock()
+        return self._last
+
     def copy(self) -> "Timer":
         """The same times so far, to go on by themselves."""
         other = Timer(self.measured, self.clock, self.progress)

@@ -3,11 +3,11 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .cold import ColdTimer
 from .flags import (
     add_model_group,
     add_picture_arguments,
@@ -23,6 +23,7 @@ from .progress import Shown, shown
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResult
+    from ..generation.opening import Remembers
     from ..loading.load import LoadOptions
 
 HELP = "Answer a question about images; the answer streams to standard output."
@@ -115,24 +116,31 @@ def run(args: argparse.Namespace) -> int:
     prompt, options, loading = _prompt(text, args), sampling_options(args), load_options(args)
     images = _checked(images, args)
     from ..generation.loop import Options, stream_inputs
+    from ..generation.opening import Opening, idle_meanwhile
     from ..loading.load import start_loading
-    from ..timings import Timer
 
     name = args.model or default_model()
     loading = within_budget(args, name, loading)
     _check_pictures(name, loading, images)
     fit_into_memory(args, name, loading)
-    model, processor = start_loading(name, loading)
+    timer = ColdTimer(args.verbose)
+    timer.part("imports")
+    model, processor = start_loading(name, loading, timer.part)
     if args.verbose or args.json:
         model.finish_loading()  # so that no time of loading is taken for one of answering
-    remembered = prefix_cache(args) if args.cache_dir else None
+    timer.part("weights")
+    remembers: Remembers | None = prefix_cache(args) if args.cache_dir else None
+    ahead: dict[str, Any] = {}
+    if images and remembers is None and idle_meanwhile() and not args.verbose:
+        remembers = opening = Opening(model)
+        ahead = {"opening": opening.set_out}
     with shown() as line:
-        timer, started = Timer(args.verbose, progress=line.progress), time.perf_counter()
-        inputs = timer.run(processor.steps(prompt, images, raw=args.raw))
+        timer.progress, started = line.progress, timer.restart()
+        inputs = timer.run(processor.steps(prompt, images, raw=args.raw, **ahead))
         results = stream_inputs(
-            model, processor, inputs, Options(**options), timer, started, remembered
+            model, processor, inputs, Options(**options), timer, started, remembers
         )
-        return _print(results, args, line)
+        return _print(results, args, line, timer)
 
 
 def _checked(images: list[Any], args: argparse.Namespace) -> list[Any]:
@@ -169,7 +177,9 @@ def _prompt(text: str, args: argparse.Namespace) -> Any:
     return [{"role": "system", "content": args.system}, {"role": "user", "content": text}]
 
 
-def _print(results: Iterator["GenerationResult"], args: argparse.Namespace, line: Shown) -> int:
+def _print(
+    results: Iterator["GenerationResult"], args: argparse.Namespace, line: Shown, timer: ColdTimer
+) -> int:
     """Show pieces as they come. Ctrl-C ends with what there is and exit code 130."""
     pieces: list[GenerationResult] = []
     code = 0
@@ -185,7 +195,7 @@ def _print(results: Iterator["GenerationResult"], args: argparse.Namespace, line
     if not args.json:
         print(flush=True)
     if pieces and (args.json or args.verbose):
-        _report(pieces, args)
+        _report(pieces, args, timer)
     return code
 
 
@@ -194,14 +204,15 @@ def _sizes(last: "GenerationResult") -> list[str]:
     return [f"images as the model sees them: {', '.join(shown)}"] if shown else []
 
 
-def _report(pieces: list["GenerationResult"], args: argparse.Namespace) -> None:
+def _report(pieces: list["GenerationResult"], args: argparse.Namespace, timer: ColdTimer) -> None:
     from dataclasses import asdict
 
     last = pieces[-1]
     if args.json:
         whole = asdict(last) | {"text": "".join(piece.text for piece in pieces)}
         whole["tokens"] = [piece.token for piece in pieces if piece.token is not None]
-        whole["token"] = whole["tokens"]  # what it was called before
+        del whole["token"]  # the last piece's alone
+        whole |= {"ttft_cold": timer.ttft, "cold": timer.parts}
         print(json.dumps(whole, ensure_ascii=False))
         return
     lines = [

@@ -4,7 +4,7 @@ They are the fields of Sampling and Options, where they are explained; a test co
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from ..timings import Clock
@@ -44,4 +44,4 @@ class AnswerKeywords(OptionKeywords, total=False):
     raw: bool
     verbose: bool
     clock: "Clock"
-    prefix_cache: "PrefixCache | None"
+    prefix_cache: "PrefixCache | Literal[False] | None"

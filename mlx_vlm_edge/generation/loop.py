@@ -25,11 +25,13 @@ from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
 from .drafting import DRAFTS, decode_drafted, prompt_lookup
 from .keywords import AnswerKeywords, OptionKeywords
+from .opening import Opening, idle_meanwhile
 from .sampling import Sampling, StopStrings, check_number
 
 if TYPE_CHECKING:
     from .grammar import Grammar
-    from .prefix import PrefixCache, Run
+    from .opening import Begun, Remembers
+    from .prefix import PrefixCache
 
 KV_BITS = (None, 2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -154,7 +156,7 @@ def stream_generate(
     raw: bool = False,
     verbose: bool = False,
     clock: Clock = time.perf_counter,
-    prefix_cache: "PrefixCache | None" = None,
+    prefix_cache: "PrefixCache | Literal[False] | None" = None,
     **options: Unpack[OptionKeywords],
 ) -> Iterator[GenerationResult]:
     """Yield one result per token; text is empty until a character is whole.
@@ -163,20 +165,27 @@ def stream_generate(
     images: paths, URLs, bytes, PIL images or arrays; `image` is the same for one or a list.
     verbose: measure the stages. clock: what all times are taken from, in seconds. prefix_cache:
     takes over what earlier prompts have in common with this one, images and conversation, and
-    remembers it in turn. options: the fields of Options.
+    remembers it in turn. None does the same for the text before the first picture alone, for
+    each model (generation/opening.py); False for nothing. options: the fields of Options.
     Raises UsageError for a bad image or option, and for a prompt longer than the context.
     """
     check_keywords("generate", options, Options)
     chosen = Options(**options)
     started, timer = clock(), Timer(verbose, clock)
     pictures = as_list(images) + as_list(image)
-    if len(pictures) > 1 and prefix_cache is None and not verbose:
+    remembers: Remembers | None = prefix_cache or None
+    more: dict[str, Any] = {}
+    if prefix_cache is None and pictures:
+        remembers = opening = Opening(model)
+        if idle_meanwhile() and not verbose:
+            more = {"opening": opening.set_out}
+    if len(pictures) > 1 and not prefix_cache and not verbose:
         ahead = Ahead(model, processor)
-        steps = processor.steps(prompt, pictures, raw=raw, budget=chosen.budget, seen=ahead.begin)
-        inputs = ahead.complete(timer.run(steps))
-    else:
-        inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget))
-    return stream_inputs(model, processor, inputs, chosen, timer, started, prefix_cache)
+        more["seen"] = ahead.begin
+    inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget, **more))
+    if "seen" in more:
+        inputs = ahead.complete(inputs)
+    return stream_inputs(model, processor, inputs, chosen, timer, started, remembers)
 
 
 def as_list(images: Any) -> list[Any]:
@@ -192,7 +201,7 @@ def stream_inputs(
     options: Options,
     timer: Timer,
     started: float,
-    prefix_cache: "PrefixCache | None",
+    remembers: "Remembers | None",
 ) -> Iterator[GenerationResult]:
     forked.check()
     limit, skip = budget(model, inputs, options), options.skip_special_tokens
@@ -200,12 +209,12 @@ def stream_inputs(
     sample = token_sampler(model, processor, inputs, options)
     if inputs.tokens is None:
         mx.reset_peak_memory()
-    run = None if prefix_cache is None else prefix_cache.begin(model, processor, inputs, cache)
+    run = None if remembers is None else remembers.begin(model, processor, inputs, cache)
     if timer.progress is not None:
         start, length = 0 if run is None else run.start, inputs.input_ids.shape[1]
         timer.progress.expect(inputs.pixels, start, length, options.prefill_step_size)
     logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
-    reused = 0 if run is None else run.start
+    reused = 0 if run is None else run.reused
     answer = Answer(processor, inputs, options.stop, timer, started, reused, skip)
     if options.draft is None:
         tokens = decode(model, logits, cache, limit, sample)
@@ -227,7 +236,7 @@ def stream_inputs(
 
 
 def prompt_logits(
-    model: VisionLanguageModel, prompt: "Inputs | Run", cache: list[Cache], step_size: int
+    model: VisionLanguageModel, prompt: "Inputs | Begun", cache: list[Cache], step_size: int
 ) -> Steps[mx.array]:
     """A prompt, or what of it is not known, into `cache`: logits [1, V] of its last position.
 

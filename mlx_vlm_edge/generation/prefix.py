@@ -134,7 +134,7 @@ class PrefixCache:
         counts = [processor.visual_tokens(pixels) for pixels in inputs.pixels]
         keys = position_keys(inputs, digests, counts)
         self._recall(model, keys)
-        start = self._take(model, keys, cache)
+        start = self.take(model, keys, cache)
         self._touch((id(model.eyes), name) for name in digests)
         return Run(self, model, keys, list(cache), start, inputs, digests, counts)
 
@@ -142,7 +142,7 @@ class PrefixCache:
         """Take a prompt from the disk into memory where it knows a longer beginning."""
         if self.disk is None or model.identity is None:
             return
-        known = self._known(model, keys)
+        known = self.known(model, keys)
         stored = [(shared(other, keys), path) for path, other in self.disk.prompts(model.identity)]
         length, path = max(stored, default=(0, None), key=lambda pair: pair[0])
         if path is None or length <= known:
@@ -151,7 +151,7 @@ class PrefixCache:
         if layers is not None:
             self._add(object(), _Prompt(weakref.ref(model), keys[:length], layers))
 
-    def _known(self, model: VisionLanguageModel, keys: np.ndarray) -> int:
+    def known(self, model: VisionLanguageModel, keys: np.ndarray) -> int:
         """How many positions of a prompt memory knows."""
         with self._lock:
             return max(
@@ -163,7 +163,7 @@ class PrefixCache:
                 default=0,
             )
 
-    def _take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
+    def take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
         if not all(_fits(layer, len(keys)) for layer in cache):
             return 0
@@ -256,6 +256,11 @@ class Run:
     inputs: Inputs
     digests: list[bytes]
     counts: list[int]
+
+    @property
+    def reused(self) -> int:
+        """Positions that an earlier prompt had computed: all that were known."""
+        return self.start
 
     def encode(self) -> Steps[Inputs]:
         """The prompt from `start` on with its visual tokens; known images are not encoded."""

@@ -7,7 +7,7 @@ converter, in memory. Folding and fusing happen here, once, before the first tok
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..models.adapted import Adapted
 from ..models.base import VisionLanguageModel
 from ..models.build import Quantization, build, cast, read_native
 from ..models.contract import Family
+from ..picture import imageio
 from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
 from ..picture.token_budget import TokenBudget, token_budget
@@ -147,6 +148,10 @@ class LoadKeywords(TypedDict, total=False):
     quantize: int | None
 
 
+def ignored(part: str) -> None:
+    """For who is not to be told."""
+
+
 def load(
     name: str = "demo", **options: Unpack[LoadKeywords]
 ) -> tuple[VisionLanguageModel, Processor]:
@@ -170,15 +175,19 @@ def _load_options(options: LoadKeywords) -> LoadOptions:
     return LoadOptions(**keywords)
 
 
-def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel, Processor]:
+def start_loading(
+    name: str, options: LoadOptions, told: Callable[[str], None] = ignored
+) -> tuple[VisionLanguageModel, Processor]:
     """`load`, but on a CPU the language model is still being read when this returns.
 
     Until `model.finish_loading()` only `stream_generate` may use it: it encodes the images first.
     A GPU's model is all there: nobody has seen whether its queue bears a second thread.
+    told: what this thread has just waited for, "weights" or "tokenizer".
     """
     blas.check()
     forked.check()
     options.check()
+    imageio.asked()  # or a clear line
     chosen = choices(options.adapter)
     adapters = read_adapters(chosen)  # before a model is looked for
     changed = [choice.identity() for choice in chosen]  # of what was read, whatever becomes of it
@@ -186,13 +195,18 @@ def start_loading(name: str, options: LoadOptions) -> tuple[VisionLanguageModel,
     if on_cpu():
         steps = Steps(_reading(folder, options, adapters))
         kind, model = steps.wait(BUILT)
+        told("weights")
         model.unread = lambda: steps.wait(WHOLE)
         tokenizer = Tokenizer.from_folder(folder)  # which takes as long as the tower's weights
+        told("tokenizer")
         steps.wait(ENCODES)
+        told("weights")
     else:
         parsing = Background(lambda: Tokenizer.from_folder(folder))
         *_, (kind, model) = _reading(folder, options, adapters)
+        told("weights")
         tokenizer = parsing.wait()
+        told("tokenizer")
     Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
     model.identify = partial(model_identity, folder, options, on_cpu(), changed)

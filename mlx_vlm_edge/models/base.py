@@ -76,6 +76,7 @@ class VisionLanguageModel(nn.Module):
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
     pass_costs: Mapping[int, float] | None = None  # see generation/drafting.py
     seen_by: Callable[[], "VisionLanguageModel"] | None = None  # see `eyes`
+    openings: Any = None  # see generation/opening.py
 
     @property
     def identity(self) -> str | None:

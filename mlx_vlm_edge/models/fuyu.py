@@ -262,6 +262,9 @@ class Processor(prompt.Processor):
         text = segments[0] + ANSWER if pixels else segments[0]
         return [*ids, self.bos_id, *self.tokenizer.encode(text, special=True)], visual
 
+    def opening(self, segments: list[str]) -> list[int]:
+        return []  # the picture comes first
+
     def _lines(self, pixels: Pixels) -> list[int]:
         """Patches in each line."""
         if pixels.reduction is None:

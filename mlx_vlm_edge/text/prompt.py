@@ -128,10 +128,12 @@ class Processor(ABC):
         raw: bool = False,
         budget: TokenBudget | None = None,
         seen: Callable[[Pixels], None] | None = None,
+        opening: Callable[[list[int]], None] | None = None,
     ) -> Steps[Inputs]:
         """What a call does, in its steps: of each image, then of the text.
 
-        seen: called with each image's pixels before the next image is read.
+        seen: called with each image's pixels before the next image is read. opening: called with
+        the ids before the first image, where there are some, before that is read.
         """
         text, images = self._text(prompt, images, raw)
         try:
@@ -139,6 +141,8 @@ class Processor(ABC):
         except UnicodeEncodeError:  # lone surrogates: bytes of the command line or JSON escapes
             raise UsageError("the prompt is not valid Unicode text; write it in UTF-8") from None
         segments = self.split(text, len(images))
+        if opening is not None and (first := self.opening(segments)):
+            opening(first)
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:
             read = yield from self.read(source, preprocess)
@@ -312,6 +316,11 @@ class Processor(ABC):
         if budget.method not in ATTENDED:  # which compare no pairs, and score whole tiles
             blocks = tuple(band for block in blocks for band in block.bands())
         return replace(pixels, reduction=planned(budget, blocks))
+
+    def opening(self, segments: list[str]) -> list[int]:
+        """The ids before the first image as far as no image decides on them; `expand` has the last
+        word."""
+        return self.expand(segments[:1], [])[0] if len(segments) > 1 else []
 
     @abstractmethod
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:

@@ -134,10 +134,27 @@ def test_json(generate, native_folder, picture_file):
     want = answer(native_folder, "What is this?", images=[str(picture_file)], max_tokens=4)
     assert whole["text"] == want
     assert len(whole["tokens"]) == 4
-    assert whole["token"] == whole["tokens"]
+    assert "token" not in whole
     assert whole["visual_tokens"] == 9
     assert whole["finish_reason"] in ("stop", "length")
     assert whole["ttft_e2e"] > 0
+
+
+COLD = ["start", "imports", "weights", "tokenizer", "picture", "prompt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [((), ["first token"]), (("--verbose",), ["vision", "prefill", "first token"])],
+    ids=["nothing waited for", "each stage waited for"],
+)
+def test_json_says_what_a_cold_start_is_made_of(generate, picture_file, more, parts):
+    _, out, _ = generate("--image", picture_file, "--max-tokens", 2, "--json", *more)
+    whole = json.loads(out)
+    assert list(whole["cold"]) == COLD + parts
+    assert sum(whole["cold"].values()) == pytest.approx(whole["ttft_cold"])
+    assert min(whole["cold"].values()) >= 0
+    assert whole["ttft_cold"] > whole["ttft_e2e"]
 
 
 def test_verbose_goes_to_stderr(generate, picture_file):

@@ -96,7 +96,9 @@ def test_the_line_is_wiped_before_the_answer(monkeypatch, capsys):
     while "7,401" not in terminal.getvalue():
         pass
     piece = type("Piece", (), {"text": "A cat."})
-    assert _print(iter([piece]), type("Args", (), {"json": False, "verbose": False}), shown) == 0
+    assert (
+        _print(iter([piece]), type("Args", (), {"json": False, "verbose": False}), shown, None) == 0
+    )
     assert terminal.getvalue().endswith("prefill 0 of 7,401\x1b[K\r\x1b[K")
     assert capsys.readouterr().out == "A cat.\n"
 

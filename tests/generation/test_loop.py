@@ -35,7 +35,7 @@ class Scripted:
     Its cache is fed as a real model's would be, one position per token.
     """
 
-    unread = None
+    unread = openings = None
 
     def __init__(self, script, context=100, near=None):
         self.script, self.near = list(script), near or {}

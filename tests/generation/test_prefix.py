@@ -139,7 +139,7 @@ class Asker:
     def __call__(self, prompt, *images, **more):
         """(reused, encoded, prompt positions, the answer's ids) of one prompt."""
         options = self.options | more
-        cold = self._ids(stream_generate(self.model, self.processor, prompt, [*images], **options))
+        cold = self._cold(prompt, *images, **options)
         logits, self.encoded = self.logits, 0
         pieces = list(
             stream_generate(
@@ -156,6 +156,12 @@ class Asker:
             text="".join(piece.text for piece in pieces),
             ids=cold,
         )
+
+    def _cold(self, prompt, *images, **options):
+        pieces = stream_generate(
+            self.model, self.processor, prompt, [*images], prefix_cache=False, **options
+        )
+        return self._ids(pieces)
 
     @staticmethod
     def _ids(pieces):

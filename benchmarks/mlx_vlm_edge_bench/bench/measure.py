@@ -90,5 +90,6 @@ def _answer(
         stream_generate(
             model, processor, question.text, [question.image],
             verbose=verbose, clock=clock, max_tokens=tokens,
+            prefix_cache=False,  # every run is one of a first prompt
         )
     )  # fmt: skip

@@ -33,7 +33,7 @@ class Clock:
 class Working:
     """Takes the times above for its work; always says the same token."""
 
-    unread = None
+    unread = openings = None
 
     def __init__(self, clock, token):
         self.clock, self.token = clock, token
