@@ -188,7 +188,8 @@ def idle_meanwhile() -> bool:
 
 def _arrays(module: Any) -> list[mx.array]:
     """All that a module holds, in an order of its own: without names, since every prompt asks."""
-    arrays, left = [], [module]
+    arrays: list[mx.array] = []
+    left: list[Any] = [[module]]
     while left:
         part = left.pop()
         for inner in part.values() if isinstance(part, dict) else part:
