@@ -295,6 +295,8 @@ def test_an_interrupt_leaves_nothing_behind(tools, native_folder, tmp_path, monk
         (["--resolution", "512x768x3"], "--resolution '512x768x3': give pixels"),
         (["--part", "vision", "--bits", "4"], "--bits compresses the decoder"),
         (["--part", "vision", "--context", "64"], "--context is the decoder's, which --part v"),
+        (["--part", "vision", "--head-bits", "6"], "--head-bits is the decoder's, which --part"),
+        (["--part", "decoder", "--head-bits", "6"], "has 16: use it with --bits palette4"),
         (["--part", "connector", "--device", "m1"], "--device chooses for the decoder, which"),
         (["--part", "connector", "--input", "tensor"], "--input tensor is the vision part's"),
         (["--part", "decoder", "--input", "tensor"], "--input tensor is the vision part's"),
