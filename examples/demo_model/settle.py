@@ -29,7 +29,7 @@ ASKED_TEXT = 7  # characters of the wider drawings, at most
 PLAIN_OF_NINE = 4  # so many of nine pictures are plain ones
 POOL = 8  # batches drawn together; after them comes one with two pictures in a row
 WEIGHTS = {"read": 7.0, "describe": 2.0, "colour": 1.0, "background": 1.0}  # about a text
-SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 1.5, "is it not": 1.0, "read": 0.6}
+SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 3.0, "is it not": 1.5, "read": 0.6}
 Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
 AnyScene = Scene | plain.Scene
 
