@@ -105,7 +105,7 @@ def export(
         }
         if pixels:
             entry = manifest.preprocessing_entry(pixels[MAIN])
-            content["preprocessing"] = entry | {"vectors": write_vectors(fresh, pixels[MAIN])}
+            content["preprocessing"] = entry | {"vectors": write_vectors(fresh, pixels)}
             content["sizes"] = manifest.sizes_entry(pixels, entries)
         card.write(fresh, content)
         manifest.write(fresh, content)

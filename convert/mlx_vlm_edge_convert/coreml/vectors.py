@@ -1,5 +1,5 @@
-"""Test vectors of the preprocessing, which a bundle carries: an app that makes pixels another way
-than Python does can find out on the device, before its answers differ.
+"""Test vectors of the preprocessing, for each size of pictures, which a bundle carries: an app that
+makes pixels another way than Python does can find out on the device, before its answers differ.
 
 Sources are computed, not stored: `source`. Files are small pictures whose content has a trap.
 """
@@ -7,6 +7,7 @@ Sources are computed, not stored: `source`. Files are small pictures whose conte
 import base64
 import io
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms
 from mlx_vlm_edge.picture.image import fit, open_image
 
 from ..save import save_json
+from .names import MAIN
 from .parts.encoders import AppPixels
 
 NAME = "preprocessing_vectors.json"
@@ -23,6 +25,7 @@ FORMAT = 1
 SOURCES = ((37, 53), (200, 120), (97, 411), (640, 480), (1, 9), (3, 700))  # width, height
 SAMPLES = 48  # pixels of each result
 ORIENTATION = 274  # EXIF tag
+DATE = (2026, 1, 1, 0, 0, 0)  # of the profile: with its own hour no two exports were the same bytes
 # Display P3's primaries for D50, as ICC profiles have them (SMPTE EG 432-1, Bradford-adapted).
 P3 = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
       b"bXYZ": (0.15710, 0.06657, 0.78407)}  # fmt: skip
@@ -35,8 +38,20 @@ def source(width: int, height: int) -> np.ndarray:
     return ((x * x * (c + 1) // 7 + y * (31 - 10 * c) + checks) % 256).astype(np.uint8)
 
 
-def write_vectors(folder: Path, pixels: AppPixels) -> str:
-    """Write the vectors for a bundle's own preprocessing; their file's name."""
+def write_vectors(folder: Path, pixels: Mapping[str, AppPixels]) -> str:
+    """Write the vectors for a bundle's own preprocessing, by function; their file's name."""
+    further = [
+        {"height": each.size[0], "width": each.size[1], "resized": _resized(each)}
+        for function, each in pixels.items()
+        if function != MAIN
+    ]
+    content = {"format": FORMAT, "resized": _resized(pixels[MAIN]), "files": _files()}
+    save_json(folder / NAME, {**content, "sizes": further})
+    return NAME
+
+
+def _resized(pixels: AppPixels) -> list[dict[str, Any]]:
+    """Computed pictures, and some pixels of what they become in one size."""
     height, width = pixels.size
     cases = []
     for number, size in enumerate((*SOURCES, (width, height))):
@@ -45,8 +60,7 @@ def write_vectors(folder: Path, pixels: AppPixels) -> str:
         places = np.random.default_rng(number).integers(0, (width, height), (SAMPLES, 2))
         samples = [[int(x), int(y), *map(int, values[y, x])] for x, y in places]
         cases.append({"width": size[0], "height": size[1], "samples": samples})
-    save_json(folder / NAME, {"format": FORMAT, "resized": cases, "files": _files()})
-    return NAME
+    return cases
 
 
 def _files() -> list[dict[str, Any]]:
@@ -85,6 +99,7 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 def display_p3() -> bytes:
     """An ICC profile: LittleCMS' sRGB with Display P3's primaries."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = struct.pack(">6H", *DATE)
     count = int.from_bytes(profile[128:132], "big")
     for index in range(count):
         at = 132 + 12 * index

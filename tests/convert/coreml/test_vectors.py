@@ -3,11 +3,19 @@
 import base64
 import io
 import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mlx_vlm_edge_convert.coreml.vectors import FORMAT, SAMPLES, display_p3, source, write_vectors
+from mlx_vlm_edge_convert.coreml.vectors import (
+    DATE,
+    FORMAT,
+    SAMPLES,
+    display_p3,
+    source,
+    write_vectors,
+)
 from PIL import Image, ImageCms
 
 from mlx_vlm_edge.picture.image import fit, open_image
@@ -16,7 +24,10 @@ from mlx_vlm_edge.picture.image import fit, open_image
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
-    pixels = SimpleNamespace(size=(40, 60), strategy="pad", fill=(1, 2, 3))
+    pixels = {
+        function: SimpleNamespace(size=size, strategy="pad", fill=(1, 2, 3))
+        for function, size in (("main", (40, 60)), ("main_32x16", (16, 32)))
+    }
     content = json.loads((folder / write_vectors(folder, pixels)).read_text())
     assert content["format"] == FORMAT
     return content
@@ -28,11 +39,15 @@ def test_a_source_is_whole_number_arithmetic():
 
 
 def test_samples_are_of_the_fitted_pictures(vectors):
-    for case in vectors["resized"]:
-        picture = Image.fromarray(source(case["width"], case["height"]))
-        values = np.asarray(fit(picture, (60, 40), "pad", (1, 2, 3)))
-        assert len(case["samples"]) == SAMPLES
-        assert all(values[y, x].tolist() == rgb for x, y, *rgb in case["samples"])
+    (further,) = vectors["sizes"]
+    assert (further["height"], further["width"]) == (16, 32)
+    for size, cases in (((60, 40), vectors["resized"]), ((32, 16), further["resized"])):
+        assert (cases[-1]["width"], cases[-1]["height"]) == size
+        for case in cases:
+            picture = Image.fromarray(source(case["width"], case["height"]))
+            values = np.asarray(fit(picture, size, "pad", (1, 2, 3)))
+            assert len(case["samples"]) == SAMPLES
+            assert all(values[y, x].tolist() == rgb for x, y, *rgb in case["samples"])
 
 
 def test_the_files_are_what_they_say(vectors):
@@ -42,6 +57,10 @@ def test_the_files_are_what_they_say(vectors):
         assert rgb.shape == (entry["height"], entry["width"], 3)
     sizes = {entry["name"]: (entry["width"], entry["height"]) for entry in vectors["files"]}
     assert sizes["on its side"] == sizes["plain"][::-1]
+
+
+def test_the_profile_has_no_hour_of_its_own():
+    assert display_p3()[24:36] == struct.pack(">6H", *DATE)
 
 
 def test_the_profile_is_display_p3s():

@@ -1,12 +1,14 @@
 """Functions -> a saved .mlpackage; arrays -> a file beside it."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,6 +20,8 @@ from mlx_vlm_edge.wording import first_line
 from ..emit.toolkit import quiet, tools
 from ..names import MAIN
 from ..part import Function, Part
+from .messages import parse
+from .saved import MANIFEST, model_file
 
 PASSES = (
     "noop_elimination",
@@ -39,6 +43,7 @@ def save_package(part: Part, path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     try:
         _save(functions, getattr(tools().ct.target, part.minimum), path)
+        _make_reproducible(path)
         readable(path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) or "write" in str(error).lower():
@@ -77,6 +82,20 @@ def _save(functions: Sequence[Function], target: Any, path: Path) -> None:
             compute_precision=_precision(functions[0]), skip_model_load=True,
             package_dir=str(path), pass_pipeline=_passes(),
         )  # fmt: skip
+
+
+def _make_reproducible(path: Path) -> None:
+    """The same program is the same bytes, in every process: coremltools names a package's files by
+    random numbers, and protobuf's maps have another order each time."""
+    content = json.loads((path / MANIFEST).read_text())
+    model = model_file(path, content)
+    model.write_bytes(parse(model.read_bytes()).SerializeToString(deterministic=True))
+    items = content["itemInfoEntries"]
+    names = {item: str(uuid5(NAMESPACE_URL, entry["path"])) for item, entry in items.items()}
+    content["itemInfoEntries"] = {names[item]: entry for item, entry in items.items()}
+    content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
+    text = json.dumps(content, indent=4, sort_keys=True)
+    (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _program(functions: Sequence[Function]) -> Any:

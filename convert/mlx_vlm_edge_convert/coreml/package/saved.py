@@ -17,6 +17,7 @@ DTYPES = {  # MIL_pb2.DataType
     38: "uint6", 39: "uint3",
 }  # fmt: skip
 FLOATS = ("fp16", "fp32")
+MANIFEST = "Manifest.json"  # of a package
 PREFIX = "@model_path/"  # what a weight file's name begins with
 
 
@@ -53,9 +54,7 @@ class Saved:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         with reading(path.name, "is not a whole Core ML package"):
-            manifest = json.loads((path / "Manifest.json").read_text())
-            entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-            model = _within(path / "Data", entry["path"])
+            model = model_file(path, json.loads((path / MANIFEST).read_text()))
             content = model.read_bytes()
         with reading(path.name, f"{model.name} is damaged"):
             self.spec = parse(content)
@@ -87,6 +86,12 @@ class Saved:
         if name not in self._blobs:
             self._blobs[name] = Blob(_within(self._folder, name))
         return self._blobs[name]
+
+
+def model_file(package: Path, manifest: Any) -> Path:
+    """The file of a package's program, by the package's manifest."""
+    entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
+    return _within(package / "Data", entry["path"])
 
 
 def _within(folder: Path, name: str) -> Path:
