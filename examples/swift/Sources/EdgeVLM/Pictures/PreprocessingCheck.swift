@@ -3,7 +3,8 @@
 
 import Foundation
 
-/// The largest difference of any colour of any pixel, in 255ths, by what was read.
+/// The largest difference of any colour of any pixel, in 255ths, by what was read: a picture's size,
+/// with the one that it was brought to behind it where that is a further one, or a file.
 public struct PreprocessingCheck: Sendable {
     public let differences: [String: Int]
 
@@ -13,6 +14,14 @@ public struct PreprocessingCheck: Sendable {
         let format: Int
         let resized: [Resized]
         let files: [File]
+        /// nil in bundles from before.
+        let sizes: [Size]?
+    }
+
+    /// What pictures become in a further one of the bundle's sizes.
+    private struct Size: Decodable {
+        let width, height: Int
+        let resized: [Resized]
     }
 
     /// samples: x, y, red, green, blue.
@@ -41,13 +50,13 @@ public struct PreprocessingCheck: Sendable {
         }
         var differences: [String: Int] = [:]
         for entry in vectors.resized {
-            let fitted = try Self.source(entry.width, entry.height).fitted(to: wanted)
-            let name = "\(entry.width) x \(entry.height)"
-            differences[name] = entry.samples.reduce(0) { worst, sample in
-                let place = 3 * (sample[1] * fitted.width + sample[0])
-                return (0..<3).reduce(worst) { worst, channel in
-                    max(worst, abs(Int(fitted.rgb[place + channel]) - sample[2 + channel]))
-                }
+            differences["\(entry.width) x \(entry.height)"] = try Self.difference(entry, wanted)
+        }
+        for size in vectors.sizes ?? [] {
+            let sized = wanted.sized(size.width, size.height)
+            for entry in size.resized {
+                let name = "\(entry.width) x \(entry.height) to \(size.width) x \(size.height)"
+                differences[name] = try Self.difference(entry, sized)
             }
         }
         for entry in vectors.files {
@@ -58,6 +67,19 @@ public struct PreprocessingCheck: Sendable {
             differences[entry.name] = same ? worst : 255
         }
         self.differences = differences
+    }
+
+    /// Of a computed picture in the size that is wanted, the largest at its samples.
+    private static func difference(
+        _ entry: Resized, _ wanted: Manifest.Preprocessing
+    ) throws -> Int {
+        let fitted = try source(entry.width, entry.height).fitted(to: wanted)
+        return entry.samples.reduce(0) { worst, sample in
+            let place = 3 * (sample[1] * fitted.width + sample[0])
+            return (0..<3).reduce(worst) { worst, channel in
+                max(worst, abs(Int(fitted.rgb[place + channel]) - sample[2 + channel]))
+            }
+        }
     }
 
     /// The computed picture of a size, as the exporter's vectors.py has it.
