@@ -71,17 +71,22 @@ def split_named(
 ) -> tuple[list[str] | None, dict[str, AdapterChoice]]:
     """Adapters as the flag has them -> those for every request, and those that requests name.
 
-    "french=folder:0.5" is one of the latter, unless there is a folder of the whole name. Raises
-    UsageError for two of one name.
+    "french=folder:0.5" is one of the latter, unless there is a folder "french=folder". Raises
+    UsageError for two of one name, and for a name that no request could have.
     """
     always: list[str] = []
     named: dict[str, AdapterChoice] = {}
     for text in adapters or ():
-        match = re.fullmatch(rf"({NAME})=(.+)", text)
-        if match is None or Path(text).expanduser().exists():
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name or AdapterChoice.of(text).path.exists():
             always.append(text)
-        elif match[1] in named:
-            raise UsageError(f"--adapter: two are named {match[1]}; give each a name of its own")
+        elif not re.fullmatch(NAME, name) or not folder:
+            raise UsageError(
+                f"--adapter {text}: give NAME=DIR, with a name of letters, digits, _, . and -, "
+                "of at most 64"
+            )
+        elif name in named:
+            raise UsageError(f"--adapter: two are named {name}; give each a name of its own")
         else:
-            named[match[1]] = AdapterChoice.of(match[2])
+            named[name] = AdapterChoice.of(folder)
     return always or None, named

@@ -303,30 +303,41 @@ def within_budget(args: argparse.Namespace, name: str, options: "LoadOptions") -
     return replace(options, max_resolution=side)
 
 
-def fit_into_memory(args: argparse.Namespace, name: str, options: "LoadOptions") -> None:
-    """Raises UsageError for a model and an answer that do not fit; limits what MLX takes."""
+def memory_limit(args: argparse.Namespace) -> int | None:
+    """Bytes that --max-memory says. Raises UsageError for what is no size."""
+    if args.max_memory is None:
+        return None
+    from ..loading.memory import parse_size
+
+    return parse_size(args.max_memory)
+
+
+def fit_into_memory(
+    args: argparse.Namespace, name: str, options: "LoadOptions", adapters: int = 0
+) -> None:
+    """Raises UsageError for a model and an answer that do not fit; limits what MLX takes.
+
+    adapters: bytes of those that requests name.
+    """
     from ..loading.fitting import check_fits, limit_buffers
 
-    limit = None
-    if args.max_memory is not None:
-        from ..loading.memory import parse_size
-
-        limit = parse_size(args.max_memory)
-    check_fits(name, options, limit, args.max_tokens)
+    limit = memory_limit(args)
+    check_fits(name, options, limit, args.max_tokens, adapters)
     limit_buffers(limit)
 
 
 def load_model(
-    args: argparse.Namespace, name: str, options: "LoadOptions | None" = None
+    args: argparse.Namespace, name: str, options: "LoadOptions | None" = None, adapters: int = 0
 ) -> "tuple[VisionLanguageModel, Processor]":
     """The whole model that the same flags ask for, where it fits into memory.
 
-    options: what they ask for, `within_budget`, where that is known already.
+    options: what they ask for, `within_budget`, where that is known already. adapters: bytes of
+    those that requests name.
     """
     from ..loading.load import start_loading
 
     options = options or within_budget(args, name, load_options(args))
-    fit_into_memory(args, name, options)
+    fit_into_memory(args, name, options, adapters)
     model, processor = start_loading(name, options)
     model.finish_loading()
     return model, processor

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.adapter_choice import AdapterChoice
     from ..generation.engine import Engine
+    from ..loading.load import LoadOptions
 
     Named = Mapping[str, AdapterChoice]
 
@@ -93,11 +94,24 @@ def run(args: argparse.Namespace) -> int:
         if path and not os.path.isfile(path):
             raise UsageError(f"{path}: no such file; --{flag.replace('_', '-')} names one")
     args.adapter, named = split_named(args.adapter)
+    options = _options(args, named)
     listening = _listen(args.host, args.port)
     try:
-        return _serve(args, key, listening, named)
+        return _serve(args, key, listening, named, options)
     finally:
         listening.close()
+
+
+def _options(args: argparse.Namespace, named: "Named") -> "LoadOptions":
+    """What the flags ask of the model. Raises UsageError for all that can be told without it."""
+    from ..checkpoint.adapter_choice import choices
+    from ..loading.adapters import check_folders
+    from .flags import load_options, memory_limit
+
+    memory_limit(args)
+    options = load_options(args)
+    check_folders([*choices(options.adapter), *named.values()])
+    return options
 
 
 def _check_origins(origins: list[str]) -> None:
@@ -127,7 +141,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(
-    args: argparse.Namespace, key: str | None, listening: socket.socket, named: "Named"
+    args: argparse.Namespace,
+    key: str | None,
+    listening: socket.socket,
+    named: "Named",
+    options: "LoadOptions",
 ) -> int:
     try:
         import uvicorn
@@ -158,7 +176,8 @@ def _serve(
     port = listening.getsockname()[1]
     print(f"{served.name} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
     config = uvicorn.Config(
-        application(served, lambda: _engine(args, name, limits, named)), http=Protocol, ws="none",
+        application(served, lambda: _engine(args, name, limits, named, options)),
+        http=Protocol, ws="none",
         log_level="warning", access_log=False, server_header=False, lifespan="on",
         limit_concurrency=limits.connections, timeout_keep_alive=15,
         ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile, timeout_graceful_shutdown=5,
@@ -181,14 +200,19 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def _engine(args: argparse.Namespace, name: str, limits: Any, named: "Named") -> "Engine":
+def _engine(
+    args: argparse.Namespace, name: str, limits: Any, named: "Named", options: "LoadOptions"
+) -> "Engine":
     from ..generation.engine import Engine
     from ..loading.variants import Variants
-    from .flags import load_model, load_options, prefix_cache, within_budget
+    from .flags import fit_into_memory, load_model, prefix_cache, within_budget
 
-    options = within_budget(args, name, load_options(args))
-    checked = Variants(name, options, named) if named else None
-    model, processor = load_model(args, name, options)
+    options = within_budget(args, name, options)
+    checked = None
+    if named:
+        fit_into_memory(args, name, options)  # before the model is fetched
+        checked = Variants(name, options, named)
+    model, processor = load_model(args, name, options, checked.nbytes() if checked else 0)
     adapters = checked.of(model) if checked else {}
     print("ready", file=sys.stderr, flush=True)
     return Engine(

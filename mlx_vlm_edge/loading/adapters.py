@@ -22,6 +22,12 @@ def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
     return adapters
 
 
+def check_folders(chosen: Sequence[AdapterChoice]) -> None:
+    """Raises UsageError for what is no adapter. No numbers of a safetensors file are read."""
+    for choice in chosen:
+        read_adapter(choice.path, choice.scale, _read_torch)
+
+
 def _read_torch(path: Path) -> dict[str, mx.array]:
     from mlx_vlm_edge_convert.torch_zip import read_torch
 

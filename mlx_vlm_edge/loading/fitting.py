@@ -40,15 +40,17 @@ def limit_buffers(limit: int | None = None) -> None:
         mx.set_memory_limit(limit)
 
 
-def check_fits(name: str, options: LoadOptions, limit: int | None, answer: int) -> None:
+def check_fits(
+    name: str, options: LoadOptions, limit: int | None, answer: int, adapters: int = 0
+) -> None:
     """Raises UsageError, with the setting that would fit, for what does not: a question about a
     picture, and an answer of that many tokens.
 
     limit: bytes; None for what the machine has, which is not asked further where it is plainly
-    enough.
+    enough. adapters: bytes of those that requests name.
     """
     total = limit or _total()
-    if total is None or (limit is None and _weights(name, options) * PLAINLY < total):
+    if total is None or (limit is None and (_weights(name, options) + adapters) * PLAINLY < total):
         return
     from . import memory
 
@@ -56,13 +58,13 @@ def check_fits(name: str, options: LoadOptions, limit: int | None, answer: int) 
     cost = _needed(config, options)
     wanted = cost.prompt_tokens + answer
     try:
-        room = memory.fit(name, cost, total, wanted)
+        room = memory.fit(name, cost, total, wanted, adapters)
     except UsageError as error:
         least = cost.prompt_tokens + 1
         fitting = (
-            f"{said} takes {gigabytes(size)}"
+            f"{said} takes {gigabytes(size + adapters)}"
             for said, size in _smaller(config, options, least)
-            if size <= total
+            if size + adapters <= total
         )
         raise UsageError("; ".join([str(error), *list(fitting)[:1]])) from None
     if room < wanted:

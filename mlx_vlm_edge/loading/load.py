@@ -313,10 +313,10 @@ def arrange(model: VisionLanguageModel) -> None:
         stop_if_exiting()  # nobody may be waiting any more
         mx.eval(layer.state)
     mx.eval(model.state)
-    _give_back()
+    give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand the memory that reading took and freed to the system; MLX and glibc would keep it."""
     mx.clear_cache()
     if sys.platform == "linux":

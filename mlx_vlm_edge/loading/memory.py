@@ -45,26 +45,31 @@ def needed(
     return count(plan, question(plan, image))
 
 
-def fit(name: str, cost: Cost, limit: int | None, wanted: int | None = None) -> int:
+def fit(
+    name: str, cost: Cost, limit: int | None, wanted: int | None = None, adapters: int = 0
+) -> int:
     """How many positions the KV cache may have within `limit` bytes: `wanted`, or fewer.
 
     wanted: by default the prompt and 256 more. limit: None where it is not known, so that all is
-    right. Raises UsageError with the figures where not even the prompt and one token fit.
+    right. adapters: bytes of those that requests name. Raises UsageError with the figures where
+    not even the prompt and one token fit.
     """
     wanted = cost.prompt_tokens + ANSWER if wanted is None else wanted
     if limit is None:
         return wanted
     least = cost.prompt_tokens + 1
-    refuse_too_large(name, by_use(cost, min(least, wanted)), limit)
-    spare = limit - sum(by_use(cost, 0).values())
+    refuse_too_large(name, by_use(cost, min(least, wanted), adapters), limit)
+    spare = limit - sum(by_use(cost, 0, adapters).values())
     return min(wanted, spare // cost.cached)
 
 
-def by_use(cost: Cost, positions: int) -> dict[str, int]:
-    """Bytes by what they are for. positions: of the KV cache. The activations' are an estimate."""
+def by_use(cost: Cost, positions: int, adapters: int = 0) -> dict[str, int]:
+    """Bytes by what they are for. positions: of the KV cache. adapters: bytes of those that
+    requests name. The activations' are an estimate."""
     memory = cost.memory(positions)
     return {
         "weights": memory["weights"],
+        "adapters": adapters,
         "KV cache": memory["cache"],
         "activations (estimated)": memory["activations"],
         "program": PROGRAM,

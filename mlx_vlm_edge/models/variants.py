@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..kernels import low_rank, on_cpu, quantized
+from ..kernels import low_rank, on_cpu
 from .adapted import Adapted
 from .base import VisionLanguageModel
 from .build import build
@@ -75,7 +75,8 @@ class Difference:
 
 
 def share(model: VisionLanguageModel, variant: VisionLanguageModel, difference: Difference) -> None:
-    """Give the variant, whose layers have their branches, all else of the model's."""
+    """Give the variant, whose layers have their branches, all else of the model's. Nothing is
+    evaluated."""
     for name in variant:
         if name != LANGUAGE and not difference.sight:
             variant[name] = model[name]
@@ -83,8 +84,6 @@ def share(model: VisionLanguageModel, variant: VisionLanguageModel, difference: 
         if not difference.within(f"{LANGUAGE}.{unit}"):
             branches = _branches(variant, unit, difference.branched)
             _share(model.language_model, variant.language_model, unit, branches)
-    if on_cpu():
-        quantized.for_cpu(variant)
     variant.encoder = model.encoder
     if not difference.pictures:
         variant.seen_by = lambda: model

@@ -52,6 +52,18 @@ def test_an_answer_that_is_too_long_is_told_how_long_it_may_be():
         fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 101)
 
 
+def test_adapters_that_requests_name_count(monkeypatch):
+    config = fitting._config("fastvlm-0.5b", AS_IT_IS)
+    cost = memory.needed(config, dtype="bfloat16")
+    limit = sum(memory.by_use(cost, cost.prompt_tokens + 100).values())
+    fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit + 10**8, 100, 10**8)
+    with pytest.raises(UsageError, match=r"100 MB adapters.*; --bits 8 takes"):
+        fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 100, 10**8)
+    monkeypatch.setattr(fitting, "_total", lambda: 10**9)
+    with pytest.raises(UsageError, match="900 MB adapters"):
+        fitting.check_fits("demo", AS_IT_IS, None, 100, 9 * 10**8)
+
+
 def test_what_the_machine_has_is_the_limit_by_default(monkeypatch):
     monkeypatch.setattr(fitting, "_total", lambda: 8 * 10**9)
     with pytest.raises(UsageError, match="would take"):
@@ -95,7 +107,7 @@ def test_the_flag(verb, capsys, monkeypatch, tmp_path):
 
 
 def test_the_flag_of_serve():
-    """The server has said that it listens before it loads: its loading is what refuses."""
+    """Whether a model fits is told once the server listens: its loading is what refuses."""
     parser = Parser(prog="serve")
     serve.add_arguments(parser)
     args = parser.parse_args(["--model", "demo", "--max-memory", "20MB"])

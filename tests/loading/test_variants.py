@@ -23,6 +23,7 @@ from mlx_vlm_edge.loading.variants import Variants
 from mlx_vlm_edge.models.adapted import Adapted
 from mlx_vlm_edge.models.variants import Difference
 
+from ..memory import Peak
 from ..parity import distance
 from .test_adapters import (  # noqa: F401  (fixtures)
     KINDS,
@@ -75,6 +76,37 @@ def test_low_rank_updates_share_every_weight_of_the_model(folders, adapters, kin
     beside = sum(own[array] for array in own.keys() - shared.keys())
     trained = [p for name, p in peft.named_parameters() if "lora_" in name]
     assert beside <= sum(4 * p.numel() for p in trained) + 4 * 4096  # and DoRA's factors
+
+
+@pytest.mark.parametrize("layout", ["full precision", "packed"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding, the table too"])
+def test_what_they_will_hold_is_known_before_anything_is_read(
+    folders, packed, adapters, kind, layout
+):
+    base = folders["hub"] if layout == "full precision" else packed[0]
+    named = {"a": AdapterChoice.of(adapters(kind)[0]), "b": AdapterChoice.of(adapters("lora")[0])}
+    checked = Variants(str(base), LoadOptions(), named)
+    taken = Peak()
+    counted = checked.nbytes()
+    assert taken.bytes < 4096  # constants
+    model, _ = load(str(base))
+    held, shared = {}, arrays(model)
+    tuned = checked.of(model)
+    for one in tuned.values():
+        held |= arrays(one)
+    assert counted == sum(held[array] for array in held.keys() - shared.keys())
+
+
+def test_weights_that_norms_are_computed_from_go_as_they_come(folders, adapters):
+    """DoRA's, of which several variants need the same."""
+    named = {name: AdapterChoice.of(adapters("dora")[0]) for name in ("a", "b")}
+    checked = Variants(str(folders["hub"]), LoadOptions(), named)
+    model, _ = load(str(folders["hub"]))
+    beside, before = checked.nbytes(), mx.get_active_memory()
+    tuned = checked.of(model)
+    assert tuned
+    assert mx.get_active_memory() - before <= beside + 4096
+    assert mx.get_cache_memory() == 0
 
 
 def test_whole_modules_are_the_variants_own(folders, adapters):
@@ -269,8 +301,9 @@ def test_a_wrong_adapter_is_told_of_before_the_model_is_loaded(folders, adapters
 def test_names_are_told_from_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").mkdir()
-    always, named = split_named(["a=b", "folder:0.5", "french=some/folder:0.5", "x=y=z"])
-    assert always == ["a=b", "folder:0.5"]
+    several = ["a=b", "a=b:2", "folder:0.5", "./q=r", "french=some/folder:0.5", "x=y=z"]
+    always, named = split_named(several)
+    assert always == ["a=b", "a=b:2", "folder:0.5", "./q=r"]
     assert named == {
         "french": AdapterChoice(Path("some/folder"), 0.5), "x": AdapterChoice(Path("y=z")),
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""What `mlx-vlm-edge serve` refuses before it loads anything: origins and addresses."""
+"""What `mlx-vlm-edge serve` refuses before it loads or listens: origins, addresses,
+adapters, sizes."""
 
 import pytest
 
@@ -23,6 +24,12 @@ def refused(capsys, *flags):
         (("--host", "300.1.1.1", "--api-key", "x"), "choose another --host or --port"),
         (("--adapter", "a=one", "--adapter", "a=two"), "two are named a"),
         (("--adapter", "a=one:200"), "scale 200.0 is no number from -100 to 100"),
+        (("--adapter", "a=nowhere"), "adapter nowhere: no such folder"),
+        (("--adapter", "nowhere"), "adapter nowhere: no such folder"),
+        (("--adapter", "a:b=nowhere"), "--adapter a:b=nowhere: give NAME=DIR, with a name of"),
+        (("--adapter", "a="), "--adapter a=: give NAME=DIR"),
+        (("--max-memory", "much"), "'much' is no size of memory"),
+        (("--visual-tokens", "many"), "visual tokens 'many': give a number"),
     ],
 )
 def test_what_can_never_work_is_refused_at_once(capsys, flags, told):
