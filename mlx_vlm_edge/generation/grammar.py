@@ -92,7 +92,9 @@ class Matcher:
     ) -> None:
         package = _llguidance()
         known = _tokenizers.setdefault(tokenizer, {})
-        key = tuple(sorted(eos_ids)), vocabulary
+        # A config may name ends that are no tokens, which the engine refuses.
+        ends = [id for id in sorted(eos_ids) if tokenizer.backend.id_to_token(id) is not None]
+        key = tuple(ends), vocabulary
         if key not in known:
             known[key] = package.LLTokenizer(
                 tokenizer.backend.to_str(), n_vocab=max(vocabulary, tokenizer.vocab_size),

@@ -142,6 +142,17 @@ def test_a_tokenizer_is_prepared_once_for_all_answers(demo, monkeypatch):
     assert len(made) == 1
 
 
+def test_an_end_that_is_no_token_is_no_end_of_a_schema(demo):
+    """As a config may name one among rows that only pad a vocabulary."""
+    model, processor = demo
+    size = model.language_model.config.vocab_size
+    ends = [*processor.eos_ids, size + 9]
+    matcher = Matcher(Grammar.choices(["a"]), processor.tokenizer, ends, size)
+    (allowed,) = mx.isfinite(matcher.allow(mx.zeros((1, size)))).tolist()
+    words = [id for id, may in enumerate(allowed) if may]
+    assert [processor.tokenizer.backend.id_to_token(id) for id in words] == ["a"]
+
+
 def test_several_answers_with_schemas_at_once(demo):
     from mlx_vlm_edge import Options
     from mlx_vlm_edge.generation.engine import Engine, pieces
