@@ -1,7 +1,7 @@
 """Ask an exported bundle about a picture: packages, embeddings and manifest, no MLX.
 
 python examples/coreml_answer.py BUNDLE PICTURE QUESTION [--compute cpu-ne] [--max-tokens 64]
-    [--image-size 512 | --visual-tokens 64]
+    [--image-size 512 | --visual-tokens 64] [--context 4096]
 
 On a Mac Core ML runs the packages; elsewhere the interpreter that verifies exports does, slowly.
 It is what an app does, and examples/swift does the same in Swift.
@@ -38,13 +38,16 @@ class Bundle:
         open_package: Open,
         image_size: str | None = None,
         visual_tokens: int | None = None,
+        context: int | None = None,
     ) -> None:
         self.manifest = content = manifest.read(folder)
         with reading(folder / manifest.NAME):
-            self._open(folder, content, open_package)
+            self._open(folder, content, open_package, context)
         self.size = choose(picture_sizes(content), image_size, visual_tokens)
 
-    def _open(self, folder: Path, content: dict[str, Any], open_package: Open) -> None:
+    def _open(
+        self, folder: Path, content: dict[str, Any], open_package: Open, context: int | None
+    ) -> None:
         parts = content["parts"]
         if {"vision", "decoder"} - parts.keys():
             raise UsageError(f"{folder}: has no vision and decoder; export it with --part all")
@@ -58,7 +61,7 @@ class Bundle:
         self.before, self.after = (list(map(int, told[f"{s}_image"])) for s in ("before", "after"))
         self.around = str(told["before_question"]), str(told["after_question"])
         self.special = list(map(str, told["special_tokens"]))
-        self.decoder = DecoderHost.open(folder, parts["decoder"], self.packages["decoder"])
+        self.decoder = DecoderHost.open(folder, parts["decoder"], self.packages["decoder"], context)
 
     def visual_tokens(self, picture: str | Path) -> np.ndarray:
         """A picture -> its visual tokens [N, D]."""
@@ -109,10 +112,13 @@ def main() -> None:
     parser.add_argument(
         "--visual-tokens", type=int, metavar="N", help="the size of at most so many"
     )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="the smallest of the bundle's that has so many"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         runs = opener(args.bundle, args.compute, Path(cache))
-        bundle = Bundle(args.bundle, runs, args.image_size, args.visual_tokens)
+        bundle = Bundle(args.bundle, runs, args.image_size, args.visual_tokens, args.context)
         detokenizer = bundle.tokenizer.detokenizer()
         for token in bundle.answer(args.picture, args.question, args.max_tokens):
             print(detokenizer.add(token), end="", flush=True)

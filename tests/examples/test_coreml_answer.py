@@ -72,13 +72,17 @@ def test_a_bundle_of_two_sizes_contexts_and_a_prompt_cache(export, example, demo
     folder = export("demo", tmp_path / "out", options=options)
     picture, question = "text.png", "Describe the image."
     large = (load("demo", dtype="float32", resolution=192), {"image_size": "192"})
-    for model, wanted in ((demo, {}), large, (demo, {"visual_tokens": 8})):
+    for model, wanted in ((demo, {}), large, (demo, {"visual_tokens": 8, "context": 65})):
         bundle = example.Bundle(folder, lambda name: Package(folder / name), **wanted)
         expected = answer(model, picture, question)
         assert list(bundle.answer(IMAGES / picture, question, 24)) == expected
         assert bundle.decoder.begin(bundle.before) == len(bundle.before) > 9
+        if "context" in wanted:  # beyond the 64 of the first
+            bundle.decoder.prefill(np.repeat(bundle.decoder.embed([0]), 80, 0))
     with pytest.raises(UsageError, match="pictures of 128x128, 192x192, not of 99"):
         example.Bundle(folder, lambda name: Package(folder / name), "99")
+    with pytest.raises(UsageError, match="contexts of 64 and 128, none of 129"):
+        example.Bundle(folder, lambda name: Package(folder / name), context=129)
 
 
 def test_the_prompt_is_that_of_mlx(bundle, demo):
