@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     timer.part("weights")
     remembers: Remembers | None = prefix_cache(args) if args.cache_dir else None
     ahead: dict[str, Any] = {}
-    if images and remembers is None and idle_meanwhile() and not args.verbose:
+    rotates = options.get("max_kv_size") is not None  # and takes no opening
+    if images and remembers is None and idle_meanwhile() and not (args.verbose or rotates):
         remembers = opening = Opening(model)
         ahead = {"opening": opening.set_out}
     with shown() as line:

@@ -177,7 +177,7 @@ def stream_generate(
     more: dict[str, Any] = {}
     if prefix_cache is None and pictures:
         remembers = opening = Opening(model)
-        if idle_meanwhile() and not verbose:
+        if idle_meanwhile() and not verbose and chosen.max_kv_size is None:
             more = {"opening": opening.set_out}
     if len(pictures) > 1 and not prefix_cache and not verbose:
         ahead = Ahead(model, processor)

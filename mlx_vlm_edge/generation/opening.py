@@ -16,6 +16,7 @@ import numpy as np
 
 from ..kernels import on_cpu
 from ..language.cache import Cache, KVCache
+from ..language.decoder import PREFILL_STEP
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Processor
 from ..timings import Steps
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .prefix import Layers
 
 MAX_BYTES = 64 * 2**20  # of each model
+Weights = list[weakref.ref[mx.array]]
 # Positions times the width's square: 24 times that are a layer's operations, of which an Apple GPU
 # does at most 16 million in the microsecond that the host needs for a node; a layer has about 30.
 WORTH = 2e7
@@ -60,7 +62,7 @@ class Openings:
         from .prefix import PrefixCache  # which the first prompt has no use for
 
         self._known = PrefixCache(max_bytes)
-        self._weights: list[weakref.ref[mx.array]] = []
+        self._weights: Weights = []
 
     @property
     def nbytes(self) -> int:
@@ -92,11 +94,8 @@ class Openings:
 
     def _same(self, model: VisionLanguageModel) -> bool:
         """Whether the language model has the arrays of the last call; else all is forgotten."""
-        arrays = _arrays(model.language_model)
-        known, self._weights = self._weights, [weakref.ref(array) for array in arrays]
-        same = len(known) == len(arrays) and all(
-            ref() is array for ref, array in zip(known, arrays, strict=True)
-        )
+        known, self._weights = self._weights, _weights(model)
+        same = _unchanged(known, self._weights)
         if not same:
             self.clear()
         return same
@@ -132,12 +131,14 @@ class Opening:
     ) -> "Opened":
         """Fill `cache` (empty until now) with what is known of the prompt's opening."""
         length, start = int(inputs.visual[0]) if len(inputs.visual) else 0, 0
-        if not _plain(cache):
+        whole, language = inputs.input_ids.shape[1], model.language_model
+        if model.unread is not None or not _plain(cache) or not language.splits(whole):
             length = 0
-        elif length and model.openings is not None and model.unread is None:
+        elif length and model.openings is not None:
             start = model.openings.take(model, inputs.input_ids[0, : length + 1], cache)
         reused = 0 if self._ahead else start
-        return Opened(model, inputs, cache, length, start, reused)
+        weights = _weights(model) if start < length else []
+        return Opened(model, inputs, cache, length, start, reused, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Opened:
     """One prompt on its way through the model.
 
     length: positions before the first picture that may be remembered. start: those that were known,
-    and reused: those that an earlier prompt had computed.
+    and reused: those that an earlier prompt had computed. weights: what computes the others.
     """
 
     model: VisionLanguageModel
@@ -154,6 +155,7 @@ class Opened:
     length: int
     start: int
     reused: int
+    weights: Weights
 
     def encode(self) -> Steps[Inputs]:
         """The prompt from `start` on with its visual tokens."""
@@ -165,8 +167,11 @@ class Opened:
         return replace(inputs, input_ids=ids, visual=visual, tokens=tokens)
 
     def end(self, generated: Sequence[int]) -> None:
-        """Remember the opening, where that was not all known and is all there."""
-        if self.start < self.length and _plain(self.cache):
+        """Remember the opening, where that was not all known and is all there, and of this model:
+        a stream may be abandoned long before it is closed."""
+        if self.start == self.length or not _plain(self.cache):
+            return
+        if _unchanged(self.weights, _weights(self.model)):
             ids = self.inputs.input_ids[0, : self.length]
             openings(self.model).keep(self.model, ids, self.cache)
 
@@ -178,12 +183,25 @@ def worth_ahead(model: VisionLanguageModel, length: int) -> bool:
     devices are held up by launches, which a second pass doubles.
     """
     width = model.language_model.config.hidden_size
-    return model.unread is None and idle_meanwhile() and length * width**2 >= WORTH
+    if model.unread is not None or not idle_meanwhile() or length > PREFILL_STEP:
+        return False  # a longer one is prefilled in chunks
+    return length * width**2 >= WORTH and model.language_model.splits(length)
 
 
 def idle_meanwhile() -> bool:
     """Whether the device has arithmetic to spare while the host reads a picture."""
     return not on_cpu() and mx.metal.is_available()
+
+
+def _weights(model: VisionLanguageModel) -> Weights:
+    return [weakref.ref(array) for array in _arrays(model.language_model)]
+
+
+def _unchanged(before: Weights, now: Weights) -> bool:
+    """Whether a model has the arrays that it had."""
+    return len(before) == len(now) and all(
+        one() is not None and one() is other() for one, other in zip(before, now, strict=True)
+    )
 
 
 def _arrays(module: Any) -> list[mx.array]:

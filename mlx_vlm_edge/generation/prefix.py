@@ -165,7 +165,9 @@ class PrefixCache:
 
     def take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
-        if not all(_fits(layer, len(keys)) for layer in cache):
+        if not model.language_model.splits(len(keys)) or not all(
+            _fits(layer, len(keys)) for layer in cache
+        ):
             return 0
         length, layers = 0, []
         with self._lock:
@@ -294,8 +296,10 @@ class Run:
         """Remember the prompt, and as much of the answer as went through the model.
 
         Of a cache that was quantised on the way, what it held before; nothing of a rotating one
-        that has begun to forget.
+        that has begun to forget, nor of a prompt that would have come out otherwise in parts.
         """
+        if not self.model.language_model.splits(len(self.keys)):
+            return
         answer = np.zeros((len(generated), 3), np.int64)
         answer[:, 0] = generated
         keys = np.concatenate([self.keys, answer])

@@ -107,6 +107,10 @@ class LanguageModel(nn.Module):
         """One empty cache per layer."""
         return [KVCache() for _ in self.model.layers]
 
+    def splits(self, length: int) -> bool:
+        """Whether a prompt of so many positions comes out in parts as it does whole."""
+        return True
+
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [B, L] -> input embeddings [B, L, D]."""
         return self.model.embed_tokens(ids)

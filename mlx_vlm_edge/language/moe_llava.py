@@ -222,6 +222,12 @@ class LanguageModel(decoder.LanguageModel):
         kind = ParallelBlock if config.base == "phi" else Block
         layers = [kind(config, experts) for experts in config.moe.experts]
         super().__init__(config, layers, norm(config))
+        self.moe = config.moe
+
+    def splits(self, length: int) -> bool:
+        """Not where an expert may drop tokens: which ones hangs on how many go in together."""
+        counts = filter(None, self.moe.experts)
+        return all(self.moe.capacity(length, count) >= length for count in counts)
 
     def blocks(self, index: int) -> list[nn.Module]:
         parts: list[nn.Module] = self.model.layers[index].parts()

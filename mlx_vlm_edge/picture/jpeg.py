@@ -6,6 +6,7 @@ this, and every byte is the same.
 """
 
 import struct
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,12 @@ def content_of(image: "Image", source: Path | bytes) -> bytes | None:
 def decode(content: bytes, buffer: "np.ndarray") -> bool:
     """Into uint8 [H, W, 3] or [H, W, 4] (the last of them is nothing); whether it was done."""
     if imageio.asked():
-        return imageio.decode(content, buffer)
+        done = imageio.decode(content, buffer)
+        if not done:
+            print(
+                "note: ImageIO gives this JPEG in no known form; Pillow decodes it", file=sys.stderr
+            )
+        return done
     try:
         import simplejpeg
     except ImportError:  # Pillow alone does it too

@@ -142,6 +142,7 @@ class Processor(ABC):
             raise UsageError("the prompt is not valid Unicode text; write it in UTF-8") from None
         segments = self.split(text, len(images))
         if opening is not None and (first := self.opening(segments)):
+            self._check_ids(first, np.zeros((0,), np.int32))
             opening(first)
         preprocess, pixels = self.preprocessor(len(images)), []
         for source in images:

@@ -121,7 +121,8 @@ class Reader:
     def __init__(self, prompt, script, costs=FREE):
         self.prompt, self.script, self.pass_costs = prompt, script, costs
         self.config = SimpleNamespace(context=1000)
-        self.language_model = SimpleNamespace(config=SimpleNamespace(head_dim=1))
+        config = SimpleNamespace(head_dim=1)
+        self.language_model = SimpleNamespace(config=config, splits=lambda length: True)
         self.passes, self.cache = [], None
 
     def make_cache(self):

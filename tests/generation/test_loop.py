@@ -40,7 +40,8 @@ class Scripted:
     def __init__(self, script, context=100, near=None):
         self.script, self.near = list(script), near or {}
         self.config = SimpleNamespace(context=context)
-        self.language_model = SimpleNamespace(config=SimpleNamespace(head_dim=WIDTH))
+        config = SimpleNamespace(head_dim=WIDTH)
+        self.language_model = SimpleNamespace(config=config, splits=lambda length: True)
         self.steps, self.told, self.cache, self.cached = 0, [], None, []
 
     def make_cache(self):

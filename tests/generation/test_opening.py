@@ -7,11 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_edge import generate, load, stream_generate
+from mlx_vlm_edge import PrefixCache, UsageError, generate, load, stream_generate
 from mlx_vlm_edge.generation import loop, opening
 from mlx_vlm_edge.text import prompt
 
 from ..language.test_cost import Waits, nodes
+from ..reference import moe_llava as theirs
 from .test_prefix import FAMILIES, family, models  # noqa: F401  (fixtures)
 
 PICTURES = [
@@ -158,6 +159,34 @@ def test_exchanged_weights_are_noticed(native_folder, monkeypatch):
     assert not ask("What is it?", PICTURES[0])[0].reused_tokens
 
 
+def test_a_stream_that_is_closed_after_weights_were_exchanged_leaves_nothing(
+    native_folder, monkeypatch
+):
+    ask = Asker(*load(str(native_folder)), monkeypatch)
+    stream = stream_generate(ask.model, ask.processor, "What is it?", PICTURES[:1])
+    next(stream)
+    embedding = ask.model.language_model.model.embed_tokens
+    embedding.weight = -embedding.weight
+    stream.close()
+    last, ids, *_ = ask("What is it?", PICTURES[0])
+    assert last.reused_tokens == 0
+    assert ids == ask("What is it?", PICTURES[0], prefix_cache=False)[1]
+
+
+def test_where_experts_drop_tokens_every_prompt_is_whole(tmp_path, monkeypatch):
+    """What they drop hangs on how many tokens go in together."""
+    folder = theirs.copied("stablelm", tmp_path / "drop", eval_capacity_factor=0.5)
+    ask = Asker(*load(str(folder)), monkeypatch)
+    store = PrefixCache()
+    for picture in PICTURES[:2]:
+        whole = ask("What is it?", picture, prefix_cache=False)[-1]
+        for _ in range(2):
+            for options in ({}, {"prefix_cache": store}):
+                last, *_, logits = ask("What is it?", picture, **options)
+                assert last.reused_tokens == 0
+                assert mx.array_equal(logits, whole)
+
+
 def test_memory_is_bounded(ask_demo, monkeypatch):
     monkeypatch.setattr(ask_demo.model, "openings", opening.Openings(max_bytes=10))
     ask_demo("What is it?", PICTURES[0])
@@ -189,8 +218,6 @@ def test_other_caches(models, monkeypatch, options, reuses):  # noqa: F811
 
 
 def test_text_alone_and_a_prefix_cache_are_no_concern_of_it(demo, ask_demo):
-    from mlx_vlm_edge import PrefixCache
-
     generate(*demo, "What is red?", max_tokens=1)
     generate(*demo, "What?", PICTURES[:1], max_tokens=1, prefix_cache=PrefixCache())
     assert demo[0].openings is None
@@ -261,13 +288,34 @@ def test_on_a_gpu_nothing_waits_either(demo, ask_demo, idle, monkeypatch):
     assert (waits.blocking, waits.queued) == (0, 3)
 
 
+def test_what_is_begun_ahead_has_an_embedding(demo, ask_demo, idle, monkeypatch):
+    """MLX would read other memory."""
+    begun = []
+    monkeypatch.setattr(opening.Opening, "set_out", lambda self, ids: begun.append(ids))
+    monkeypatch.setattr(type(demo[1]), "opening", lambda self, segments: [1 << 20])
+    with pytest.raises(UsageError, match="the prompt has token 1048576"):
+        generate(*demo, "What?", PICTURES[:1])
+    assert not begun
+
+
+def test_nothing_is_begun_ahead_for_a_cache_that_may_forget(demo, ask_demo, idle, monkeypatch):
+    begun = []
+    monkeypatch.setattr(opening.Opening, "set_out", lambda self, ids: begun.append(ids))
+    generate(*demo, "What?", PICTURES[:1], max_tokens=1, max_kv_size=4096)
+    assert not begun
+    generate(*demo, "What?", PICTURES[:1], max_tokens=1)
+    assert begun
+
+
 def test_it_is_begun_ahead_only_where_the_device_gains_more_than_the_graph_costs(monkeypatch):
     def model(width, unread=None):
         config = SimpleNamespace(hidden_size=width)
-        return SimpleNamespace(unread=unread, language_model=SimpleNamespace(config=config))
+        language = SimpleNamespace(config=config, splits=lambda length: True)
+        return SimpleNamespace(unread=unread, language_model=language)
 
     assert not opening.worth_ahead(model(4096), 35)  # on a CPU
     monkeypatch.setattr(opening, "idle_meanwhile", lambda: True)
     assert opening.worth_ahead(model(4096), 35)  # LLaVA-1.5-7B
     assert not opening.worth_ahead(model(896), 14)  # FastVLM-0.5B
     assert not opening.worth_ahead(model(4096, unread=lambda: None), 35)
+    assert not opening.worth_ahead(model(4096), 2049)  # which is prefilled in chunks

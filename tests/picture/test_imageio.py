@@ -121,10 +121,11 @@ def test_it_is_turned_as_without_it(content, on_a_mac):
     ],
     ids=["alpha first", "little-endian", "16 bits", "another size"],
 )
-def test_what_lies_otherwise_is_left_to_pillow(content, on_a_mac, quartz):
+def test_what_lies_otherwise_is_left_to_pillow_and_that_is_told(content, on_a_mac, quartz, capsys):
     want = np.asarray(open_image(content))
     on_a_mac(quartz)
     assert np.array_equal(np.asarray(open_image(content)), want)
+    assert capsys.readouterr().err.count("Pillow decodes it") == 1
     assert "data" not in quartz.calls
 
 
