@@ -32,8 +32,8 @@ KINDS = {"bench": "bench", "claims": "claims", "against mlx-vlm": "against_mlx_v
 def add(results: Path, name: str, files: Sequence[Path]) -> Path:
     """Put records into a machine's file; one of the same kind replaces the older one.
 
-    The comparison has a block for each BLAS. Raises UsageError for a file that is no record, and
-    for records of another chip.
+    The comparison has a block for each BLAS, of which rows can be measured again. Raises UsageError
+    for a file that is no record, and for records of another chip.
     """
     path = results / f"{name}.json"
     result: dict[str, Any] = read(path) if path.exists() else {"name": name}
@@ -47,12 +47,30 @@ def add(results: Path, name: str, files: Sequence[Path]) -> Path:
             raise UsageError(f"{file}: was made on {chip}, {path.name} on {known}")
         result["machine"] = record["machine"]
         if kind == "against_mlx_vlm":
-            result.setdefault(kind, {})[record["block"]] = record
+            blocks = result.setdefault(kind, {})
+            blocks[record["block"]] = with_older(record, blocks.get(record["block"]))
         else:
             result[kind] = record
     results.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def with_older(record: dict[str, Any], older: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A comparison with the rows that only an older one has, if both are of the same programs.
+
+    Every row says when it was measured.
+    """
+    for row in record["rows"]:
+        row.setdefault("date", record["machine"]["date"])
+    same = older is not None and all(
+        older[side]["versions"] == record[side]["versions"] for side in ("ours", "peer")
+    )
+    if older is None or not same or older["threads"] != record["threads"]:
+        return record
+    rows = {row["id"]: row for row in [*older["rows"], *record["rows"]]}
+    parity = {**older["parity"], **record["parity"]}
+    return record | {"rows": [*rows.values()], "parity": parity}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -73,7 +91,10 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
             parts.append(case_rows(cases))
         for block, record in result.get("against_mlx_vlm", {}).items():
             peer = record["peer"]["versions"]["mlx-vlm"]
-            parts.append(f"Against mlx-vlm {peer}, {block} on both sides, {record['model']}:")
+            parts.append(
+                f"Against mlx-vlm {peer}, {block} on both sides (threads: {record['threads']}), "
+                f"{record['model']}:"
+            )
             parts.append(against_rows(record["rows"]))
         if found := result.get("claims"):
             parts.append(claims_line(found["claims"]))

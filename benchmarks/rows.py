@@ -65,7 +65,7 @@ def rows(small: Path, photo: Path) -> list[Row]:
         Row("fixed", "fixed cost before the first forward pass", 6, FIXED, runs=7, note=begins),
         Row("fixed-whole", "the same, with every weight in memory", None, FIXED, runs=7,
             order={"whole": True}, note=fresh),
-        Row("cold", "CLI cold start to first text, 256 px; the peer without torch", 2.5, COLD,
+        Row("cold", "CLI cold start to first text, 256 px; the peer without torch", 4, COLD,
             runs=7, note=until),
         Row("cold-torch", "CLI cold start to first text, 256 px; the peer with torch installed", 5,
             COLD, runs=7, note=until, with_torch=True),

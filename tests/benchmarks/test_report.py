@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from html.parser import HTMLParser
 
 import page
@@ -41,6 +42,7 @@ def row(name: str, ours: list, peer: list, target: float | None = 2.0, **more) -
 
 AGAINST = {
     "kind": "against mlx-vlm", "block": "fast BLAS", "machine": MACHINE, "model": "FastVLM-0.5B",
+    "ours": {"versions": {"mlx": "0.32.4"}},
     "peer": {"versions": {"mlx-vlm": "0.7.10", "mlx": "0.32.4"}}, "threads": 1, "spread": "so",
     "warm": "warm", "parity": {"f32": {"refusal": "", "ids": [1, 2], "features_off_256": 1e-6}},
     "rows": [
@@ -71,6 +73,35 @@ def results(tmp_path):
         files[-1].write_text(json.dumps(record))
     report.add(tmp_path / "results", "m1-max", files)
     return tmp_path / "results"
+
+
+def test_rows_measured_again_replace_their_older_selves(results, tmp_path):
+    again = deepcopy(AGAINST)
+    again["machine"] = {**MACHINE, "date": "2026-11-26T10:00:00+00:00"}
+    again["rows"] = [row("short", [1.0, 1.1], [2.4, 2.5])]
+    later = tmp_path / "later.json"
+    later.write_text(json.dumps(again))
+    report.add(results, "m1-max", [later])
+    rows = report.read(results / "m1-max.json")["against_mlx_vlm"]["fast BLAS"]["rows"]
+    assert [(one["id"], one["date"][:10]) for one in rows] == [
+        ("fast", "2026-11-21"), ("short", "2026-11-26"), ("wild", "2026-11-21"),
+        ("none", "2026-11-21"),
+    ]  # fmt: skip
+    assert rows[1]["ratio_of_minima"] == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"threads": 2}, {"peer": {"versions": {"mlx-vlm": "0.7.11", "mlx": "0.32.4"}}}],
+    ids=["other threads", "another peer"],
+)
+def test_a_comparison_under_other_terms_keeps_no_older_row(results, tmp_path, other):
+    again = {**deepcopy(AGAINST), **other, "rows": [row("short", [1.0, 1.1], [2.4, 2.5])]}
+    later = tmp_path / "later.json"
+    later.write_text(json.dumps(again))
+    report.add(results, "m1-max", [later])
+    record = report.read(results / "m1-max.json")["against_mlx_vlm"]["fast BLAS"]
+    assert [one["id"] for one in record["rows"]] == ["short"]
 
 
 def run(monkeypatch, *arguments) -> None:
