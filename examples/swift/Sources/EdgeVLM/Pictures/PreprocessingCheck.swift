@@ -3,8 +3,8 @@
 
 import Foundation
 
-/// The largest difference of any colour of any pixel, in 255ths, by what was read: a picture's size,
-/// with the one that it was brought to behind it where that is a further one, or a file.
+/// The largest difference of any colour of any pixel, in 255ths, by what was read: a picture's
+/// size, with the one that it was brought to behind it where that is a further one, or a file.
 public struct PreprocessingCheck: Sendable {
     public let differences: [String: Int]
 
