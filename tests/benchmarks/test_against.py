@@ -154,7 +154,7 @@ def test_both_sides_get_the_same_blas_and_threads(monkeypatch):
 def test_rows_are_the_targets(tmp_path):
     found = {row.id: row.target for row in table.rows(tmp_path / "a.jpg", tmp_path / "b.jpg")}
     assert found == {
-        "fixed": 6, "fixed-whole": None, "cold": 2.5, "cold-torch": 5, "vision-256": None,
+        "fixed": 6, "fixed-whole": None, "cold": 4, "cold-torch": 5, "vision-256": None,
         "vision-512": 4, "vision-1024": 4, "prefill-f32": 1.8, "prefill-q4": 10, "ttft-f32": 4.5,
         "ttft-q4": None, "second-f32": 10, "decode-f32": 1.1, "decode-q4": 1.0, "memory-f32": 1.2,
         "memory-q4": 1.3, "jpeg": 3, "jpeg-draft": 6,

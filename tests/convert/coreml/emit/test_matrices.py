@@ -160,19 +160,22 @@ def test_weights_beyond_float16_are_refused():
     assert isinstance(matrix(layer, None, half=False).weight, Dense)
 
 
-def test_a_palette_of_few_values_is_exact():
-    values = np.sort(normal(16))
-    weight = values[RNG.integers(0, 16, (32, 128))]
-    weight[:, :16] = values  # all of them in every row
-    found = palette(weight)
-    assert np.abs(found.dense() - weight).max() < 1e-6
-    assert found.rows(slice(16, 32)).dense().tolist() == found.dense()[16:].tolist()
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_palette_of_few_values_is_exact(bits):
+    count = 1 << bits
+    values = np.sort(normal(count))
+    weight = values[RNG.integers(0, count, (32, 128))]
+    weight[:, :count] = values  # all of them in every row
+    packed = palette(weight, bits)
+    assert np.abs(packed.dense() - weight).max() < 1e-6
+    assert packed.rows(slice(16, 32)).dense().tolist() == packed.dense()[16:].tolist()
 
 
-def test_a_palette_is_nearer_than_even_steps():
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_palette_is_nearer_than_even_steps(bits):
     weight = normal(32, 256)
-    found = np.square(palette(weight).dense() - weight).mean()
+    error = np.square(palette(weight, bits).dense() - weight).mean()
     low, high = weight.min(), weight.max()
-    step = (high - low) / 15
+    step = (high - low) / ((1 << bits) - 1)
     even = np.square(np.round((weight - low) / step) * step + low - weight).mean()
-    assert found < 0.6 * even
+    assert error < 0.6 * even
