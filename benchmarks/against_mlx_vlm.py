@@ -322,7 +322,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="ID", help="`list` shows them")
     parser.add_argument("--runs", type=int, metavar="N", help="pairs of each row")
     parser.add_argument("--json", metavar="FILE", help="written after every row")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("runs", "threads"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name} {number}: give 1 or more")
+    return args
 
 
 def programs(args: argparse.Namespace) -> tuple[Side, Side, Side | None]:

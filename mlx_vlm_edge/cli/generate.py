@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     prompt, options, loading = _prompt(text, args), sampling_options(args), load_options(args)
     images = _checked(images, args)
     from ..generation.loop import Options, stream_inputs
-    from ..generation.opening import Opening, idle_meanwhile
+    from ..generation.opening import Opening
     from ..loading.load import start_loading
 
     name = args.model or default_model()
@@ -130,14 +130,14 @@ def run(args: argparse.Namespace) -> int:
         model.finish_loading()  # so that no time of loading is taken for one of answering
     timer.part("weights")
     remembers: Remembers | None = prefix_cache(args) if args.cache_dir else None
-    ahead: dict[str, Any] = {}
-    rotates = options.get("max_kv_size") is not None  # and takes no opening
-    if images and remembers is None and idle_meanwhile() and not (args.verbose or rotates):
-        remembers = opening = Opening(model)
-        ahead = {"opening": opening.set_out}
+    ahead = None
+    if images and remembers is None:
+        opening = Opening(model)
+        if ahead := opening.ahead(args.verbose, options.get("max_kv_size")):
+            remembers = opening  # of a single prompt nothing is taken up but what was begun
     with shown() as line:
         timer.progress, started = line.progress, timer.restart()
-        inputs = timer.run(processor.steps(prompt, images, raw=args.raw, **ahead))
+        inputs = timer.run(processor.steps(prompt, images, raw=args.raw, opening=ahead))
         results = stream_inputs(
             model, processor, inputs, Options(**options), timer, started, remembers
         )

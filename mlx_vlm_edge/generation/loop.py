@@ -25,7 +25,7 @@ from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
 from .drafting import DRAFTS, decode_drafted, prompt_lookup
 from .keywords import AnswerKeywords, OptionKeywords
-from .opening import Opening, idle_meanwhile
+from .opening import Opening
 from .sampling import Sampling, StopStrings, check_number
 
 if TYPE_CHECKING:
@@ -177,14 +177,14 @@ def stream_generate(
     more: dict[str, Any] = {}
     if prefix_cache is None and pictures:
         remembers = opening = Opening(model)
-        if idle_meanwhile() and not verbose and chosen.max_kv_size is None:
-            more = {"opening": opening.set_out}
+        if ahead := opening.ahead(verbose, chosen.max_kv_size):
+            more["opening"] = ahead
     if len(pictures) > 1 and not prefix_cache and not verbose:
-        ahead = Ahead(model, processor)
-        more["seen"] = ahead.begin
+        encoder = Ahead(model, processor)
+        more["seen"] = encoder.begin
     inputs = timer.run(processor.steps(prompt, pictures, raw=raw, budget=chosen.budget, **more))
     if "seen" in more:
-        inputs = ahead.complete(inputs)
+        inputs = encoder.complete(inputs)
     return stream_inputs(model, processor, inputs, chosen, timer, started, remembers)
 
 

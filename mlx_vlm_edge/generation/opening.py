@@ -7,7 +7,7 @@ prompt that is, and whether the model is still the one that computed it.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,6 +115,14 @@ class Opening:
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
         self._ahead = False
+
+    def ahead(
+        self, verbose: bool, max_kv_size: int | None
+    ) -> Callable[[Sequence[int]], None] | None:
+        """What begins it while the picture is read; None where the device has no time for that, a
+        run that is timed in stages waits for each, or a rotating cache takes no opening."""
+        alone = verbose or max_kv_size is not None or not idle_meanwhile()
+        return None if alone else self.set_out
 
     def set_out(self, ids: Sequence[int]) -> None:
         """Begin what is not known while the picture is being read; waits for nothing."""

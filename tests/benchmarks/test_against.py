@@ -139,6 +139,14 @@ def test_an_unfair_pair_is_refused(tmp_path, peer, said):
         against.describe(bench, workers)
 
 
+@pytest.mark.parametrize("flag", ["--runs", "--threads"])
+def test_counts_below_one_are_refused_in_one_line(monkeypatch, capsys, flag):
+    monkeypatch.setattr("sys.argv", ["against_mlx_vlm.py", "--peer-python", "python", flag, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        against.parse()
+    assert capsys.readouterr().err.endswith(f"error: {flag} 0: give 1 or more\n")
+
+
 def test_both_sides_get_the_same_blas_and_threads(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("LD_PRELOAD", "other.so")

@@ -251,7 +251,6 @@ def test_a_planted_fault_is_caught(models, monkeypatch):  # noqa: F811
 def idle(monkeypatch):
     """As on a GPU with time to spare while a picture is read, for a model of any size."""
     monkeypatch.setattr(opening, "idle_meanwhile", lambda: True)
-    monkeypatch.setattr(loop, "idle_meanwhile", lambda: True)
     monkeypatch.setattr(opening, "WORTH", 0)
 
 
