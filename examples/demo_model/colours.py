@@ -37,6 +37,11 @@ def luminance(rgb: RGB) -> float:
     return 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
 
 
+def nearest(rgb: RGB) -> str:
+    """The name whose usual colours are nearest."""
+    return min(COLOURS, key=lambda name: min(math.dist(rgb, anchor) for anchor in COLOURS[name]))
+
+
 def name(rgb: RGB) -> str:
     """The colour's name; empty where two names would do or none does."""
     near = sorted((min(math.dist(rgb, a) for a in anchors), n) for n, anchors in COLOURS.items())
@@ -52,7 +57,8 @@ def sample(rng: Random) -> tuple[str, RGB]:
     if rng.random() < 0.25:
         chosen = rng.choice(("black", "white", "white"))
     anchor = rng.choice(COLOURS[chosen])
-    return chosen, anchor if rng.random() < 0.4 else jitter(anchor, rng)
+    rgb = anchor if rng.random() < 0.4 else jitter(anchor, rng)
+    return chosen if nearest(rgb) == chosen else "", rgb
 
 
 def pair(rng: Random, least: float = 0.0) -> tuple[tuple[str, RGB], tuple[str, RGB]]:

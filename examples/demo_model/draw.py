@@ -21,10 +21,10 @@ PLACES = ("left", "right", "top", "bottom", "center")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_COUNT = 9
 KINDS = ("text", "shapes", "position", "unknown")
-MIX = {"text": 0.7, "page": 0.06, "shapes": 0.14, "position": 0.03, "unknown": 0.07}
-ASKED_MIX = {"text": 0.56, "shapes": 0.22, "position": 0.07, "unknown": 0.15}
-LENGTHS = (1.0, 1.6, 2.0, 2.3, 2.5, 2.5, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5)  # 1 ... 12 characters
-LEAST_EM = 0.085  # smaller print has under 8 pixels to a capital in the model's 128
+MIX = {"text": 0.7, "page": 0.05, "shapes": 0.14, "position": 0.03, "unknown": 0.08}
+ASKED_MIX = {"text": 0.5, "shapes": 0.27, "position": 0.08, "unknown": 0.15}
+LENGTHS = (1.0, 1.3, 1.5, 1.7, 1.9, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # 1 ... 12 characters
+LEAST_EM = 0.055  # smaller print has under 10 pixels to a capital in the model's 256
 SIDE_EM = 200  # pixels per em at which texts are measured
 
 Box = tuple[float, float, float, float]
@@ -268,8 +268,8 @@ def _painted(
 def page_scene(rng: Random) -> Scene:
     """Several lines of print, to teach the tower what characters look like; asked nothing."""
     width, height = extent(rng)
-    small = rng.random() < 0.3
-    em, font = rng.uniform(0.085, 0.13) if small else rng.uniform(0.12, 0.26), ""
+    small = rng.random() < 0.5
+    em, font = rng.uniform(0.055, 0.1) if small else rng.uniform(0.1, 0.26), ""
     base, lines, marks = em, [], []
     while base < height - 0.2 * em:
         if not font or rng.random() < 0.4:

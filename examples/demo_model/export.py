@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from decoder import DemoModel
 from network import Shape
+from pictures import pixels_of
 from PIL import Image
 from plain import draw, scene
 from prompts import Prompter, save_tokenizer
-from settle import VISUAL
-from vision import pixels_of, to_float
+from vision import to_float
 
 
 def config(shape: Shape, prompter: Prompter) -> dict[str, object]:
@@ -96,7 +96,7 @@ def reference(model: DemoModel, prompter: Prompter, path: Path) -> None:
     features, middle = model.tower(pixels)
     visual = model.connect(features)
     before, after = prompter.before, prompter.after("What does it say?")
-    ids = torch.tensor([before + [0] * VISUAL + after])
+    ids = torch.tensor([before + [0] * model.shape.visual + after])
     L = ids.shape[1]
     mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
     hidden = model.decode(

@@ -1,105 +1,116 @@
-"""Stage 3: questions and answers about drawn scenes, packed several to a picture.
+"""What the decoder is taught: talks about a picture, and what has changed between two.
 
-A row holds the prompt up to the image, the visual tokens, and then one branch per question; a
-branch sees the shared beginning and itself, at the positions it would have alone.
+A row is the prompt with the pictures' visual tokens in their places, the questions and the
+answers; the loss is the answers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from random import Random
 
-import numpy as np
-import plain
 import torch
 import torch.nn.functional as F
+from changes import ASKED
 from decoder import DemoModel
-from draw import KINDS, asked_scene, scene
+from draw import Scene
+from network import Shape
 from prompts import Prompter
-from questions import answers, pairs, phrase
-from render import draw
-from settle import ASKED_TEXT, VISUAL
+from questions import answers, phrase
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
-from vision import cells, drawn_at, facts, labelled, pixels_of, to_float, yielding
 
-Sample = dict[str, np.ndarray]
-
-
-class Questions(IterableDataset[Sample]):
-    """`count` packed questions about each of the scenes `stage-start`, `stage-(start+1)`, ..."""
-
-    def __init__(self, prompter: Prompter, stage: str, start: int, count: int) -> None:
-        self.prompter, self.stage, self.start, self.count = prompter, stage, start, count
-
-    def __iter__(self) -> Iterator[Sample]:
-        index, before = self.start, self.prompter.before
-        while True:
-            seed = f"{self.stage}-{index}"
-            if index % 2:
-                flat = plain.reading_scene(seed) if index % 4 == 1 else plain.scene(seed)
-                one, image = labelled(flat), plain.draw(flat, drawn_at(seed))
-            else:
-                one = asked_scene(seed, ASKED_TEXT)
-                image = draw(one, drawn_at(seed))
-            rng = Random(f"{seed}-questions")
-            ids, branch = before + [0] * VISUAL, [0] * (len(before) + VISUAL)
-            positions, targets = list(range(len(ids))), [-100] * len(ids)
-            shared = len(ids)
-            for number, (question, answer) in enumerate(pairs(one, rng, self.count), 1):
-                ask = self.prompter.after(question)
-                say = self.prompter.spelled(answer, one.text)
-                ids += ask + say[:-1]
-                branch += [number] * (len(ask) + len(say) - 1)
-                positions += range(shared, shared + len(ask) + len(say) - 1)
-                targets += [-100] * (len(ask) - 1) + say
-            yield {
-                "pixels": pixels_of(image),
-                "tokens": np.array([ids, branch, positions, targets], np.int64),
-                "cells": cells(one),
-                "facts": facts(one),
-            }
-            index += 1
+VISUAL = Shape().visual
+TEXT_WEIGHTS = {"read": 8.0, "describe": 2.0}  # how often what is asked about a text
+SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 5.0, "is it not": 3.0, "read": 0.5}
+TURNS = (7, 3, 0.7)  # how often a talk has 1, 2, 3 turns
+Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
+Row = tuple[list[int], list[int]]  # token ids, and the targets (-100: none)
 
 
-def collate(samples: list[Sample]) -> dict[str, Tensor]:
-    """Stack, padding tokens[4, L] to the longest row (branch -1 sees nothing but itself)."""
-    longest = max(s["tokens"].shape[1] for s in samples)
-    tokens = np.zeros((len(samples), 4, longest), np.int64)
-    tokens[:, 1], tokens[:, 3] = -1, -100
-    for row, s in zip(tokens, samples, strict=True):
-        row[:, : s["tokens"].shape[1]] = s["tokens"]
-    names = ("pixels", "cells", "facts")
-    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in names}
-    return batch | {"tokens": torch.from_numpy(tokens)}
+def talk(one: Scene, rng: Random) -> list[Turn]:
+    """One question, or up to three different ones in turn; one about what is unknown."""
+    fair = list(answers(one))
+    table = TEXT_WEIGHTS if one.text else SHAPE_WEIGHTS
+    chosen: list[str] = []
+    turns = 1 if one.kind == "unknown" else rng.choices((1, 2, 3), TURNS)[0]
+    for _ in range(turns):
+        left = [category for category in fair if category not in chosen]
+        chosen += rng.choices(left, [table.get(category, 1.0) for category in left]) if left else []
+    return [(*phrase(category, one, rng), one.text) for category in chosen]
 
 
-def question_batches(
-    prompter: Prompter, stage: str, start: int, size: int, count: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of `size` pictures with `count` questions each, drawn by a background process."""
-    data = Questions(prompter, stage, start, count)
-    loader = DataLoader(
-        data, size, num_workers=1, prefetch_factor=4, collate_fn=collate, worker_init_fn=yielding
-    )
-    return iter(loader)
+def row(turns: Sequence[Turn], pictures: int, prompter: Prompter) -> Row:
+    """A talk about pictures."""
+    ids = list(prompter.before)
+    for number in range(pictures):
+        ids += prompter.ids("\n") * (number > 0) + [0] * VISUAL
+    targets = [-100] * (len(ids) - 1)
+    for number, (question, answer, text) in enumerate(turns):
+        ask = prompter.again(question) if number else prompter.after(question)
+        say = prompter.spelled(answer, text)
+        ids += ask + say
+        targets += [-100] * len(ask) + say
+    return ids[:-1], targets
+
+
+def talk_row(one: Scene, rng: Random, prompter: Prompter) -> Row:
+    """A talk about a scene; about a page of small print nothing is asked."""
+    if one.kind == "page":
+        ids = [*prompter.before, *[0] * VISUAL]
+        return ids, [-100] * len(ids)
+    return row(talk(one, rng), 1, prompter)
+
+
+def said_of_pair(said: str, rng: Random, prompter: Prompter) -> Row:
+    """The row of a pair; the texts in the answer are spelled too."""
+    ids, targets = row([(rng.choice(ASKED), "", "")], 2, prompter)
+    say: list[int] = []
+    for number, part in enumerate(said.split('"')):
+        quote = prompter.ids('"') * (number > 0)
+        spelled = [i for char in part for i in prompter.ids(char)]
+        say += quote + (spelled if number % 2 else prompter.ids(part))
+    say.append(prompter.end)
+    return ids + say[:-1], targets[:-1] + say
+
+
+def padded_rows(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """ids[B, L] and targets[B, L] of rows of unequal length."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = [ids + [0] * (longest - len(ids)) for ids, _ in rows]
+    targets = [t + [-100] * (longest - len(t)) for _, t in rows]
+    return torch.tensor(ids), torch.tensor(targets)
+
+
+def embedded(model: DemoModel, features: Tensor, ids: Tensor, start: int) -> Tensor:
+    """Embeddings of ids[B, L] with the visual tokens of features[B, pictures, C, 4, 4]."""
+    text = model.model.embed_tokens(ids)
+    parts, place = [text[:, :start]], start
+    for number in range(features.shape[1]):
+        if number:
+            parts.append(text[:, place : place + 1])  # the line break between two pictures
+            place += 1
+        parts.append(model.connect(features[:, number]))
+        place += VISUAL
+    return torch.cat([*parts, text[:, place:]], 1)
 
 
 def answer_loss(
     model: DemoModel, features: Tensor, batch: dict[str, Tensor], start: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss over the answers' tokens, and the share of tokens that are right."""
-    ids, branch, positions, targets = batch["tokens"].unbind(1)
+    """Mean loss over the answers' tokens, and the share of tokens that are right.
+
+    features[B, pictures, C, 4, 4].
+    """
+    ids, targets = batch["ids"], batch["targets"]
     L = ids.shape[1]
-    causal = torch.ones(L, L, dtype=torch.bool).tril()
-    same = branch[:, :, None] == branch[:, None, :]
-    mask = causal & (same | (branch[:, None, :] == 0))
-    embeddings = model.merge(model.connect(features), ids, start)
-    hidden = model.decode(embeddings, positions.float(), mask[:, None])
+    mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
+    hidden = model.decode(
+        embedded(model, features, ids, start), torch.arange(L)[None].float(), mask
+    )
     asked = targets >= 0
     logits = model.logits(hidden[asked])
-    loss = F.cross_entropy(logits, targets[asked])
-    return loss, (logits.argmax(1) == targets[asked]).float().mean()
+    right = (logits.argmax(1) == targets[asked]).float().mean()
+    return F.cross_entropy(logits, targets[asked]), right
 
 
 def say(model: DemoModel, prompter: Prompter, visual: Tensor, question: str, most: int = 40) -> str:
@@ -109,22 +120,30 @@ def say(model: DemoModel, prompter: Prompter, visual: Tensor, question: str, mos
     return prompter.tokenizer.decode(out)
 
 
-def exact_match(model: DemoModel, prompter: Prompter, scenes: int) -> dict[str, float]:
-    """Share of held-out questions per category that are answered exactly, greedy."""
+def category_of(category: str, one: Scene) -> str:
+    """The row of a table that a question about a scene counts in."""
+    if one.kind == "unknown":
+        return "decline"
+    if category != "read":
+        return category
+    if not one.text:
+        return "no text"
+    return "read short" if len(one.text) < 7 else "read long"
+
+
+@torch.no_grad()
+def exact_match(
+    model: DemoModel, prompter: Prompter, scenes: Sequence[tuple[Scene, Tensor]]
+) -> dict[str, float]:
+    """Share of questions per category that are answered exactly, greedy, about scenes and their
+    pixels[3, 256, 256]."""
     model.eval()
     right: dict[str, list[bool]] = {}
-    for index in range(scenes):
-        seed, kind = f"held-out-{index}", KINDS[index % len(KINDS)]
-        one = asked_scene(seed) if index % 2 else scene(seed, kind)
-        rng = Random(f"{seed}-questions")
-        with torch.no_grad():
-            pixels = torch.from_numpy(pixels_of(draw(one, drawn_at(seed))))[None]
-            visual = model.connect(model.tower(to_float(pixels))[0])
+    for index, (one, pixels) in enumerate(scenes):
+        rng = Random(f"exact-{index}")
+        visual = model.connect(model.tower(pixels[None])[0])
         for category in answers(one):
             question, answer = phrase(category, one, rng)
-            name = "no text" if category == "read" and not one.text else category
-            if category == "read" and one.text:
-                name = "read short" if len(one.text) < 7 else "read long"
-            name = "decline" if one.kind == "unknown" else name
-            right.setdefault(name, []).append(say(model, prompter, visual, question) == answer)
+            hit = say(model, prompter, visual, question) == answer
+            right.setdefault(category_of(category, one), []).append(hit)
     return {name: sum(hits) / len(hits) for name, hits in sorted(right.items())}

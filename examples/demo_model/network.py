@@ -1,8 +1,12 @@
 """The demo model in PyTorch, un-fused: FastViTHD, a two-layer connector and a Qwen2 decoder.
 
-pixels[B, 3, 128, 128] in [0, 1] -> vision tower -> features[B, 4, 768] -> connector
--> visual tokens[B, 4, H] -> decoder -> logits. Attribute names are the checkpoint's names
+pixels[B, 3, 256, 256] in [0, 1] -> vision tower -> features[B, 16, 768] -> connector
+-> visual tokens[B, 16, H] -> decoder -> logits. Attribute names are the checkpoint's names
 (Apple's train-time layout), so a state dict is the checkpoint.
+
+While BatchNorm collects statistics the branches are computed one by one. Where its statistics
+stand (`fix_statistics`, or evaluation) a block's branches are merged into one convolution first,
+with gradients: the same values in half the time.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ class Shape:
     layers: tuple[int, ...] = (1, 2, 4, 2, 1)
     mlp_ratio: int = 4
     layer_scale: float = 0.5
-    image_size: int = 128
+    image_size: int = 256
     hidden: int = 256
     intermediate: int = 512
     decoder_layers: int = 3
@@ -36,22 +40,56 @@ class Shape:
     def vision_dim(self) -> int:
         return 2 * self.dims[-1]
 
+    @property
+    def visual(self) -> int:
+        """Visual tokens of a picture."""
+        return (self.image_size // 64) ** 2
+
+
+Kernel = tuple[Tensor, Tensor | None]  # weight[out, in / groups, k, k] and bias[out]
+
+
+def convolve(x: Tensor, kernel: Kernel, stride: int, groups: int) -> Tensor:
+    """A padded convolution in the form that is fastest on a CPU with channels-last pixels."""
+    weight, bias = kernel
+    size = weight.shape[-1]
+    if size == 1 and groups == 1:
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if groups > 1 and len(weight) == 2 * x.shape[1]:
+        halves = [
+            F.conv2d(x, weight[i::2], None, stride, size // 2, 1, groups).permute(0, 2, 3, 1)
+            for i in (0, 1)
+        ]
+        y = torch.stack(halves, -1).flatten(3)  # channel 2i+j is output j of group i
+        return (y if bias is None else y + bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride, size // 2, 1, groups)
+
+
+def affine(bn: nn.BatchNorm2d) -> Kernel:
+    """Factor and bias of a BatchNorm whose statistics stand."""
+    factor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    return factor, bn.bias - bn.running_mean * factor
+
+
+def enlarged(weight: Tensor, size: int) -> Tensor:
+    """A kernel with a rim of zeros."""
+    return F.pad(weight, [(size - weight.shape[-1]) // 2] * 4)
+
+
+def pass_through(like: Tensor, groups: int) -> Tensor:
+    """The kernel, of the shape of `like`, that changes nothing."""
+    same = torch.zeros(like.shape)
+    channel = torch.arange(len(like))
+    middle = like.shape[-1] // 2
+    same[channel, channel % like.shape[1] if groups == 1 else 0, middle, middle] = 1
+    return same
+
 
 class Conv(nn.Conv2d):
-    """Conv2d in the form that is fastest on a CPU with channels-last pixels; same values."""
+    """Conv2d in the form that is fastest on a CPU; same values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1) and self.groups == 1:
-            y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
-            return y.permute(0, 3, 1, 2)
-        if self.groups > 1 and self.out_channels == 2 * self.in_channels:
-            halves = [
-                F.conv2d(x, w, None, self.stride, self.padding, 1, self.groups)
-                for w in (self.weight[0::2], self.weight[1::2])
-            ]
-            y = torch.stack([half.permute(0, 2, 3, 1) for half in halves], -1)
-            return y.flatten(3).permute(0, 3, 1, 2)  # channel 2i+j is output j of group i
-        return super().forward(x)
+        return convolve(x, (self.weight, self.bias), self.stride[0], self.groups)
 
 
 class ConvBN(nn.Module):
@@ -62,8 +100,27 @@ class ConvBN(nn.Module):
         self.conv = Conv(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(cout)
 
+    def merged(self) -> Kernel:
+        factor, bias = affine(self.bn)
+        return self.conv.weight * factor.view(-1, 1, 1, 1), bias
+
     def forward(self, x: Tensor) -> Tensor:
+        if not self.bn.training:
+            return convolve(x, self.merged(), self.conv.stride[0], self.conv.groups)
         return self.bn(self.conv(x))
+
+
+def summed(branches: list[ConvBN], skip: nn.BatchNorm2d | None) -> Kernel:
+    """One kernel for branches that are added; all their BatchNorms' statistics stand."""
+    weight, bias = branches[0].merged()
+    for branch in branches[1:]:
+        more, more_bias = branch.merged()
+        weight, bias = weight + enlarged(more, weight.shape[-1]), bias + more_bias
+    if skip is not None:
+        factor, more_bias = affine(skip)
+        same = pass_through(weight, branches[0].conv.groups)
+        weight, bias = weight + same * factor.view(-1, 1, 1, 1), bias + more_bias
+    return weight, bias
 
 
 class SqueezeExcite(nn.Module):
@@ -92,9 +149,17 @@ class MobileOne(nn.Module):
         self.act = nn.GELU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = [*self.rbr_conv, self.rbr_scale, self.rbr_skip]
-        y = sum(branch(x) for branch in branches if branch is not None)
+        if self.rbr_conv and not self.rbr_conv[0].bn.training:
+            first = self.rbr_conv[0].conv
+            y = convolve(x, self.merged(), first.stride[0], first.groups)
+        else:
+            branches = [*self.rbr_conv, self.rbr_scale, self.rbr_skip]
+            y = sum(branch(x) for branch in branches if branch is not None)
         return self.act(self.se(y))
+
+    def merged(self) -> Kernel:
+        scale = [] if self.rbr_scale is None else [self.rbr_scale]
+        return summed([*self.rbr_conv, *scale], self.rbr_skip)
 
 
 class RepMixer(nn.Module):
@@ -107,7 +172,15 @@ class RepMixer(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), init))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+        norm = self.norm.rbr_skip
+        assert norm is not None
+        if norm.training:
+            return x + self.layer_scale * (self.mixer(x) - self.norm(x))
+        weight, bias = self.mixer.merged()
+        factor, less = affine(norm)
+        same, scale = pass_through(weight, len(weight)), self.layer_scale.unsqueeze(-1)
+        weight = same + scale * (weight - same * factor.view(-1, 1, 1, 1))
+        return convolve(x, (weight, scale.flatten() * (bias - less)), 1, len(weight))
 
 
 class ConvFFN(nn.Module):
@@ -175,7 +248,10 @@ class LargeKernel(nn.Module):
         self.small_conv = ConvBN(cin, cout, 3, 2, groups=cin)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.lkb_origin(x) + self.small_conv(x))
+        if self.lkb_origin.bn.training:
+            return F.gelu(self.lkb_origin(x) + self.small_conv(x))
+        kernel = summed([self.lkb_origin, self.small_conv], None)
+        return F.gelu(convolve(x, kernel, 2, x.shape[1]))
 
 
 class PatchEmbed(nn.Module):
@@ -230,3 +306,9 @@ class VisionTower(nn.Module):
             if i == 4:
                 middle = x
         return self.conv_exp(x), middle
+
+    def fix_statistics(self) -> None:
+        """Let every BatchNorm's statistics stand; `train()` would set them moving again."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()

@@ -26,7 +26,7 @@ def test_training_begins_where_the_bundled_model_is():
 
     from mlx_vlm_edge import load
 
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
     ours = DemoModel(Shape())
     start.begin(DEMO, ours, pixels)
@@ -130,19 +130,93 @@ def test_a_stage_by_the_clock_goes_on_where_it_was_stopped(monkeypatch, tmp_path
     assert second.over
 
 
-def test_a_picture_seen_again_has_other_colours_that_are_not_asked():
-    from vision import NEVER, ORDERS, twice
+def a_text(text, boxes, **rest):
+    """A scene with `text` in the boxes of its characters; a space has none."""
+    from draw import Mark, Scene
 
-    drawn = {
-        "pixels": torch.arange(2 * 3).view(1, 1, 2, 3),
-        "cells": torch.ones(1, 2, 16, 16, dtype=torch.long),
-        "facts": torch.arange(19)[None],
-    }
-    once, again = list(twice(iter([drawn]), 0))
-    assert once is drawn
-    assert again["pixels"][0, 0, 0].tolist() in ORDERS
-    assert again["facts"][0].tolist() == [NEVER, NEVER, *range(2, 19)]
-    assert torch.equal(again["cells"], drawn["cells"])
+    numbered = [(i, c) for i, c in enumerate(text, 1) if c != " "]
+    marks = tuple(Mark(c, box, i) for (i, c), box in zip(numbered, boxes, strict=True))
+    return Scene("text", "red", "white", (255, 0, 0), (255, 255, 255), marks, text=text, **rest)
+
+
+def test_the_tokens_hold_the_text_in_the_order_it_is_read():
+    """Each character is asked of the token whose square has its centre, a space before the next."""
+    from vision import CHARACTERS, held, read
+
+    boxes = [(0.1, 0.1, 0.2, 0.2), (0.2, 0.1, 0.28, 0.2), (0.6, 0.6, 0.7, 0.7)]
+    table = held(a_text("Ab c", boxes))
+    assert table[:, 0].tolist() == [1, *[0] * 9, 4, *[0] * 5]
+    said = [[CHARACTERS[c - 1] for c in row if c] for row in table[[0, 10], 1:]]
+    assert said == [["A", "b"], [" ", "c"]]
+    as_tensor = torch.from_numpy(table)[None]
+    assert read(as_tensor[..., 0], as_tensor[..., 1:]) == ["Ab c"]
+    # A low picture is padded: the same box lies a quarter of the side further down.
+    low = held(a_text("Ab c", [(0.1, 0.0, 0.2, 0.1)] * 3, height=0.5))
+    assert low[:, 0].tolist() == [0] * 4 + [1] + [0] * 11
+
+
+def test_merged_branches_give_what_the_branches_give():
+    """The same features, and the same gradients of every parameter."""
+    from network import ConvBN, LargeKernel, MobileOne, RepMixer
+
+    def one_by_one(block, x):
+        if isinstance(block, ConvBN):
+            return block.bn(block.conv(x))
+        if isinstance(block, RepMixer):
+            mixed = one_by_one(block.mixer, x) - block.norm.rbr_skip(x)
+            return x + block.layer_scale * mixed
+        if isinstance(block, LargeKernel):
+            both = one_by_one(block.lkb_origin, x) + one_by_one(block.small_conv, x)
+            return torch.nn.functional.gelu(both)
+        y = sum(one_by_one(branch, x) for branch in (*block.rbr_conv, block.rbr_scale) if branch)
+        return block.act(block.se(y if block.rbr_skip is None else y + block.rbr_skip(x)))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 8, 8)
+    for block in (
+        RepMixer(32, 0.5), MobileOne(32, 32, 3, 2, groups=32), MobileOne(32, 32, 1),
+        LargeKernel(32, 64), MobileOne(32, 64, 3, groups=32, se=True), ConvBN(32, 32, 7, groups=32),
+    ):  # fmt: skip
+        for norm in block.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                for value in (norm.weight, norm.bias, norm.running_mean):
+                    torch.nn.init.normal_(value)
+                torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+                norm.eval()
+        want, got = one_by_one(block, x), block(x)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        direction, values = torch.randn_like(want), list(block.parameters())
+        merged, apart = (torch.autograd.grad((y * direction).sum(), values) for y in (got, want))
+        torch.testing.assert_close(merged, apart, atol=2e-4, rtol=1e-4)
+
+
+def test_a_picture_seen_again_is_asked_by_its_new_colours():
+    from colours import name
+    from pictures import recoloured
+
+    one = a_text("A", [(0.4, 0.4, 0.6, 0.6)])
+    other = recoloured(one, [2, 1, 0])
+    assert (other.colour, other.background) == ("blue", "white")
+    assert (other.colour_rgb, other.background_rgb) == ((0, 0, 255), (255, 255, 255))
+    assert recoloured(one, [1, 0, 2]).colour == name((0, 255, 0)) == "green"
+
+
+def test_a_row_asks_for_its_answers_and_no_more():
+    """The targets are the next tokens, and only of what the model says."""
+    from language import VISUAL, row
+    from prompts import Prompter
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    turns = [("What does it say?", "HELLO", "HELLO"), ("What color is it?", "red", "HELLO")]
+    ids, targets = row(turns, 1, prompter)
+    assert len(ids) == len(targets)
+    said = [i for i, target in enumerate(targets) if target >= 0]
+    assert all(targets[i] == ids[i + 1] for i in said[:-1] if ids[i + 1 : i + 2])
+    text = prompter.tokenizer.decode([targets[i] for i in said], skip_special_tokens=False)
+    assert text == "HELLO<|im_end|>red<|im_end|>"
+    start = len(prompter.before)
+    assert ids[start : start + VISUAL] == [0] * VISUAL
 
 
 def test_a_talk_asks_three_different_things(monkeypatch):

@@ -1,0 +1,147 @@
+"""The pictures of the training: drawn without end, each with its labels and a talk about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+import colours
+import numpy as np
+import plain
+import torch
+from changes import pair
+from draw import Mark, Scene, asked_scene, scene
+from language import Prompter, Row, padded_rows, said_of_pair, talk_row
+from PIL import Image
+from render import draw, padded
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from vision import SIDE, labels
+
+SMALLEST, LARGEST = 96, 512  # pixels of the longer side that pictures are drawn at
+LEGIBLE = 13  # pixels of an em, at least
+OWN_SIDE = 0.5  # share that is drawn at the model's own side
+PLAIN_OF_EIGHT = 2  # so many of eight pictures are plain ones
+WAITING = 400  # pictures that wait to be seen again
+ORDERS = [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]  # of red, green and blue
+Sample = dict[str, np.ndarray | Row]
+Batch = dict[str, Tensor]
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """uint8[256, 256, 3] of a picture, padded and resized as the runtime does."""
+    square = padded(image)
+    if square.width != SIDE:
+        square = square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.array(square, np.uint8)
+
+
+def drawn_at(seed: int | str, em: float = 1.0) -> int:
+    """The longer side of the picture of a seed, in pixels; print of `em` stays legible."""
+    rng = Random(f"{seed}-size")
+    side = SIDE if rng.random() < OWN_SIDE else rng.randint(SMALLEST, LARGEST)
+    return max(side, min(LARGEST, round(LEGIBLE / em)))
+
+
+def labelled(flat: plain.Scene) -> Scene:
+    """A plain scene as one of the wider drawings, for its labels."""
+    marks = tuple(
+        Mark(mark.label, mark.box, number if flat.text else 0)
+        for number, mark in enumerate(flat.marks, 1)
+    )
+    return Scene(
+        flat.kind, flat.colour, flat.background, flat.colour_rgb, flat.background_rgb, marks,
+        shape=flat.shape, place=flat.place, text=flat.text,
+    )  # fmt: skip
+
+
+def drawn(seed: str, number: int) -> tuple[Scene, np.ndarray]:
+    """Picture `number` of the training and its scene."""
+    if number % 8 < PLAIN_OF_EIGHT:
+        flat = plain.reading_scene(seed) if number % 3 else plain.scene(seed)
+        return labelled(flat), pixels_of(plain.draw(flat, drawn_at(seed, flat.em or 1.0)))
+    one = scene(seed) if number % 2 else asked_scene(seed)
+    em = min((line.em for line in one.lines), default=1.0)
+    return one, pixels_of(draw(one, drawn_at(seed, em)))
+
+
+def recoloured(one: Scene, order: list[int]) -> Scene:
+    """The scene with its colour channels in another order, and what its colours are called then."""
+
+    def turned(rgb: colours.RGB) -> colours.RGB:
+        return rgb[order[0]], rgb[order[1]], rgb[order[2]]
+
+    colour, ground = turned(one.colour_rgb), turned(one.background_rgb)
+    named = one.look.backdrop == "plain"
+    return replace(
+        one, colour_rgb=colour, colour=colours.name(colour) if one.marks else "",
+        background_rgb=ground, background=colours.name(ground) if named else "",
+    )  # fmt: skip
+
+
+class Pictures(IterableDataset[Sample]):
+    """Scenes `name-start`, `name-(start+1)`, ...; each is seen once more in other colours."""
+
+    def __init__(self, name: str, start: int, prompter: Prompter, again: bool = True) -> None:
+        self.name, self.start, self.prompter, self.again = name, start, prompter, again
+
+    def sample(self, one: Scene, pixels: np.ndarray, rng: Random) -> Sample:
+        return {"pixels": pixels, **labels(one), "row": talk_row(one, rng, self.prompter)}
+
+    def __iter__(self) -> Iterator[Sample]:
+        rng, waiting = Random(f"{self.name}-{self.start}"), []
+        index = self.start
+        while True:
+            one, pixels = drawn(f"{self.name}-{index}", index)
+            yield self.sample(one, pixels, rng)
+            index += 1
+            if not self.again:
+                continue
+            waiting.append((one, pixels))
+            if len(waiting) > WAITING:
+                place = rng.randrange(len(waiting))
+                waiting[place], waiting[-1] = waiting[-1], waiting[place]
+                one, pixels = waiting.pop()
+                order = rng.choice(ORDERS)
+                other = np.ascontiguousarray(pixels[..., order])
+                yield self.sample(recoloured(one, order), other, rng)
+
+
+class Pairs(IterableDataset[Sample]):
+    """Two pictures each, and what has changed from the first to the second."""
+
+    def __init__(self, name: str, start: int, prompter: Prompter) -> None:
+        self.name, self.start, self.prompter = name, start, prompter
+
+    def __iter__(self) -> Iterator[Sample]:
+        index = self.start
+        while True:
+            seed = f"{self.name}-pair-{index}"
+            one, other, said = pair(seed)
+            em = min((line.em for line in (*one.lines, *other.lines)), default=1.0)
+            side, rng = drawn_at(seed, em), Random(f"{seed}-asked")
+            pixels = np.stack([pixels_of(draw(scene, side)) for scene in (one, other)])
+            yield {"pixels": pixels, "row": said_of_pair(said, rng, self.prompter)}
+            index += 1
+
+
+def collate(samples: list[Sample]) -> Batch:
+    ids, targets = padded_rows([sample["row"] for sample in samples])
+    names = [name for name in samples[0] if name != "row"]
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in names}
+    return batch | {"ids": ids, "targets": targets}
+
+
+def yielding(worker: int) -> None:
+    """A drawing process lets the training go first."""
+    os.nice(5)
+
+
+def batches(data: IterableDataset[Sample], size: int, ahead: int = 12) -> Iterator[Batch]:
+    """Batches drawn by one background process."""
+    return iter(DataLoader(
+        data, size, num_workers=1, prefetch_factor=ahead, collate_fn=collate,
+        worker_init_fn=yielding,
+    ))  # fmt: skip
