@@ -11,6 +11,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "examples" / "images"
 ANSWERS = ROOT / "tests" / "golden" / "demo_answers.json"
+TOWER = json.loads((ROOT / "mlx_vlm_edge" / "demo" / "config.json").read_text())["vision_config"]
+SIDE: int = TOWER["image_size"]  # pixels
+VISUAL = (SIDE // TOWER["patch_size"]) ** 2  # visual tokens of a picture
 
 
 class Known(NamedTuple):

@@ -9,7 +9,7 @@ import mlx_vlm_edge
 from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.cli import main
 
-from .demo import IMAGES, KNOWN, ROOT, known
+from .demo import IMAGES, KNOWN, ROOT, VISUAL, known
 
 DEMO = Path(mlx_vlm_edge.__file__).parent / "demo"
 FEW = KNOWN[::5]
@@ -70,7 +70,7 @@ def test_json(ask):
     whole = json.loads(ask(row, "--json"))
     assert whole["text"] == row.answer
     assert whole["finish_reason"] == "stop"
-    assert whole["visual_tokens"] == 4
+    assert whole["visual_tokens"] == VISUAL
 
 
 def test_a_question_as_a_chat_message(demo):

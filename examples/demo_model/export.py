@@ -93,7 +93,7 @@ def reference(model: DemoModel, prompter: Prompter, path: Path) -> None:
     top = (width - height) // 2
     square[top : top + height] = image
     pixels = to_float(torch.from_numpy(pixels_of(Image.fromarray(square)))[None])
-    features, middle = model.tower(pixels)
+    features, (middle, _) = model.tower(pixels)
     visual = model.connect(features)
     before, after = prompter.before, prompter.after("What does it say?")
     ids = torch.tensor([before + [0] * model.shape.visual + after])

@@ -46,6 +46,7 @@ class Shape:
         return (self.image_size // 64) ** 2
 
 
+SUPERVISED = (4, 7)  # stages 3 and 4 in `network`
 Kernel = tuple[Tensor, Tensor | None]  # weight[out, in / groups, k, k] and bias[out]
 
 
@@ -277,7 +278,8 @@ class RepCPE(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """FastViTHD; returns conv_exp's map and the stride-16 map that is supervised in training."""
+    """FastViTHD; returns conv_exp's map, and the stride-16 and stride-32 maps that training
+    supervises too."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -299,13 +301,13 @@ class VisionTower(nn.Module):
         self.network = nn.ModuleList(network)
         self.conv_exp = MobileOne(dims[-1], 2 * dims[-1], 3, groups=dims[-1], se=True)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.patch_embed(pixels)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, maps = self.patch_embed(pixels), []
         for i, layer in enumerate(self.network):
             x = layer(x)
-            if i == 4:
-                middle = x
-        return self.conv_exp(x), middle
+            if i in SUPERVISED:
+                maps.append(x)
+        return self.conv_exp(x), tuple(maps)
 
     def fix_statistics(self) -> None:
         """Let every BatchNorm's statistics stand; `train()` would set them moving again."""

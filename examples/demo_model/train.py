@@ -67,8 +67,8 @@ class Training:
         self.run.update(loss, {"pairs": loss.item(), "same": right.item()})
 
     def step_of_pictures(self, batch: Batch, talking: bool) -> None:
-        features, middle = self.model.tower(to_float(batch["pixels"]))
-        parts = losses(self.heads, features, middle, batch)
+        features, maps = self.model.tower(to_float(batch["pixels"]))
+        parts = losses(self.heads, features, maps, batch)
         loss, shown = weighted(parts), {k: v.item() for k, v in parts.items()}
         if talking:
             answers, right = answer_loss(

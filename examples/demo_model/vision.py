@@ -1,12 +1,14 @@
 """What the vision tower is taught directly: labels that the drawing knows, and their heads.
 
-Attributes are read linearly from the mean of the visual tokens; from each token the characters
-whose centres lie in its square, and the number of the first of them in the text; and on the
-stride-16 map, from every 8-pixel cell, which mark covers it and which character of the text it
-is. The heads are thrown away afterwards.
+Attributes are read linearly from the mean of the visual tokens; from each token, and from each
+cell of the stride-32 map, the characters whose centres lie in its square; from the token the
+number of the first of them in the text too; and on the stride-16 map, from every 8-pixel cell,
+which mark covers it and which character of the text it is. The heads are thrown away afterwards.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 SIDE = Shape().image_size
 CELLS = SIDE // 8
 GRID = SIDE // 64  # visual tokens in a row
-HELD = 8  # characters of a token that are asked
+HELD = {GRID: 8, 2 * GRID: 4}  # characters of a token, and of a stride-32 cell, that are asked
 LABELS = {label: i + 1 for i, label in enumerate((*ALPHABET, *SHAPES))}
 HEADS = {
     "background": len(COLOURS), "colour": len(COLOURS), "shape": len(SHAPES) + 2,
@@ -29,7 +31,13 @@ HEADS = {
 TEXT, UNKNOWN = len(SHAPES), len(SHAPES) + 1  # of the shape head
 CHARACTERS = " " + ALPHABET  # of a token's slot, after 0: none
 NEVER = -100  # a class that is not asked
-WEIGHTS = {"text": 1.5, "first": 0.5, "cells": 1.0, "order": 0.7}  # of the losses; others 0.5
+WEIGHTS = {
+    "text": 1.5,
+    "parts": 1.0,
+    "first": 0.5,
+    "cells": 1.0,
+    "order": 0.5,
+}  # of the losses; others 0.5
 Labels = dict[str, np.ndarray]
 
 
@@ -57,21 +65,23 @@ def cells(scene: Scene) -> np.ndarray:
     return grid
 
 
-def held(scene: Scene) -> np.ndarray:
+def held(scene: Scene, grid: int = GRID) -> np.ndarray:
     """int64[16, 1 + 8]: of each visual token the number in the text of its first character (0:
-    it has none), then its characters, a space before the one that follows it (0: none)."""
-    table = np.zeros((GRID * GRID, 1 + HELD), np.int64)
+    it has none), then its characters, a space before the one that follows it (0: none).
+
+    With the stride-32 map's grid int64[64, 1 + 4]."""
+    table = np.zeros((grid * grid, 1 + HELD[grid]), np.int64)
     filled, before = [0] * len(table), 0
     for mark in sorted(scene.marks, key=lambda mark: mark.number):
         left, top, right, bottom = bounds(mark, scene)
-        column, row = (int(GRID * c / 2) for c in (left + right, top + bottom))
-        token = GRID * min(GRID - 1, max(0, row)) + min(GRID - 1, max(0, column))
+        column, row = (int(grid * c / 2) for c in (left + right, top + bottom))
+        token = grid * min(grid - 1, max(0, row)) + min(grid - 1, max(0, column))
         characters = [" "] * (mark.number > before + 1) + [mark.label]
         before = mark.number
         if not filled[token]:
             table[token, 0] = mark.number
         for character in characters:
-            if filled[token] < HELD:
+            if filled[token] < HELD[grid]:
                 filled[token] += 1
                 table[token, filled[token]] = CHARACTERS.index(character) + 1
     return table
@@ -92,11 +102,12 @@ def facts(scene: Scene) -> np.ndarray:
 
 def labels(scene: Scene) -> Labels:
     """All that the heads are asked about a scene."""
-    empty = np.zeros((GRID * GRID, 1 + HELD), np.int64)
+    read = scene if scene.text else replace(scene, marks=())
     return {
         "cells": cells(scene),
         "facts": facts(scene),
-        "held": held(scene) if scene.text else empty,
+        "held": held(read),
+        "parts": held(read, 2 * GRID),
     }
 
 
@@ -112,13 +123,14 @@ class Heads(nn.Module):
         super().__init__()
         self.attributes = nn.Linear(shape.vision_dim, sum(HEADS.values()))
         self.first = nn.Linear(shape.vision_dim, MAX_SLOTS + 1)
-        self.text = nn.Linear(shape.vision_dim, HELD * (len(CHARACTERS) + 1))
+        self.text = nn.Linear(shape.vision_dim, HELD[GRID] * (len(CHARACTERS) + 1))
+        self.parts = nn.Linear(shape.dims[3], HELD[2 * GRID] * (len(CHARACTERS) + 1))
         self.cells = nn.Linear(shape.dims[2], 4 * (len(LABELS) + 1 + MAX_SLOTS + 1))
 
     def forward(self, features: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits: attributes[B, .], first[B, 16, 15], text[B, 16, 8, 64], cells[B, ., 32, 32]."""
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2)
-        text = self.text(tokens).unflatten(2, (HELD, -1))
+        text = self.text(tokens).unflatten(2, (HELD[GRID], -1))
         dense = self.cells(middle.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.attributes(tokens.mean(1)), self.first(tokens), text, F.pixel_shuffle(dense, 2)
 
@@ -131,11 +143,21 @@ def balanced(logits: Tensor, target: Tensor) -> Tensor:
     return empty + loss[covered].mean() if covered.any() else empty
 
 
+def spelled(logits: Tensor, table: Tensor) -> Tensor:
+    """The loss of the characters that squares hold: logits[B, squares, slots, classes] and the
+    table of `held`; what comes after the end of a square's characters hardly counts."""
+    slots, some = table[..., 1:], table[..., :1] > 0
+    each = F.cross_entropy(logits.flatten(0, 2), slots.flatten(), reduction="none")
+    asked = torch.cat([some, (slots[..., :-1] > 0) & some], -1)  # a character, or their end
+    weight = torch.where(asked, 1.0, torch.where(some, 0.1, 0.02))
+    return 3 * (each.view(slots.shape) * weight).sum() / weight.sum()
+
+
 def losses(
-    heads: Heads, features: Tensor, middle: Tensor, batch: dict[str, Tensor]
+    heads: Heads, features: Tensor, maps: tuple[Tensor, ...], batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The loss of each kind of label."""
-    attributes, first, text, dense = heads(features, middle)
+    attributes, first, text, dense = heads(features, maps[0])
     split = attributes.split(list(HEADS.values()), 1)
     asked = (batch["facts"] >= 0).any(0).tolist()
     parts = {
@@ -145,16 +167,12 @@ def losses(
     }
     printed = batch["facts"][:, 2] == TEXT
     if printed.any():
-        table = batch["held"][printed].flatten(0, 1)
-        parts["first"] = balanced(first[printed].flatten(0, 1), table[:, 0])
-        slots = table[:, 1:]
-        each = F.cross_entropy(text[printed].flatten(0, 2), slots.flatten(), reduction="none").view(
-            slots.shape
-        )
-        some = table[:, :1] > 0
-        ended = torch.cat([some, slots[:, :-1] > 0], 1)  # a character, or the end of them
-        weight = torch.where(ended & some, 1.0, torch.where(some, 0.1, 0.02))
-        parts["text"] = 3 * (each * weight).sum() / weight.sum()
+        table = batch["held"][printed]
+        parts["first"] = balanced(first[printed].flatten(0, 1), table[..., 0].flatten())
+        parts["text"] = spelled(text[printed], table)
+        squares = maps[1][printed].permute(0, 2, 3, 1).flatten(1, 2)
+        logits = heads.parts(squares).unflatten(2, (HELD[2 * GRID], -1))
+        parts["parts"] = spelled(logits, batch["parts"][printed])
         parts["order"] = balanced(dense[printed, len(LABELS) + 1 :], batch["cells"][printed, 1])
     parts["cells"] = balanced(dense[:, : len(LABELS) + 1], batch["cells"][:, 0])
     return parts
@@ -182,7 +200,8 @@ def accuracy(
     tower.eval()
     right: dict[str, list[Tensor]] = {}
     for batch in pictures:
-        attributes, first, text, dense = heads(*tower(to_float(batch["pixels"])))
+        features, maps = tower(to_float(batch["pixels"]))
+        attributes, first, text, dense = heads(features, maps[0])
         split = attributes.split(list(HEADS.values()), 1)
         for i, (name, logits) in enumerate(zip(HEADS, split, strict=True)):
             target = batch["facts"][:, i]

@@ -16,6 +16,7 @@ from mlx_vlm_edge.cli.flags import milliseconds
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading.load import LoadOptions
 
+from ..demo import SIDE, VISUAL
 from ..picture.test_detail import page
 
 
@@ -41,10 +42,10 @@ def test_every_picture_has_its_own_size_and_it_is_told(ask, pictures):
     code, out, err = ask("--resolution", "auto", "--json", *images)
     told = json.loads(out)
     assert (code, err) == (0, "")
-    assert told["picture_sizes"] == [[128, 128], [64, 64]]
-    assert told["visual_tokens"] == 4 + 1
+    assert told["picture_sizes"] == [[SIDE, SIDE], [64, 64]]
+    assert told["visual_tokens"] == VISUAL + 1
     _, out, err = ask("--resolution", "auto", "--verbose", *images)
-    assert "images as the model sees them: 128 x 128, 64 x 64" in err
+    assert f"images as the model sees them: {SIDE} x {SIDE}, 64 x 64" in err
 
 
 def test_in_python_and_within_a_limit():
@@ -201,5 +202,5 @@ def test_bench_leaves_what_the_budget_takes(bench_file, ask, pictures, capfd):
     flags = ["--resolution", "auto", "--ttft-budget", "60s", "--json"]
     code, out, err = ask("--image", str(pictures / "page.png"), *flags)
     assert code == 0
-    assert json.loads(out)["picture_sizes"] == [[128, 128]]
-    assert err.startswith("note: up to 128 px")
+    assert json.loads(out)["picture_sizes"] == [[SIDE, SIDE]]
+    assert err.startswith(f"note: up to {SIDE} px")

@@ -16,7 +16,7 @@ from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 
-from ..demo import IMAGES, ROOT, known
+from ..demo import IMAGES, ROOT, SIDE, known
 from .conftest import SCRIPT
 
 ASKED = [("shapes.png", "Describe the image."), ("text.png", "What does it say?")]
@@ -68,21 +68,25 @@ def test_a_bundle_of_two_sizes_contexts_and_a_prompt_cache(export, example, demo
     decoder goes on behind the ids that the bundle knows."""
     from mlx_vlm_edge_convert.coreml.part import Options
 
-    options = Options(size=(128, 128), more_sizes=((192, 192),), context=64, more_contexts=(128,))
+    options = Options(
+        size=(SIDE, SIDE), more_sizes=((128, 128),), context=128, more_contexts=(192,)
+    )
     folder = export("demo", tmp_path / "out", options=options)
     picture, question = "text.png", "Describe the image."
-    large = (load("demo", dtype="float32", resolution=192), {"image_size": "192"})
-    for model, wanted in ((demo, {}), large, (demo, {"visual_tokens": 8, "context": 65})):
+    small = load("demo", dtype="float32", resolution=128)
+    for model, wanted in (
+        (demo, {}), (small, {"image_size": "128"}), (small, {"visual_tokens": 8, "context": 129}),
+    ):  # fmt: skip
         bundle = example.Bundle(folder, lambda name: Package(folder / name), **wanted)
         expected = answer(model, picture, question)
         assert list(bundle.answer(IMAGES / picture, question, 24)) == expected
         assert bundle.decoder.begin(bundle.before) == len(bundle.before) > 9
-        if "context" in wanted:  # beyond the 64 of the first
-            bundle.decoder.prefill(np.repeat(bundle.decoder.embed([0]), 80, 0))
-    with pytest.raises(UsageError, match="pictures of 128x128, 192x192, not of 99"):
+        if "context" in wanted:  # beyond the 128 of the first
+            bundle.decoder.prefill(np.repeat(bundle.decoder.embed([0]), 144, 0))
+    with pytest.raises(UsageError, match=f"pictures of {SIDE}x{SIDE}, 128x128, not of 99"):
         example.Bundle(folder, lambda name: Package(folder / name), "99")
-    with pytest.raises(UsageError, match="contexts of 64 and 128, none of 129"):
-        example.Bundle(folder, lambda name: Package(folder / name), context=129)
+    with pytest.raises(UsageError, match="contexts of 128 and 192, none of 193"):
+        example.Bundle(folder, lambda name: Package(folder / name), context=193)
 
 
 def test_the_prompt_is_that_of_mlx(bundle, demo):

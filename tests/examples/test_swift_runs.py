@@ -21,7 +21,7 @@ from mlx_vlm_edge.picture.rgb import upright
 from mlx_vlm_edge.text.guard import GUARD
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
-from ..demo import IMAGES, ROOT
+from ..demo import IMAGES, ROOT, VISUAL
 from ..text.test_real_tokenizers import NPM, texts
 from .swift_build import STRICT, SWIFT, package
 from .swift_link import ORIENTATION, Link
@@ -216,7 +216,7 @@ def test_two_pictures_and_instructions_are_mlxs_greedy_ids(tools, ask, demo_bund
     )  # fmt: skip
     expected = [ids for ids, _ in mlx_answers(names, questions, system=system)]
     assert [answer["report"]["tokens"] for answer in said] == expected
-    assert said[0]["report"]["visualTokens"] == 8
+    assert said[0]["report"]["visualTokens"] == 2 * VISUAL
     assert [package for package, _ in link.calls].count("vision.mlpackage") == 2
 
 
@@ -240,7 +240,7 @@ def test_a_session_is_broken_off_undone_stopped_and_unloaded(tools, checks, demo
     assert told["again"] == first
     assert told["loading"] == ["0/3", "1/3", "2/3", "3/3"]
     assert told["memory"]["decoder.mlpackage"] > 100_000
-    assert told["pictures"] == 4 * 256 * 2
+    assert told["pictures"] == VISUAL * 256 * 2
     # What was said until it was broken off stays, and the next question goes on behind it.
     assert told["broken"]["finish"] == ""
     assert first["text"].startswith(told["broken"]["text"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
-from ..demo import IMAGES
+from ..demo import IMAGES, SIDE
 from .swift_link import Link
 from .swift_session import MOST, QUESTIONS, answers, mlx_answers
 
@@ -169,7 +169,7 @@ def asked(tools, program, bundle, folder, *words):
 def test_a_size_and_a_context_of_several(tools, ask, exported, tmp_path):
     """A session loads the functions of what it was told, and is what a bundle of these alone is."""
     both = exported(
-        size=(128, 128), more_sizes=((192, 192),), context=128, more_contexts=(512,)
+        size=(SIDE, SIDE), more_sizes=((192, 192),), context=128, more_contexts=(512,)
     )  # fmt: skip
     alone = exported(size=(192, 192), context=512)
     chosen = ["--size", "192", "--context", "512"]
@@ -190,7 +190,7 @@ def test_a_size_and_a_context_of_several(tools, ask, exported, tmp_path):
     link = Link(tools, both, tmp_path)
     for words, message in (
         (["--context", "7"], "no context of 7; choose one of its own: 128, 512"),
-        (["--size", "7"], "no pictures 7 pixels wide; choose one of its widths: 128, 192"),
+        (["--size", "7"], f"no pictures 7 pixels wide; choose one of its widths: {SIDE}, 192"),
     ):
         done = link.run(ask, str(both), SHAPES, QUESTIONS[0], *words)
         assert (done.returncode, link.loads) == (2, [])

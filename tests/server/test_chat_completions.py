@@ -12,7 +12,7 @@ from mlx_vlm_edge.server.app import Served
 from mlx_vlm_edge.server.limits import Limits
 from mlx_vlm_edge.server.openai import make_options
 
-from ..demo import IMAGES, KNOWN
+from ..demo import IMAGES, KNOWN, VISUAL
 from .conftest import data_url, question, running
 
 SHORT = {"max_tokens": 4}
@@ -41,7 +41,7 @@ def test_the_known_answers(client, row):
     assert body["choices"][0]["finish_reason"] == "stop"
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert usage["prompt_tokens_details"]["visual_tokens"] == 4
+    assert usage["prompt_tokens_details"]["visual_tokens"] == VISUAL
 
 
 def test_a_stream_says_the_same_in_pieces(ask):
@@ -84,7 +84,7 @@ def test_pictures_in_any_turn_of_the_user(client):
         question("And these two?", data_url("hello.png"), data_url("shapes.png")),
     ]
     body = client.post("/v1/chat/completions", json={"messages": messages, **SHORT}).json()
-    assert body["usage"]["prompt_tokens_details"]["visual_tokens"] == 12
+    assert body["usage"]["prompt_tokens_details"]["visual_tokens"] == 3 * VISUAL
 
 
 @pytest.mark.parametrize("stop", [" background", ["never said", " on"]])
@@ -359,16 +359,16 @@ def test_fewer_visual_tokens_of_a_picture(ask, client):
     def counted(**fields):
         return ask(**SHORT, **fields).json()["usage"]["prompt_tokens_details"]["visual_tokens"]
 
-    assert counted() == 4
+    assert counted() == VISUAL
     assert counted(visual_tokens=2) == counted(visual_tokens=2.0) == 2
-    assert (counted(visual_tokens=1), counted(visual_tokens=1.0)) == (1, 4)
-    assert counted(visual_tokens=0.25, token_method="random") == 1
+    assert (counted(visual_tokens=1), counted(visual_tokens=1.0)) == (1, VISUAL)
+    assert counted(visual_tokens=0.25, token_method="random") == VISUAL // 4
     for fields, message in (
         ({"visual_tokens": 0}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": 1.5}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": "many"}, "visual_tokens: give a whole number of at least 1"),
         ({"visual_tokens": True}, "visual_tokens: give a whole number of at least 1"),
-        ({"visual_tokens": 5}, "visual tokens 5: the picture has 4 and no more"),
+        ({"visual_tokens": 99}, f"visual tokens 99: the picture has {VISUAL} and no more"),
         ({"token_method": "pool"}, "token_method needs visual_tokens"),
         ({"visual_tokens": 2, "token_method": "visionzip"}, "is not defined for this model"),
     ):
@@ -383,4 +383,4 @@ def test_fewer_visual_tokens_of_a_picture(ask, client):
         client.post("/v1/messages/count_tokens", json={"messages": messages, **fields}).json()
         for fields in ({}, {"visual_tokens": 1})
     ]
-    assert counts[0]["input_tokens"] - counts[1]["input_tokens"] == 3
+    assert counts[0]["input_tokens"] - counts[1]["input_tokens"] == VISUAL - 1

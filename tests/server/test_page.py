@@ -14,7 +14,7 @@ import pytest
 from mlx_vlm_edge.generation.engine import Engine
 from mlx_vlm_edge.server.app import Served
 
-from ..demo import IMAGES, known
+from ..demo import IMAGES, VISUAL, known
 from .conftest import running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="make test-page installs playwright")
@@ -104,7 +104,7 @@ def test_a_question_about_a_picture_and_another(page):
     page.get_by_role("button", name="Retry").wait_for()
     assert answers(page).first.locator(".text").inner_text() == DESCRIBE.answer
     facts = answers(page).first.locator(".facts").inner_text()
-    assert "4 visual tokens" in facts
+    assert f"{VISUAL} visual tokens" in facts
     assert "first token after" in facts
     assert "Vision" in answers(page).first.locator(".legend").inner_text() or "known" in facts
     ask(page, "What color is it?")

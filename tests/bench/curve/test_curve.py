@@ -12,6 +12,8 @@ from mlx_vlm_edge import generate, load
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.picture.token_budget import TokenBudget
 
+from ...demo import VISUAL
+
 QUESTION = "What is this?"
 
 
@@ -103,7 +105,7 @@ def test_the_command_writes_record_and_page(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     points = json.loads(record.read_text())["points"]
     assert [(p["label"], p["visual_tokens"]) for p in points[:4]] == [
-        ("all tokens", 4), ("divprune", 2), ("random", 2), ("pool", 2)
+        ("all tokens", VISUAL), ("divprune", 2), ("random", 2), ("pool", 2)
     ]  # fmt: skip
     assert (points[0]["top1"], points[0]["kl"]) == (1.0, 0.0)
     assert all(p["kl"] > 0 for p in points[1:4])
@@ -131,7 +133,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_curve_is_measured(
     [
         (["--visual-tokens", "0"], "visual tokens 0: give a whole number"),
         (["--visual-tokens", "many"], "visual tokens 'many': give a number"),
-        (["--visual-tokens", "5"], "visual tokens 5: the picture has 4"),
+        (["--visual-tokens", "99"], f"visual tokens 99: the picture has {VISUAL}"),
         (["--visual-tokens", "2", "--token-method", "best"], "'best' is not one of"),
         (["--visual-tokens", "2", "--token-method", "visionzip"], "is not defined for this model"),
         (["--visual-tokens", "2", "--energy"], "--energy is not for --visual-tokens"),

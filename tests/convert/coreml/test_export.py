@@ -22,6 +22,7 @@ from mlx_vlm_edge import load
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 
+from ...demo import SIDE
 from ...reference import tokenizer as tiny
 from . import planted, schema
 
@@ -59,7 +60,8 @@ def test_the_bundle_is_what_its_manifest_says(bundle):
     assert content["preprocessing"]["strategy"] == "pad"
     tower = content["parts"]["vision"]
     (taken,) = tower["functions"]["main"]["inputs"]
-    assert taken == {"name": "image", "kind": "tensor", "dtype": "fp16", "shape": [1, 3, 128, 128]}
+    shape = [1, 3, SIDE, SIDE]
+    assert taken == {"name": "image", "kind": "tensor", "dtype": "fp16", "shape": shape}
     assert tower["compute_units"] == "cpuAndNeuralEngine"
     assert tower["minimum_os"] == {"ios": "16.0", "macos": "13.0"}
     for part in content["parts"].values():
