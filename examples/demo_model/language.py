@@ -22,6 +22,7 @@ from torch import Tensor
 VISUAL = Shape().visual
 TEXT_WEIGHTS = {"read": 8.0, "describe": 2.0}  # how often what is asked about a text
 SHAPE_WEIGHTS = {"count": 2.5, "describe": 2.0, "is it": 5.0, "is it not": 3.0, "read": 0.5}
+JUDGEMENT = 8.0  # weight of a yes or a no in the loss: one token among many, and learned last
 TURNS = (7, 3, 0.7)  # how often a talk has 1, 2, 3 turns
 Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
 Row = tuple[list[int], list[int]]  # token ids, and the targets (-100: none)
@@ -94,13 +95,24 @@ def embedded(model: DemoModel, features: Tensor, ids: Tensor, start: int) -> Ten
     return torch.cat([*parts, text[:, place:]], 1)
 
 
+def judgements(targets: Tensor, prompter: Prompter) -> Tensor:
+    """bool[B, L]: where an answer that is yes or no begins."""
+    found = torch.zeros_like(targets, dtype=torch.bool)
+    for word in ("yes", "no"):
+        answer = [-100, *prompter.ids(word), prompter.end]
+        windows = targets.unfold(1, len(answer), 1)
+        found[:, 1 : windows.shape[1] + 1] |= (windows == torch.tensor(answer)).all(2)
+    return found
+
+
 def answer_loss(
-    model: DemoModel, features: Tensor, batch: dict[str, Tensor], start: int
+    model: DemoModel, features: Tensor, batch: dict[str, Tensor], prompter: Prompter
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the answers' tokens, and the share of tokens that are right.
 
     features[B, pictures, C, 4, 4].
     """
+    start = len(prompter.before)
     ids, targets = batch["ids"], batch["targets"]
     L = ids.shape[1]
     mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
@@ -110,7 +122,9 @@ def answer_loss(
     asked = targets >= 0
     logits = model.logits(hidden[asked])
     right = (logits.argmax(1) == targets[asked]).float().mean()
-    return F.cross_entropy(logits, targets[asked]), right
+    each = F.cross_entropy(logits, targets[asked], reduction="none")
+    weight = 1 + (JUDGEMENT - 1) * judgements(targets, prompter)[asked].float()
+    return (weight * each).sum() / asked.sum(), right
 
 
 def say(model: DemoModel, prompter: Prompter, visual: Tensor, question: str, most: int = 40) -> str:

@@ -63,7 +63,7 @@ class Training:
         """What has changed."""
         B = len(batch["pixels"])
         features = self.model.tower(to_float(batch["pixels"].flatten(0, 1)))[0].unflatten(0, (B, 2))
-        loss, right = answer_loss(self.model, features, batch, len(self.prompter.before))
+        loss, right = answer_loss(self.model, features, batch, self.prompter)
         self.run.update(loss, {"pairs": loss.item(), "same": right.item()})
 
     def step_of_pictures(self, batch: Batch, talking: bool) -> None:
@@ -71,9 +71,7 @@ class Training:
         parts = losses(self.heads, features, maps, batch)
         loss, shown = weighted(parts), {k: v.item() for k, v in parts.items()}
         if talking:
-            answers, right = answer_loss(
-                self.model, features[:, None], batch, len(self.prompter.before)
-            )
+            answers, right = answer_loss(self.model, features[:, None], batch, self.prompter)
             loss = self.args.labels * loss + self.args.answers * answers
             shown |= {"answers": answers.item(), "tokens": right.item()}
         self.run.update(loss, shown)

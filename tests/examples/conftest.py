@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from .swift_build import HERE, STRICT, SWIFT, package
+from .swift_session import CONTEXT
 
 SCRIPT = HERE.parents[1] / "examples" / "coreml_answer.py"
 
@@ -39,9 +40,9 @@ def demo_bundles(export, tmp_path_factory) -> dict[str, Path]:
     from mlx_vlm_edge_convert.coreml.part import Options
 
     folder, forms = tmp_path_factory.mktemp("demo"), {
-        "stateful": Options(context=128),
-        "readonly": Options(compute="cpu-ne", context=128, fused=False, image_input=False),
-        "float32": Options(precision="fp32", context=128),
+        "stateful": Options(context=CONTEXT),
+        "readonly": Options(compute="cpu-ne", context=CONTEXT, fused=False, image_input=False),
+        "float32": Options(precision="fp32", context=CONTEXT),
     }  # fmt: skip
     return {
         name: export("demo", folder / name, options=options, verify=False)

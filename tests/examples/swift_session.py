@@ -14,6 +14,7 @@ from .swift_link import Link
 
 QUESTIONS = ("Describe the image.", "What colour is it?", "How many shapes are there?")
 MOST = 24  # tokens
+CONTEXT = 192  # positions of the bundles: a picture, and three short turns
 
 
 def answers(

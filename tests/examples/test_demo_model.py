@@ -219,6 +219,25 @@ def test_a_row_asks_for_its_answers_and_no_more():
     assert ids[start : start + VISUAL] == [0] * VISUAL
 
 
+def test_a_yes_and_a_no_are_found_where_they_begin():
+    """Not in a text that has the same letters."""
+    from language import judgements, padded_rows, row
+    from prompts import Prompter
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    asked = "Is there a star?"
+    rows = [
+        row([(asked, "no", ""), ("What color is it?", "red", ""), (asked, "yes", "")], 1, prompter),
+        row([("What does it say?", "nose", "nose"), (asked, "no", "")], 1, prompter),
+    ]
+    _, targets = padded_rows(rows)
+    found = judgements(targets, prompter)
+    assert found.sum(1).tolist() == [2, 1]
+    first = [prompter.ids(word)[0] for word in ("no", "yes", "no")]
+    assert targets[found].tolist() == first
+
+
 def test_a_talk_asks_three_different_things(monkeypatch):
     pytest.importorskip("font_roboto", reason="the fonts come with pip install '.[demo]'")
     from talks import three_turns

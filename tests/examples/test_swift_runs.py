@@ -25,7 +25,7 @@ from ..demo import IMAGES, ROOT, VISUAL
 from ..text.test_real_tokenizers import NPM, texts
 from .swift_build import STRICT, SWIFT, package
 from .swift_link import ORIENTATION, Link
-from .swift_session import QUESTIONS, answers, mlx_answers, session
+from .swift_session import CONTEXT, QUESTIONS, answers, mlx_answers, session
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),
@@ -311,7 +311,10 @@ def test_what_takes_the_process_down_is_passed_over_at_the_next_start(
         (["{bundle}", "---", " "], "the question is empty; ask something"),
         (["{bundle}", "---", "b", "--top-p", "2"], "is out of range; give a temperature"),
         (["{bundle}", "---", "b", "--max-tokens", "many"], "--max-tokens does not take many"),
-        (["{bundle}", "---", "word " * 200], "positions of the context's 128; begin a new one"),
+        (
+            ["{bundle}", "---", "word " * 200],
+            f"positions of the context's {CONTEXT}; begin a new one",
+        ),
     ],
 )
 def test_mistakes_are_a_line_with_cause_and_remedy(

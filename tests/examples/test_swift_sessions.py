@@ -12,13 +12,13 @@ from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
 from ..demo import IMAGES, SIDE
 from .swift_link import Link
-from .swift_session import MOST, QUESTIONS, answers, mlx_answers
+from .swift_session import CONTEXT, MOST, QUESTIONS, answers, mlx_answers
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),
     reason="Debian's Swift is unpacked where apt-get is, on Linux and x86_64",
 )
-LONG = "What does it say? " * 38 + "What does it say?"  # more than 256 positions
+LONG = "What does it say? " * 36 + "What does it say?"  # more than 256 positions, at most 320
 SHAPES = str(IMAGES / "shapes.png")
 
 
@@ -241,7 +241,7 @@ def full(tools, checks, bundle, folder, **more):
 def test_the_oldest_turns_leave_a_context_that_is_full(tools, checks, demo_bundles, tmp_path, form):
     """So many, and the answers to what is left, as in Python's conversations."""
     told = full(tools, checks, demo_bundles[form], tmp_path / "full")
-    expected = [*mlx_answers(["shapes.png"], MANY, context=128, every=True, max_tokens=FEW)]
+    expected = [*mlx_answers(["shapes.png"], MANY, context=CONTEXT, every=True, max_tokens=FEW)]
     assert [entry["tokens"] for entry in told] == [ids for ids, _ in expected]
     dropped = [*accumulate(entry["reported"] for entry in told)]
     assert dropped == [count for _, count in expected]
