@@ -6,7 +6,7 @@ answers; the loss is the answers'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 import torch
@@ -28,10 +28,10 @@ Turn = tuple[str, str, str]  # question, answer, the printed text in the answer
 Row = tuple[list[int], list[int]]  # token ids, and the targets (-100: none)
 
 
-def talk(one: Scene, rng: Random) -> list[Turn]:
+def talk(one: Scene, rng: Random, shapes: Mapping[str, float]) -> list[Turn]:
     """One question, or up to three different ones in turn; one about what is unknown."""
     fair = list(answers(one))
-    table = TEXT_WEIGHTS if one.text else SHAPE_WEIGHTS
+    table = TEXT_WEIGHTS if one.text else shapes
     chosen: list[str] = []
     turns = 1 if one.kind == "unknown" else rng.choices((1, 2, 3), TURNS)[0]
     for _ in range(turns):
@@ -54,12 +54,14 @@ def row(turns: Sequence[Turn], pictures: int, prompter: Prompter) -> Row:
     return ids[:-1], targets
 
 
-def talk_row(one: Scene, rng: Random, prompter: Prompter) -> Row:
+def talk_row(
+    one: Scene, rng: Random, prompter: Prompter, shapes: Mapping[str, float] = SHAPE_WEIGHTS
+) -> Row:
     """A talk about a scene; about a page of small print nothing is asked."""
     if one.kind == "page":
         ids = [*prompter.before, *[0] * VISUAL]
         return ids, [-100] * len(ids)
-    return row(talk(one, rng), 1, prompter)
+    return row(talk(one, rng, shapes), 1, prompter)
 
 
 def said_of_pair(said: str, rng: Random, prompter: Prompter) -> Row:

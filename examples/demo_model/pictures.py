@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import colours
 import numpy as np
@@ -13,10 +14,9 @@ import plain
 import torch
 from changes import pair
 from draw import Mark, Scene, asked_scene, scene
-from language import Prompter, Row, padded_rows, said_of_pair, talk_row
+from language import Prompter, padded_rows, said_of_pair, talk_row
 from PIL import Image
 from render import draw, padded
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from vision import SIDE, labels
 
@@ -26,8 +26,8 @@ OWN_SIDE = 0.5  # share that is drawn at the model's own side
 PLAIN_OF_EIGHT = 2  # so many of eight pictures are plain ones
 WAITING = 400  # pictures that wait to be seen again
 ORDERS = [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]  # of red, green and blue
-Sample = dict[str, np.ndarray | Row]
-Batch = dict[str, Tensor]
+Sample = dict[str, Any]  # pixels, labels, the row of a talk, and what is shown
+Batch = dict[str, Any]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -88,7 +88,8 @@ class Pictures(IterableDataset[Sample]):
         self.name, self.start, self.prompter, self.again = name, start, prompter, again
 
     def sample(self, one: Scene, pixels: np.ndarray, rng: Random) -> Sample:
-        return {"pixels": pixels, **labels(one), "row": talk_row(one, rng, self.prompter)}
+        row = talk_row(one, rng, self.prompter)
+        return {"pixels": pixels, **labels(one), "row": row, "shown": one}
 
     def __iter__(self) -> Iterator[Sample]:
         rng, waiting = Random(f"{self.name}-{self.start}"), []
@@ -123,15 +124,16 @@ class Pairs(IterableDataset[Sample]):
             em = min((line.em for line in (*one.lines, *other.lines)), default=1.0)
             side, rng = drawn_at(seed, em), Random(f"{seed}-asked")
             pixels = np.stack([pixels_of(draw(scene, side)) for scene in (one, other)])
-            yield {"pixels": pixels, "row": said_of_pair(said, rng, self.prompter)}
+            row = said_of_pair(said, rng, self.prompter)
+            yield {"pixels": pixels, "row": row, "shown": said}
             index += 1
 
 
 def collate(samples: list[Sample]) -> Batch:
     ids, targets = padded_rows([sample["row"] for sample in samples])
-    names = [name for name in samples[0] if name != "row"]
+    names = [name for name in samples[0] if name not in ("row", "shown")]
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in names}
-    return batch | {"ids": ids, "targets": targets}
+    return batch | {"ids": ids, "targets": targets, "shown": [s["shown"] for s in samples]}
 
 
 def yielding(worker: int) -> None:

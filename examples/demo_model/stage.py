@@ -60,6 +60,10 @@ class Run:
             self.seconds = saved.get("seconds", 0.0)
         self.started = time.time(), self.step
 
+    def begun(self) -> None:
+        """Count this start's time from now."""
+        self.started = time.time(), self.step
+
     @property
     def spent(self) -> float:
         """Seconds of training, this start's and earlier ones'."""

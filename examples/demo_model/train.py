@@ -1,8 +1,9 @@
 """Train the demo model on drawn pictures, then write the checkpoint.
 
 For the first part of the time the tower alone, on labels that the drawing knows; then everything
-at once: the labels, talks about the pictures, and what has changed between two. A run that was
-stopped goes on from its last checkpoint in --out.
+at once: the labels, talks about the pictures, and what has changed between two; at last connector
+and decoder alone, on stored features. A run that was stopped goes on from its last checkpoint in
+--out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from language import answer_loss, exact_match
 from network import Shape
 from pictures import Batch, Pairs, Pictures, batches, drawn
 from prompts import Prompter, train_tokenizer
+from settle import store, stored_batches
 from stage import Run, groups
 from start import begin
 from tokenizers import Tokenizer
@@ -99,13 +101,48 @@ class Training:
         print_figures(f"held-out, {run.done:.0%}", accuracy(model.tower, heads, self.held_out))
         note = f"step {run.step}"
         if talking:
-            scenes = [drawn(f"held-out-{i}", i) for i in range(args.test)]
-            pixels = [to_float(torch.from_numpy(shown)[None])[0] for _, shown in scenes]
-            asked = [(one, picture) for (one, _), picture in zip(scenes, pixels, strict=True)]
-            figures = exact_match(model, self.prompter, asked)
+            figures = measure(model, self.prompter, args.test)
             print_figures(f"exact match, {args.test} scenes:", figures)
             note += "".join(f"\n  {name}: {share:.1%}" for name, share in figures.items())
         export(model, self.prompter, args.out / "export", note)
+
+
+def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel) -> None:
+    """The last stage, from `model`; exports what comes of it."""
+    model.tower.requires_grad_(False)
+    module = nn.ModuleDict({"model": model})
+    trained = []
+    for part in (model.model.mm_projector, model.model.embed_tokens, model.model.layers):
+        trained += groups(part, args.settle_rate, 0.05)
+    trained += groups(model.model.norm, args.settle_rate, 0.0)
+    steps = torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
+    run = Run(args.out / "settle.pt", module, steps, args.steps, AVERAGED, args.settle_minutes)
+    if run.over:
+        return
+    path = args.out / "features.pt"
+    if not path.exists():
+        torch.save(store(model, prompter, args.stored), path)
+    run.begun()
+    source = stored_batches(torch.load(path, weights_only=False), prompter, 64, run.step)
+    while not run.over:
+        batch = next(source)
+        loss, right = answer_loss(model, batch["features"], batch, prompter)
+        pair = batch["features"].shape[1] == 2
+        run.update(loss, {"pairs" if pair else "answers": loss.item(), "tokens": right.item()})
+    run.save()
+    run.averaged("model", model)
+    measured = measure(model, prompter, args.test)
+    print_figures(f"exact match, {args.test} scenes:", measured)
+    note = "".join(f"\n  {name}: {share:.1%}" for name, share in measured.items())
+    export(model, prompter, args.out / "export", f"settled{note}")
+
+
+def measure(model: DemoModel, prompter: Prompter, count: int) -> dict[str, float]:
+    """Exact match on held-out scenes."""
+    scenes = [drawn(f"held-out-{i}", i) for i in range(count)]
+    return exact_match(
+        model, prompter, [(one, to_float(torch.from_numpy(p)[None])[0]) for one, p in scenes]
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -119,6 +156,10 @@ def parse() -> argparse.Namespace:
                         help="end after N minutes of training instead")  # fmt: skip
     parser.add_argument("--alone", type=float, default=0.4, metavar="SHARE",
                         help="of the time, for the tower alone")  # fmt: skip
+    parser.add_argument("--settle-minutes", type=float, default=10.0, metavar="N",
+                        help="of the decoder alone at the end")  # fmt: skip
+    parser.add_argument("--settle-rate", type=float, default=6e-4, help="its peak rate")
+    parser.add_argument("--stored", type=int, default=16000, help="pictures it is asked about")
     parser.add_argument("--batch", type=int, default=32, help="pictures in a batch")
     parser.add_argument("--tower-rate", type=float, default=8e-4, help="peak rate of the tower")
     parser.add_argument("--heads-rate", type=float, default=2e-3, help="peak rate of the heads")
@@ -149,7 +190,11 @@ def main() -> None:
               args.minutes)  # fmt: skip
     if args.start:
         model.tower.fix_statistics()
-    Training(args, prompter, run).to_the_end()
+    if not run.over:
+        Training(args, prompter, run).to_the_end()
+    run.averaged("model", model)
+    if args.settle_minutes:
+        settle(args, prompter, model)
 
 
 if __name__ == "__main__":
