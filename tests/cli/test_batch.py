@@ -16,7 +16,7 @@ from mlx_vlm_edge import Options
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.generation.batch import Output, Run, share
 
-from ..demo import IMAGES, KNOWN
+from ..demo import IMAGES, KNOWN, VISUAL
 
 DESCRIBE = "Describe the image."
 NAMES = sorted({row.picture for row in KNOWN})
@@ -51,7 +51,7 @@ def test_a_number_of_visual_tokens_that_no_picture_has_is_refused_once(
     code, lines, said = batch(pictures, "--visual-tokens", "300")
     assert (code, lines) == (2, [])
     assert said.err.count("\n") == 1
-    assert "visual tokens 300: the picture has 4" in said.err
+    assert f"visual tokens 300: the picture has {VISUAL}" in said.err
     assert not batch.out.exists()
 
 
@@ -75,7 +75,7 @@ def test_each_picture_and_question_has_a_line_with_the_known_answer(batch, pictu
             assert asked[key]["answer"] == answer
     line = lines[0]
     assert line["finish_reason"] == "stop"
-    assert line["visual_tokens"] == 4
+    assert line["visual_tokens"] == VISUAL
     assert line["seconds"]["prefill"] > 0
     assert f"{len(lines)} answered, 0 failed" in said.err
 
