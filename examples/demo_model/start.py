@@ -77,11 +77,16 @@ def calibrate(tower: VisionTower, biases: dict[nn.Module, Tensor], pixels: Tenso
         bn.bias.copy_(mean + biases[bn])
 
     hooks = [bn.register_forward_pre_hook(fit) for bn in biases]
-    tower.eval()
+    norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
+    moves = norms[0].momentum
+    for norm in norms:
+        norm.momentum = 0.0  # statistics are set here, not collected
+    tower.train()  # branch by branch
     tower(pixels)
+    for norm in norms:
+        norm.momentum = moves
     for hook in hooks:
         hook.remove()
-    tower.train()
 
 
 @torch.no_grad()
