@@ -1,6 +1,6 @@
 """Between two checkpoints of a training: weights share of the way from the first to the second.
 
-python examples/demo_model/blend.py demo-run/run.pt demo-run/settle.pt 0.5 --out demo-run/export
+python examples/demo_model/blend.py demo-run/run.pt demo-run/settle-5950.pt 0.5 --out export
 
 The decoder's own stage forgets a little of what it was not asked; a blend keeps most of both.
 """

@@ -22,7 +22,6 @@ COLOURS: dict[str, tuple[RGB, ...]] = {
     "pink": ((250, 150, 185), (255, 192, 203), (255, 105, 180), (245, 130, 170)),
     "teal": ((20, 130, 130), (0, 128, 128), (0, 110, 115), (30, 150, 150)),
 }
-ORIGINAL = tuple(COLOURS)[:8]  # those of the first demo model
 CONTRAST = 130  # least distance of colour and background, RGB units
 TEXT_CONTRAST = 60  # least difference in luminance of text and background
 JITTER = 22

@@ -371,15 +371,15 @@ MAKERS = {
 }  # fmt: skip
 
 
-def scene(seed: int | str, kind: str = "", most: int = texts.MAX_TEXT) -> Scene:
-    """The scene of a seed; `kind` is one of MIX, or drawn by its shares; texts of up to `most`."""
+def scene(seed: int | str, kind: str = "") -> Scene:
+    """The scene of a seed; `kind` is one of MIX, or drawn by its shares."""
     rng = Random(seed)
     kind = kind or rng.choices(list(MIX), list(MIX.values()))[0]
-    return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)
+    return MAKERS[kind](rng)
 
 
-def asked_scene(seed: int | str, most: int = texts.MAX_TEXT) -> Scene:
-    """The scene of a seed, never a page: for the stages with questions; texts of up to `most`."""
+def asked_scene(seed: int | str) -> Scene:
+    """The scene of a seed, never a page, and less often a text."""
     rng = Random(seed)
     kind = rng.choices(list(ASKED_MIX), list(ASKED_MIX.values()))[0]
-    return text_scene(rng, most=most) if kind == "text" else MAKERS[kind](rng)
+    return MAKERS[kind](rng)

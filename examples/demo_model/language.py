@@ -98,7 +98,7 @@ def embedded(model: DemoModel, features: Tensor, ids: Tensor, start: int) -> Ten
 
 
 def judgements(targets: Tensor, prompter: Prompter) -> Tensor:
-    """bool[B, L]: where an answer that is yes or no begins."""
+    """bool[B, L]: where an answer that is yes or no begins, or a text that is just that."""
     found = torch.zeros_like(targets, dtype=torch.bool)
     for word in ("yes", "no"):
         answer = [-100, *prompter.ids(word), prompter.end]
@@ -110,7 +110,7 @@ def judgements(targets: Tensor, prompter: Prompter) -> Tensor:
 def answer_loss(
     model: DemoModel, features: Tensor, batch: dict[str, Tensor], prompter: Prompter
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss over the answers' tokens, and the share of tokens that are right.
+    """Loss of an answers' token, weighted, and the share of tokens that are right.
 
     features[B, pictures, C, 4, 4].
     """
@@ -126,7 +126,7 @@ def answer_loss(
     right = (logits.argmax(1) == targets[asked]).float().mean()
     each = F.cross_entropy(logits, targets[asked], reduction="none")
     weight = 1 + (JUDGEMENT - 1) * judgements(targets, prompter)[asked].float()
-    return (weight * each).sum() / asked.sum(), right
+    return (weight * each).sum() / weight.sum(), right
 
 
 def say(model: DemoModel, prompter: Prompter, visual: Tensor, question: str, most: int = 40) -> str:

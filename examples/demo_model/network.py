@@ -46,7 +46,7 @@ class Shape:
         return (self.image_size // 64) ** 2
 
 
-SUPERVISED = (4, 7)  # stages 3 and 4 in `network`
+SUPERVISED = (4, 7)  # the stride-16 and the stride-32 map in `network`
 Kernel = tuple[Tensor, Tensor | None]  # weight[out, in / groups, k, k] and bias[out]
 
 
@@ -54,7 +54,7 @@ def convolve(x: Tensor, kernel: Kernel, stride: int, groups: int) -> Tensor:
     """A padded convolution in the form that is fastest on a CPU with channels-last pixels."""
     weight, bias = kernel
     size = weight.shape[-1]
-    if size == 1 and groups == 1:
+    if size == stride == groups == 1:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     if groups > 1 and len(weight) == 2 * x.shape[1]:
         halves = [

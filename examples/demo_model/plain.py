@@ -181,7 +181,7 @@ def scene(seed: int | str, kind: str = "") -> Scene:
 
 
 def reading_scene(seed: int | str) -> Scene:
-    """The scene of a seed for the late stages of training: mostly text, and mostly long."""
+    """The scene of a seed of the training: mostly text, and mostly long."""
     rng = Random(seed)
     if rng.random() < 0.72:
         return text_scene(rng, length=rng.choices(range(1, MAX_TEXT + 1), LENGTHS)[0])

@@ -154,12 +154,3 @@ def phrase(category: str, scene: Scene, rng: Random, plain: bool = False) -> tup
     if style < 0.36:
         question = question.lower()
     return (question.rstrip("?.") if rng.random() < 0.2 else question), answer
-
-
-def pairs(scene: Scene, rng: Random, count: int) -> list[tuple[str, str]]:
-    """`count` questions of different categories, the harder ones more often."""
-    weight = {"read": 6.0 if scene.text else 1.0, "describe": 3.0, "count": 2.0}
-    order = sorted(
-        answers(scene), key=lambda c: rng.random() ** (1 / weight.get(c, 1.0)), reverse=True
-    )
-    return [phrase(category, scene, rng) for category in order[:count]]

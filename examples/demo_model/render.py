@@ -10,7 +10,7 @@ import fonts
 import numpy as np
 import photos
 from draw import Mark, Scene, homography
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from plain import outline
 
 FINER = 2  # smooth shapes are drawn this much larger, then averaged
@@ -126,7 +126,3 @@ def padded(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def differs(one: Image.Image, other: Image.Image) -> bool:
-    return ImageChops.difference(one, other).getbbox() is not None

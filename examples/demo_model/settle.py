@@ -61,11 +61,10 @@ def store(model: DemoModel, prompter: Prompter, count: int) -> Store:
 def stored_batches(stored: Store, prompter: Prompter, size: int, seed: int) -> Iterator[Batch]:
     """features[B, pictures, C, 4, 4], ids and targets, in random order; new talks every time."""
     rng = Random(f"settle-{seed}")
-    asked = [i for i, one in enumerate(stored.scenes) if one.kind != "page"]
-    often = [SHAPES_WEIGHT if stored.scenes[i].shape else 1.0 for i in asked]
+    often = [SHAPES_WEIGHT if one.shape else float(one.kind != "page") for one in stored.scenes]
     number = 0
     while True:
-        chosen = rng.choices(asked, often, k=POOL * size)
+        chosen = rng.choices(range(len(often)), often, k=POOL * size)
         pool: list[tuple[int, Row]] = [
             (i, talk_row(stored.scenes[i], rng, prompter, ASKED)) for i in chosen
         ]

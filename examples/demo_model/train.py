@@ -66,7 +66,7 @@ class Training:
         B = len(batch["pixels"])
         features = self.model.tower(to_float(batch["pixels"].flatten(0, 1)))[0].unflatten(0, (B, 2))
         loss, right = answer_loss(self.model, features, batch, self.prompter)
-        self.run.update(loss, {"pairs": loss.item(), "same": right.item()})
+        self.run.update(self.args.answers * loss, {"pairs": loss.item(), "same": right.item()})
 
     def step_of_pictures(self, batch: Batch, talking: bool) -> None:
         features, maps = self.model.tower(to_float(batch["pixels"]))
@@ -107,8 +107,8 @@ class Training:
         export(model, self.prompter, args.out / "export", note)
 
 
-def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel) -> None:
-    """The last stage, from `model`; exports what comes of it."""
+def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel, step: int) -> None:
+    """The last stage, from `model` as it is after `step` batches; exports what comes of it."""
     model.tower.requires_grad_(False)
     module = nn.ModuleDict({"model": model})
     trained = []
@@ -116,10 +116,12 @@ def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel) -> No
         trained += groups(part, args.settle_rate, 0.05)
     trained += groups(model.model.norm, args.settle_rate, 0.0)
     steps = torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
-    run = Run(args.out / "settle.pt", module, steps, args.steps, AVERAGED, args.settle_minutes)
+    run = Run(
+        args.out / f"settle-{step}.pt", module, steps, args.steps, AVERAGED, args.settle_minutes
+    )
     if run.over:
         return
-    path = args.out / "features.pt"
+    path = args.out / f"features-{step}.pt"
     if not path.exists():
         torch.save(store(model, prompter, args.stored), path)
     run.begun()
@@ -159,7 +161,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--settle-minutes", type=float, default=10.0, metavar="N",
                         help="of the decoder alone at the end")  # fmt: skip
     parser.add_argument("--settle-rate", type=float, default=6e-4, help="its peak rate")
-    parser.add_argument("--stored", type=int, default=16000, help="pictures it is asked about")
+    parser.add_argument(
+        "--stored",
+        type=int,
+        default=16000,
+        help="pictures it is asked about, pages of print among them, which are not",
+    )
     parser.add_argument("--batch", type=int, default=32, help="pictures in a batch")
     parser.add_argument("--tower-rate", type=float, default=8e-4, help="peak rate of the tower")
     parser.add_argument("--heads-rate", type=float, default=2e-3, help="peak rate of the heads")
@@ -194,7 +201,7 @@ def main() -> None:
         Training(args, prompter, run).to_the_end()
     run.averaged("model", model)
     if args.settle_minutes:
-        settle(args, prompter, model)
+        settle(args, prompter, model, run.step)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def held(scene: Scene, grid: int = GRID) -> np.ndarray:
 def facts(scene: Scene) -> np.ndarray:
     """int64[5]: the classes of HEADS; -100: not asked."""
     colours = list(COLOURS)
-    shape = {"unknown": UNKNOWN, "text": TEXT, "page": NEVER}.get(scene.kind, NEVER)
+    shape = {"unknown": UNKNOWN, "text": TEXT}.get(scene.kind, NEVER)
     return np.array([
         colours.index(scene.background) if scene.background else NEVER,
         colours.index(scene.colour) if scene.colour else NEVER,

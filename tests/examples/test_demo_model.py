@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ..demo import ROOT
+from ..demo import ROOT, SIDE, VISUAL
 from ..test_demo import DEMO
 
 torch = pytest.importorskip("torch", reason="training needs pip install '.[demo]'")
@@ -26,9 +26,10 @@ def test_training_begins_where_the_bundled_model_is():
 
     from mlx_vlm_edge import load
 
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
     ours = DemoModel(Shape())
+    assert (ours.shape.image_size, ours.shape.visual) == (SIDE, VISUAL)
     start.begin(DEMO, ours, pixels)
     ours.eval()
     with torch.no_grad():
@@ -212,15 +213,42 @@ def test_a_row_asks_for_its_answers_and_no_more():
     ids, targets = row(turns, 1, prompter)
     assert len(ids) == len(targets)
     said = [i for i, target in enumerate(targets) if target >= 0]
-    assert all(targets[i] == ids[i + 1] for i in said[:-1] if ids[i + 1 : i + 2])
+    assert all(targets[i] == ids[i + 1] for i in said[:-1])
     text = prompter.tokenizer.decode([targets[i] for i in said], skip_special_tokens=False)
     assert text == "HELLO<|im_end|>red<|im_end|>"
     start = len(prompter.before)
     assert ids[start : start + VISUAL] == [0] * VISUAL
 
 
+def test_what_has_changed_is_the_answer_about_a_pair():
+    """Both pictures have their places in the row, and so have their tokens in the embeddings."""
+    from decoder import DemoModel
+    from language import VISUAL, embedded, said_of_pair
+    from network import Shape
+    from prompts import Prompter
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    said = 'The text has changed from "AB" to "CD".'
+    ids, targets = said_of_pair(said, Random(0), prompter)
+    assert len(ids) == len(targets)
+    answer = [target for target in targets if target >= 0]
+    assert prompter.tokenizer.decode(answer) == said
+    assert ids[-len(answer) + 1 :] == answer[:-1]
+    start, model = len(prompter.before), DemoModel(Shape())
+    features = torch.randn(1, 2, 768, 4, 4)
+    rows = embedded(model, features, torch.tensor([ids]), start)
+    assert rows.shape[1] == len(ids)
+    for number in (0, 1):
+        place = start + number * (VISUAL + 1)
+        assert ids[place : place + VISUAL] == [0] * VISUAL
+        torch.testing.assert_close(
+            rows[:, place : place + VISUAL], model.connect(features[:, number])
+        )
+
+
 def test_a_yes_and_a_no_are_found_where_they_begin():
-    """Not in a text that has the same letters."""
+    """Not in a text that has the same letters among others."""
     from language import judgements, padded_rows, row
     from prompts import Prompter
     from tokenizers import Tokenizer
