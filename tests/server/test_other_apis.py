@@ -5,13 +5,14 @@ import json
 
 import pytest
 
-from ..demo import IMAGES, known
+from ..demo import IMAGES, VISUAL, known
 from .conftest import data_url
 
 DESCRIBE = known("shapes.png", "Describe the image.")
 PICTURE = base64.b64encode((IMAGES / "shapes.png").read_bytes()).decode()
 SOURCE = {"type": "base64", "media_type": "image/png", "data": PICTURE}
 BLOCKS = [{"type": "image", "source": SOURCE}, {"type": "text", "text": DESCRIBE.question}]
+COUNTED = 26 + VISUAL  # tokens of the question with its picture, as the chat template writes it
 CLAUDE = {"model": "demo", "max_tokens": 50, "messages": [{"role": "user", "content": BLOCKS}]}
 ITEMS = [{"role": "user", "content": [
     {"type": "input_image", "image_url": data_url()},
@@ -32,7 +33,7 @@ def test_messages(client):
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "demo")
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
     usage = answer["usage"]
-    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == 30
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == COUNTED
     assert usage["output_tokens"] > 5
 
 
@@ -50,11 +51,11 @@ def test_messages_as_events(client):
 def test_tokens_of_a_message_are_counted_without_an_answer(client):
     asked = {"model": "demo", "messages": CLAUDE["messages"]}
     answer = client.post("/v1/messages/count_tokens", json=asked)
-    assert answer.json() == {"input_tokens": 30}
+    assert answer.json() == {"input_tokens": COUNTED}
     longer = client.post(
         "/v1/messages/count_tokens", json=asked | {"system": "Be kind and very brief."}
     )
-    assert longer.json()["input_tokens"] > 30
+    assert longer.json()["input_tokens"] > COUNTED
     refused = client.post("/v1/messages/count_tokens", json=asked | {"max_tokens": 3})
     assert refused.status_code == 400
     assert refused.json()["type"] == "error"
