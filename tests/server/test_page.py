@@ -161,6 +161,9 @@ def test_a_file_that_is_no_picture_and_an_empty_question_are_told(page):
 
 def test_stop_keeps_what_was_said(page, served, monkeypatch):
     monkeypatch.setattr(served.engine.processor, "eos_ids", frozenset())
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Tokens of an answer, at most").fill("1900")  # it must not end by itself
+    page.get_by_role("button", name="Done").click()
     ask(page, DESCRIBE.question, DESCRIBE.picture)
     page.locator(".answer.busy .text").get_by_text("T").wait_for()
     page.get_by_role("button", name="Stop").click()
