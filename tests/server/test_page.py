@@ -165,7 +165,7 @@ def test_stop_keeps_what_was_said(page, served, monkeypatch):
     page.get_by_label("Tokens of an answer, at most").fill("1900")  # it must not end by itself
     page.get_by_role("button", name="Done").click()
     ask(page, DESCRIBE.question, DESCRIBE.picture)
-    page.locator(".answer.busy .text").get_by_text("T").wait_for()
+    page.locator(".answer.busy .text").get_by_text(DESCRIBE.answer[:5]).wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped.").wait_for()
     assert answers(page).first.locator(".text").first.inner_text().startswith(DESCRIBE.answer[:3])
