@@ -14,8 +14,9 @@ import plain
 import torch
 from changes import pair
 from draw import Mark, Scene, asked_scene, scene
-from language import Prompter, padded_rows, said_of_pair, talk_row
+from language import padded_rows, said_of_pair, talk_row
 from PIL import Image
+from prompts import Prompter
 from render import draw, padded
 from torch.utils.data import DataLoader, IterableDataset
 from vision import SIDE, labels

@@ -6,7 +6,7 @@ that is asked for is the thing that is there) is asked often enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -63,6 +63,11 @@ def stored_batches(stored: Store, prompter: Prompter, size: int, seed: int) -> I
     rng = Random(f"settle-{seed}")
     often = [SHAPES_WEIGHT if one.shape else float(one.kind != "page") for one in stored.scenes]
     number = 0
+
+    def batch(features: Tensor, places: Sequence[int], rows: Sequence[Row]) -> Batch:
+        ids, targets = padded_rows(rows)
+        return {"features": features[list(places)].float(), "ids": ids, "targets": targets}
+
     while True:
         chosen = rng.choices(range(len(often)), often, k=POOL * size)
         pool: list[tuple[int, Row]] = [
@@ -71,13 +76,9 @@ def stored_batches(stored: Store, prompter: Prompter, size: int, seed: int) -> I
         pool.sort(key=lambda item: len(item[1][0]))
         for start in rng.sample(range(0, POOL * size, size), POOL):
             places, rows = zip(*pool[start : start + size], strict=True)
-            ids, targets = padded_rows(rows)
-            features = stored.features[list(places)].float()
-            yield {"features": features, "ids": ids, "targets": targets}
+            yield batch(stored.features, places, rows)
             number += 1
             if number % PAIRS_EVERY == 0:
                 two = [rng.randrange(len(stored.changes)) for _ in range(size)]
                 rows = [said_of_pair(stored.changes[i], rng, prompter) for i in two]
-                ids, targets = padded_rows(rows)
-                features = stored.pair_features[two].float()
-                yield {"features": features, "ids": ids, "targets": targets}
+                yield batch(stored.pair_features, two, rows)

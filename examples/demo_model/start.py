@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 from decoder import DemoModel
-from network import ConvBN, LargeKernel, MobileOne, RepCPE, RepMixer, VisionTower
+from network import (
+    ConvBN,
+    LargeKernel,
+    MobileOne,
+    RepCPE,
+    RepMixer,
+    VisionTower,
+    pass_through,
+)  # fmt: skip
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,21 +37,13 @@ def silent(branch: ConvBN) -> None:
     branch.bn.bias.zero_()
 
 
-def identity(weight: Tensor, groups: int) -> Tensor:
-    """The kernel, of the shape of `weight`, that changes nothing."""
-    same, (out, per_group, size, _) = torch.zeros_like(weight), weight.shape
-    for channel in range(out):
-        same[channel, channel % per_group if groups == 1 else 0, size // 2, size // 2] = 1
-    return same
-
-
 def branches(block: nn.Module, weights: Weights, name: str) -> dict[nn.Module, Tensor]:
     """Fill a block's branches from its merged kernel; BatchNorm -> the bias that it must add."""
     if isinstance(block, RepMixer):
         merged = kernel(weights[f"{name}.reparam_conv.weight"])
         mixer, scale = block.mixer.rbr_conv[0], block.layer_scale.view(-1)
         # x + s * (mixer(x) - norm(x)): the two skips cancel out.
-        change = merged - identity(merged, merged.shape[0])
+        change = merged - pass_through(merged, merged.shape[0])
         mixer.conv.weight.copy_(change / scale.view(-1, 1, 1, 1))
         silent(block.mixer.rbr_scale)
         return {mixer.bn: weights[f"{name}.reparam_conv.bias"] / scale}
@@ -53,12 +53,12 @@ def branches(block: nn.Module, weights: Weights, name: str) -> dict[nn.Module, T
         return {block.lkb_origin.bn: weights[f"{name}.lkb_reparam.bias"]}
     if isinstance(block, RepCPE):
         merged = kernel(weights[f"{name}.reparam_conv.weight"])
-        block.pe.weight.copy_(merged - identity(merged, merged.shape[0]))
+        block.pe.weight.copy_(merged - pass_through(merged, merged.shape[0]))
         block.pe.bias.copy_(weights[f"{name}.reparam_conv.bias"])
     if isinstance(block, MobileOne) and f"{name}.reparam_conv.weight" in weights:
         merged, conv = kernel(weights[f"{name}.reparam_conv.weight"]), block.rbr_conv[0]
         if block.rbr_skip is not None:
-            merged = merged - identity(merged, conv.conv.groups)
+            merged = merged - pass_through(merged, conv.conv.groups)
         if block.rbr_scale is not None:
             silent(block.rbr_scale)
         conv.conv.weight.copy_(merged)

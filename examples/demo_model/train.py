@@ -40,12 +40,18 @@ def modules(model: DemoModel, heads: Heads) -> nn.ModuleDict:
     return module.to(memory_format=torch.channels_last)
 
 
+def decoder_groups(model: DemoModel, rate: float) -> list[dict[str, object]]:
+    """Parameter groups of connector and decoder."""
+    body = model.model
+    parts = (body.mm_projector, body.embed_tokens, body.layers)
+    trained = [group for part in parts for group in groups(part, rate, 0.05)]
+    return [*trained, *groups(body.norm, rate, 0.0)]
+
+
 def tuner(model: DemoModel, heads: Heads, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW; the tower and the decoder have rates of their own."""
     trained = groups(model.tower, args.tower_rate, 0.05) + groups(heads, args.heads_rate, 0.0)
-    for part in (model.model.mm_projector, model.model.embed_tokens, model.model.layers):
-        trained += groups(part, args.decoder_rate, 0.05)
-    trained += groups(model.model.norm, args.decoder_rate, 0.0)
+    trained += decoder_groups(model, args.decoder_rate)
     return torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
 
 
@@ -99,22 +105,14 @@ class Training:
         run.averaged("model", model)
         heads = run.averaged("heads", Heads(model.shape))
         print_figures(f"held-out, {run.done:.0%}", accuracy(model.tower, heads, self.held_out))
-        note = f"step {run.step}"
-        if talking:
-            figures = measure(model, self.prompter, args.test)
-            print_figures(f"exact match, {args.test} scenes:", figures)
-            note += "".join(f"\n  {name}: {share:.1%}" for name, share in figures.items())
-        export(model, self.prompter, args.out / "export", note)
+        measure_and_export(args, self.prompter, model, f"step {run.step}", talking)
 
 
 def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel, step: int) -> None:
     """The last stage, from `model` as it is after `step` batches; exports what comes of it."""
     model.tower.requires_grad_(False)
     module = nn.ModuleDict({"model": model})
-    trained = []
-    for part in (model.model.mm_projector, model.model.embed_tokens, model.model.layers):
-        trained += groups(part, args.settle_rate, 0.05)
-    trained += groups(model.model.norm, args.settle_rate, 0.0)
+    trained = decoder_groups(model, args.settle_rate)
     steps = torch.optim.AdamW(trained, betas=(0.9, 0.98), fused=True)
     run = Run(
         args.out / f"settle-{step}.pt", module, steps, args.steps, AVERAGED, args.settle_minutes
@@ -131,20 +129,24 @@ def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel, step:
         loss, right = answer_loss(model, batch["features"], batch, prompter)
         pair = batch["features"].shape[1] == 2
         run.update(loss, {"pairs" if pair else "answers": loss.item(), "tokens": right.item()})
+        if run.step % args.check == 0:
+            run.save()
     run.save()
     run.averaged("model", model)
-    measured = measure(model, prompter, args.test)
-    print_figures(f"exact match, {args.test} scenes:", measured)
-    note = "".join(f"\n  {name}: {share:.1%}" for name, share in measured.items())
-    export(model, prompter, args.out / "export", f"settled{note}")
+    measure_and_export(args, prompter, model, "settled", True)
 
 
-def measure(model: DemoModel, prompter: Prompter, count: int) -> dict[str, float]:
-    """Exact match on held-out scenes."""
-    scenes = [drawn(f"held-out-{i}", i) for i in range(count)]
-    return exact_match(
-        model, prompter, [(one, to_float(torch.from_numpy(p)[None])[0]) for one, p in scenes]
-    )
+def measure_and_export(
+    args: argparse.Namespace, prompter: Prompter, model: DemoModel, note: str, talks: bool
+) -> None:
+    """Write the checkpoint; where it talks, with its exact match on held-out scenes."""
+    if talks:
+        scenes = [drawn(f"held-out-{i}", i) for i in range(args.test)]
+        pixels = [(one, to_float(torch.from_numpy(shown)[None])[0]) for one, shown in scenes]
+        figures = exact_match(model, prompter, pixels)
+        print_figures(f"exact match, {args.test} scenes:", figures)
+        note += "".join(f"\n  {name}: {share:.1%}" for name, share in figures.items())
+    export(model, prompter, args.out / "export", note)
 
 
 def parse() -> argparse.Namespace:

@@ -31,13 +31,7 @@ HEADS = {
 TEXT, UNKNOWN = len(SHAPES), len(SHAPES) + 1  # of the shape head
 CHARACTERS = " " + ALPHABET  # of a token's slot, after 0: none
 NEVER = -100  # a class that is not asked
-WEIGHTS = {
-    "text": 1.5,
-    "parts": 1.0,
-    "first": 0.5,
-    "cells": 1.0,
-    "order": 0.5,
-}  # of the losses; others 0.5
+WEIGHTS = {"text": 1.5, "parts": 1.0, "cells": 1.0}  # of the losses; the others have 0.5
 Labels = dict[str, np.ndarray]
 
 
