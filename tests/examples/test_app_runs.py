@@ -77,8 +77,12 @@ def test_a_chat_is_shown_again_and_a_shortcut_asks(told, tmp_path):
         "another question is being answered; ask again when it is done",
         "it broke; mend it",
         "the question is empty; ask something",
+        "the answer was stopped; ask again",
     ]
     assert result["answer"] == "1 pictures of what?"
+    busy = "another question is being answered; ask again when it is done"
+    assert busy in result["together"]
+    assert len({"1 pictures of one?", "1 pictures of other?"} & set(result["together"])) == 1
 
 
 def test_captions_are_of_the_newest_frame(told):

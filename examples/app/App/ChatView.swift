@@ -41,10 +41,12 @@ struct ChatView: View {
             }
         }
         .onChange(of: chat.state) { before, state in
-            guard before == .answering, state == .idle, let last = chat.messages.last else {
-                return
-            }
-            AccessibilityNotification.Announcement(last.mistake ?? last.text).post()
+            // What fails before its first word is told too.
+            guard before == .thinking || before == .answering, state == .idle,
+                let last = chat.messages.last
+            else { return }
+            let told = last.mistake ?? last.text
+            if !told.isEmpty { AccessibilityNotification.Announcement(told).post() }
         }
         .sheet(isPresented: $showsCamera) { CameraView(host: host) }
         .sheet(isPresented: $showsSettings) { SettingsView(host: host) }

@@ -77,11 +77,34 @@ func restored(_ folder: String) async throws -> Data {
     _ = await shortcut("fail")
     _ = await shortcut("  ")
     let answer = await shortcut("what?")
+    let together = try await twoShortcuts(chat)
+    let stopped = Task { @MainActor in await shortcut("for ever") }
+    while chat.state != .answering { try await Task.sleep(for: .milliseconds(1)) }
+    await chat.newConversation()
+    _ = await stopped.value
     try Data("{".utf8).write(to: file)
     return try json([
-        "none": none, "shown": shown, "ids": ids, "mistakes": mistakes, "answer": answer,
+        "none": none, "shown": shown, "ids": ids, "mistakes": mistakes, "answer": answer, "together": together,
         "damaged": history.messages.count, "left": chat.attached.count,
     ])
+}
+
+/// What two shortcuts are told that begin together.
+@MainActor
+func twoShortcuts(_ chat: Chat) async throws -> [String] {
+    let picture = try Picture(width: 1, height: 1, rgb: [1, 2, 3])
+    let asked = ["one?", "other?"].map { question in
+        Task { @MainActor in
+            do {
+                return try await chat.answer(question, about: picture)
+            } catch {
+                return error.localizedDescription
+            }
+        }
+    }
+    var told: [String] = []
+    for task in asked { told.append(await task.value) }
+    return told
 }
 
 @MainActor

@@ -63,7 +63,7 @@ public final class Chat {
     @ObservationIgnored public var answered: (@MainActor () -> Void)?
 
     private var model: (any Answering)?
-    private var task: Task<Void, Never>?
+    private var task: Task<String?, Never>?
     /// Of the last question.
     private var failure: (any Error)?
     private var next = 0
@@ -108,10 +108,14 @@ public final class Chat {
     /// Ask about what is attached; whether it is asked, which an empty question is not.
     @discardableResult
     public func ask(_ question: String) -> Bool {
+        guard begin(question, attached) else { return false }
+        attached = []
+        return true
+    }
+
+    private func begin(_ question: String, _ pictures: [Picture]) -> Bool {
         let words = question.trimmingCharacters(in: .whitespacesAndNewlines)
         guard canAsk, !words.isEmpty, let model else { return false }
-        let pictures = attached
-        attached = []
         append(.user, words, pictures: pictures.count)
         append(.model, "")
         stages = []
@@ -119,14 +123,19 @@ public final class Chat {
         state = .thinking
         let stream = model.ask(words, pictures: pictures, options: settings.options)
         task = Task { [weak self] in
+            var text = ""
+            var isWhole = false
             do {
                 for try await event in stream {
+                    if case .text(let piece) = event { text += piece }
                     self?.take(event)
                 }
+                isWhole = !Task.isCancelled
             } catch {
                 self?.fail(error)
             }
             self?.end()
+            return isWhole ? text : nil
         }
         return true
     }
@@ -134,39 +143,42 @@ public final class Chat {
     /// Break off the answer; what was said stays.
     public func stop() async {
         task?.cancel()
-        await task?.value
+        await finish()
     }
 
     /// Wait for the answer's end.
-    public func finish() async { await task?.value }
+    public func finish() async { _ = await task?.value }
 
     public func newConversation() async {
         await stop()
-        await model?.reset()
         messages = []
         stages = []
         attached = []
+        await model?.reset()
     }
 
     /// The whole answer to a question about one picture, in a new conversation, as a shortcut asks
     /// it.
     ///
-    /// Raises EdgeVLMError where there is no model, it is busy, or fails.
+    /// Raises EdgeVLMError where there is no model, it is busy, fails, or is stopped.
     public func answer(_ question: String, about picture: Picture) async throws -> String {
-        guard canAsk else {
-            throw isBusy
-                ? EdgeVLMError("another question is being answered", "ask again when it is done")
-                : EdgeVLMError("no model is loaded", "open the app, and choose one in its settings")
-        }
+        try checkCanAsk()
         await newConversation()
-        attach(picture)
-        guard ask(question) else {
-            attached = []
+        try checkCanAsk()  // another question may have come in between
+        guard begin(question, [picture]), let task else {
             throw EdgeVLMError("the question is empty", "ask something")
         }
-        await finish()
+        let text = await task.value
+        if let text { return text }
         if let failure { throw failure }
-        return messages.last?.text ?? ""
+        throw EdgeVLMError("the answer was stopped", "ask again")
+    }
+
+    private func checkCanAsk() throws {
+        if canAsk { return }
+        throw isBusy
+            ? EdgeVLMError("another question is being answered", "ask again when it is done")
+            : EdgeVLMError("no model is loaded", "open the app, and choose one in its settings")
     }
 
     /// Show what an earlier run of the app left; the model does not know it.
