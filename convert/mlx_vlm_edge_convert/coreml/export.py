@@ -76,9 +76,9 @@ def export(
     precheck(target, options, image, overwrite)
     folder = obtain(str(source))
     model, processor = _load(folder, parts)
-    waiting, pixels = _parts(
-        model, parts, options, image, partial(_read_again, model.language_model, folder)
-    )
+    ids = None if processor is None else processor.rows
+    forget = partial(_read_again, model.language_model, folder)
+    waiting, pixels = _parts(model, parts, options, image, ids, forget)
     prompt, tokens = prompt_entry(processor), _tokens(model, processor)
     config = model.config.source
     del model  # a part lets go of what is its alone, one after the other
@@ -181,11 +181,12 @@ def _parts(
     wanted: Sequence[str],
     options: Options,
     image: str | Path | None,
+    ids: int | None,
     forget: Callable[[], None],
 ) -> tuple[list[Part], dict[str, AppPixels]]:
     """The parts to export, and how a picture becomes what each function of one tower takes.
 
-    forget: the decoder's.
+    ids: how many of the vocabulary's are tokens. forget: the decoder's.
     """
     built: list[Part] = []
     pixels: dict[str, AppPixels] = {}
@@ -204,7 +205,7 @@ def _parts(
             built += _tower_parts(sizes, "vision", wanted, options, image, {})
             pixels = {function: each.pixels for function, each in sizes.items()}
     if "decoder" in wanted:
-        built.append(DecoderPart(model.language_model, options, forget=forget))
+        built.append(DecoderPart(model.language_model, options, tokens=ids, forget=forget))
     return built, pixels
 
 

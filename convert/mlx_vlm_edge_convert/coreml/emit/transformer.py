@@ -53,12 +53,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What is emitted; every array holds values of the package's dtype."""
+    """What is emitted; every array holds values of the package's dtype.
+
+    tokens: the vocabulary's first rows. The others, which round their number up, have no logits:
+    none may be chosen.
+    """
 
     config: TextConfig
     layers: Sequence[Layer]
     norm: np.ndarray
     head: Matrix
+    tokens: int
     context: int
     half: bool
     form: Form
@@ -155,21 +160,28 @@ class _Emission:
         ]
 
     def _head(self, x: Any) -> list[Any]:
-        """Logits of the picked position, [1, 1, V] and their largest's index [1, 1], or parts
-        [1, <= HEAD, 1, 1]."""
+        """Logits of the picked position, [1, 1, tokens] and their largest's index [1, 1], or parts
+        [1, <= HEAD, 1, 1]. Weights stay whole: palettes are of so many rows each."""
         mb, head = self.mb, self.decoder.head
         if self.q > 1:
             x = self._picked(x)
         x = self._norm(x, self.decoder.norm)
         if self.stateful:
-            logits = mb.identity(x=self._linear(x, head), name=LOGITS)
+            logits = self._of_tokens(self._linear(x, head), -1, 0, LOGITS)
             return [logits, mb.reduce_argmax(x=logits, axis=-1, keep_dims=False, name=TOKEN)]
-        starts = range(0, head.outputs, HEAD)
-        parts = [head.rows(start, min(start + HEAD, head.outputs)) for start in starts]
-        return [
-            mb.identity(x=self._linear(x, part), name=logits_part(index))
-            for index, part in enumerate(parts)
-        ]
+        logits = []
+        for index, start in enumerate(range(0, self.decoder.tokens, HEAD)):
+            part = self._linear(x, head.rows(start, min(start + HEAD, head.outputs)))
+            logits.append(self._of_tokens(part, 1, start, logits_part(index)))
+        return logits
+
+    def _of_tokens(self, logits: Any, axis: int, start: int, name: str) -> Any:
+        """Logits from the row `start` on, without the rows that are no tokens."""
+        end, rows = [*logits.shape], self.decoder.tokens - start
+        if rows >= end[axis]:
+            return self.mb.identity(x=logits, name=name)
+        end[axis] = rows
+        return self.mb.slice_by_index(x=logits, begin=[0] * len(end), end=end, name=name)
 
     def _picked(self, x: Any) -> Any:
         """The position where `pick` is one: a product with ones and zeros, exact, no gather."""

@@ -63,8 +63,9 @@ def refuse_head(options: Options) -> None:
 class DecoderPart:
     """prefill takes `chunk` positions, where the context has room for them another four times as
     many, decode one; the context is a multiple of the chunk. first: whose numbers these are, where
-    it is a further context of that. forget: called when MLX has computed all that a package is
-    compared with."""
+    it is a further context of that. tokens: how many of the vocabulary's rows are some, the first
+    ones; all without it. forget: called when MLX has computed all that a package is compared
+    with."""
 
     language_model: Any
     options: Options
@@ -72,6 +73,7 @@ class DecoderPart:
     first: "DecoderPart | None" = None
     name: str = "decoder"
     minimum: str = "iOS18"
+    tokens: int | None = None
     forget: Callable[[], None] = field(default=lambda: None, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,7 @@ class DecoderPart:
             layers=[self._layer(layer) for layer in model.layers],
             norm=self._vector(model.norm.weight),
             head=matrix(head_of(self.language_model), self._head_bits, self._half),
+            tokens=self.tokens or self._config.vocab_size,
             context=self.options.context,
             half=self._half,
             form=self.form,

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.llama import LanguageModel
 
 from ..check import audit
 from ..check.interpreter import Mode, Package
@@ -157,14 +158,16 @@ class _Prompt:
 
     @cached_property
     def reference(self) -> np.ndarray:
-        """Logits [passes + steps, V] of each last position, by `decoder_reference.reference`."""
-        return logits_of(reference(self.part), self.part.table[self._ids], self._ends)
+        """Logits [passes + steps, tokens] of the last positions, by `decoder_reference`."""
+        return self._logits(reference(self.part), self.part.table[self._ids])
 
     def as_loaded(self) -> tuple[np.ndarray, float]:
         """The same by the loaded model; and the largest error of a matrix that is exported."""
         model, products = as_loaded(self.part)
-        logits = logits_of(model, self._embedded, self._ends)
-        return logits, max(product.error for product in products)
+        return self._logits(model, self._embedded), max(product.error for product in products)
+
+    def _logits(self, model: LanguageModel, embedded: np.ndarray) -> np.ndarray:
+        return logits_of(model, embedded, self._ends, self.part.decoder.tokens)
 
     def trial(self, logits: np.ndarray) -> dict[str, np.ndarray]:
         """The first pass and the token that led in a package's own logits after it."""

@@ -207,9 +207,11 @@ def _place(
         module[name] = product
 
 
-def logits_of(model: LanguageModel, embeddings: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Logits float32 [ends, V] of some positions of input embeddings [L, D]."""
+def logits_of(
+    model: LanguageModel, embeddings: np.ndarray, ends: np.ndarray, tokens: int
+) -> np.ndarray:
+    """Logits float32 [ends, tokens] of some positions of input embeddings [L, D]."""
     x = mx.array(embeddings.astype(np.float32))[None]
     for block in model.model.layers:
         x = block(x, "causal", None)
-    return np.array(model.head(x[:, mx.array(ends)])[0])
+    return np.array(model.head(x[:, mx.array(ends)])[0, :, :tokens])

@@ -207,7 +207,7 @@ class DecoderHost:
         return self.embeddings[np.asarray(ids, np.int64)]
 
     def prefill(self, embeddings: np.ndarray) -> np.ndarray:
-        """Run a prompt [L, D] after what is cached; logits float32 [V] of its last position.
+        """Run a prompt [L, D] after what is cached; logits float32 [tokens] of its last position.
 
         Raises UsageError when the context has no room for it.
         """
@@ -226,7 +226,7 @@ class DecoderHost:
         return logits
 
     def step(self, token: int) -> np.ndarray:
-        """Logits float32 [V] after one more token. Raises UsageError when the context is full."""
+        """Logits float32 [tokens] after one more. Raises UsageError when the context is full."""
         if self._full():
             raise UsageError(
                 f"the package's context of {self._geometry.context:,} is full: export with a "
@@ -307,6 +307,6 @@ def mask(offset: int, size: int, context: int, stateful: bool) -> np.ndarray:
 
 
 def _joined(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """All logits float32 [V], of one output or of parts in their order."""
+    """All logits float32 [tokens], of one output or of parts in their order."""
     parts = [outputs[name] for name in in_order([*outputs])]
     return np.concatenate([np.ravel(part).astype(np.float32) for part in parts])

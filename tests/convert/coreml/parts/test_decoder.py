@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_map
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
-from mlx_vlm_edge_convert.coreml.emit import matrices
+from mlx_vlm_edge_convert.coreml.emit import matrices, transformer
 from mlx_vlm_edge_convert.coreml.emit.matrices import original
 from mlx_vlm_edge_convert.coreml.export import export
 from mlx_vlm_edge_convert.coreml.parity import distance
@@ -27,6 +27,7 @@ from mlx_vlm_edge_convert.coreml.run.host import DecoderHost, Geometry
 from mlx_vlm_edge import load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import LanguageModel, TextConfig
+from mlx_vlm_edge.models import fastvlm
 
 from ....demo import IMAGES, KNOWN
 from .. import schema
@@ -232,6 +233,41 @@ def test_a_head_of_64_values_beside_layers_of_16(tools, qwen2, tmp_path, form):
         distance(matrix.weight.dense(), original(layer, None)) for layer, matrix in pairs(made)
     )
     assert head < min(layers) / 2
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"), [("readonly", None), ("readonly", "palette4"), ("stateful", 8)]
+)
+def test_rows_that_pad_the_vocabulary_have_no_logits(tools, qwen2, tmp_path, form, bits):
+    """So that none of them is chosen; the embeddings stay as they are."""
+    options = Options(compute=FORMS[form], precision="fp16", bits=bits, context=32)
+    made = DecoderPart(qwen2, options, chunk=8, tokens=91)
+    made, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    run = DecoderHost(Package(tmp_path / "decoder.mlpackage"), made.geometry, made.table)
+    assert run.prefill(run.embed([95, 3])).shape == (91,)
+    assert len(made.table) == 96
+
+
+@pytest.mark.parametrize("tokens", [64, 70])
+def test_a_part_of_the_head_without_tokens_is_left_out(tools, qwen2, tmp_path, monkeypatch, tokens):
+    """Of 96 rows in parts of 32 that begin with tokens."""
+    monkeypatch.setattr(transformer, "HEAD", 32)
+    options = Options(compute="cpu-ne", precision="fp16", context=32)
+    made = DecoderPart(qwen2, options, chunk=8, tokens=tokens)
+    made, found = made.verified(tmp_path / "decoder.mlpackage")
+    assert all(parity.passed for parity in found.parity), found.parity
+    outputs = _block(tmp_path / "decoder.mlpackage", "decode").outputs
+    assert sum(name.startswith("logits") for name in outputs) == -(-tokens // 32)
+
+
+def test_a_bundle_s_logits_are_those_of_tokens(tools, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastvlm.Processor, "rows", 500)
+    options = Options(context=64, compute="cpu-ne")
+    out = export("demo", tmp_path / "out", parts=("decoder",), options=options, verify=False)
+    entry = json.loads((out / "manifest.json").read_text())["parts"]["decoder"]
+    run = DecoderHost.open(out, entry, Package(out / "decoder.mlpackage"))
+    assert run.prefill(run.embed([511])).shape == (500,)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
