@@ -38,9 +38,11 @@ def prefill(
     """Input embeddings [1, L, D] into `cache`, at most `step_size` positions at a time; logits
     [1, V] of the last one.
 
-    beside: what else the language model is told of a part's positions, by its keywords.
+    beside: what else the language model is told of a part's positions, by its keywords. Where a
+    part would be computed otherwise than within the whole (`splits`), there is one part.
     """
-    for part in chunks(embeddings.shape[1], step_size):
+    length = embeddings.shape[1]
+    for part in chunks(length, step_size if language_model.splits(length) else length):
         if part.start:
             settle(cache)
         logits = language_model(embeddings[:, part], cache, last_only=True, **beside(part))

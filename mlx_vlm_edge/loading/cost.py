@@ -187,6 +187,7 @@ class Cost:
     tiles: pictures that the vision tower sees, or each of several towers. reduction: what choosing
     some of the visual tokens costs the device. parameters: bytes of all weights. cached: bytes that
     one position takes in the KV cache. pixels: bytes of the pictures. layers: of the decoder.
+    whole: whether the prompt is prefilled in one part, however long.
     """
 
     tiles: int
@@ -201,6 +202,7 @@ class Cost:
     cached: int
     pixels: int
     layers: int
+    whole: bool
 
     def memory(self, context: int) -> dict[str, int]:
         """Bytes of weights, of a KV cache of `context` positions, of activations and pictures.
@@ -208,7 +210,7 @@ class Cost:
         Activations are a simple model: 8 times the widest pass of the vision tower or 1.5 times
         what a layer of the decoder passes on in one step of a prefill, whichever is more.
         """
-        together = min(1.0, PREFILL_STEP / self.prompt_tokens)
+        together = 1.0 if self.whole else min(1.0, PREFILL_STEP / self.prompt_tokens)
         prefill = DECODER_HELD * together * self.prefill.activations / self.layers
         parts = {
             "weights": self.parameters,
@@ -257,6 +259,7 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
         cached=cached,
         pixels=sum(array.nbytes for array in data),
         layers=len(cache),
+        whole=not model.language_model.splits(length),
     )
 
 

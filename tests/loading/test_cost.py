@@ -290,3 +290,17 @@ def test_the_bundled_model_weighs_what_is_said():
     del model
     mx.clear_cache()
     mx.reset_peak_memory()
+
+
+def test_a_prompt_that_is_prefilled_whole_needs_its_activations_at_once():
+    """A MoE that may drop tokens computes all of a long prompt together."""
+    found = {}
+    for factor in (2.0, 0.5):  # of 4 experts, 2 for a token: no room is missing, or some is
+        config = configs.read("moe-llava-qwen-1.8b")
+        config["moe"]["eval_capacity_factor"] = factor
+        plan = cost.blueprint(config)
+        found[factor] = cost.cost(plan, cost.question(plan, text_tokens=4000))
+    assert not found[2.0].whole
+    assert found[0.5].whole
+    few, many = (each.memory(1)["activations"] for each in found.values())
+    assert many > 1.5 * few

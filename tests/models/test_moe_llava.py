@@ -137,8 +137,9 @@ def test_tokens_beyond_an_experts_capacity_are_dropped_as_in_the_original(tmp_pa
     assert distance(model(inputs)[0], reference["land/logits_drop"]) < FLOAT32
     with kernels.plain():
         assert distance(model(inputs)[0], reference["land/logits_drop"]) < FLOAT32
-    last = model.prefill(inputs, model.make_cache(), 2048)
-    assert distance(last[0], reference["land/logits_drop"][-1]) < FLOAT32
+    for step_size in (2048, 16):  # no parts: which tokens are dropped hangs on the whole prompt
+        last = model.prefill(inputs, model.make_cache(), step_size)
+        assert distance(last[0], reference["land/logits_drop"][-1]) < FLOAT32
     assert distance(reference["land/logits"], reference["land/logits_drop"]) > 0.1
 
 
