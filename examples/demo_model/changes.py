@@ -36,7 +36,7 @@ def rewritten(scene: Scene, rng: Random) -> Scene:
 
 def change(scene: Scene, rng: Random) -> tuple[Scene, str]:
     """The changed scene, and what has changed."""
-    kinds = ["colour", "nothing"] + ["background"] * (scene.look.backdrop == "plain")
+    kinds = ["colour", "nothing", "nothing"] + ["background"] * (scene.look.backdrop == "plain")
     kinds += ["text", "text"] * (len(scene.lines) == 1) + ["shape"] * bool(scene.shape)
     kinds += ["count", "count"] * (scene.count > 1)
     kind = rng.choice(kinds)

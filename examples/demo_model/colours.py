@@ -36,9 +36,10 @@ def luminance(rgb: RGB) -> float:
     return 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
 
 
-def nearest(rgb: RGB) -> str:
-    """The name whose usual colours are nearest."""
-    return min(COLOURS, key=lambda name: min(math.dist(rgb, anchor) for anchor in COLOURS[name]))
+def clearly(rgb: RGB, chosen: str) -> bool:
+    """Whether no other name's usual colours come near to being as close as the chosen one's."""
+    near = {n: min(math.dist(rgb, anchor) for anchor in COLOURS[n]) for n in COLOURS}
+    return all(1.3 * near[chosen] < near[n] for n in COLOURS if n != chosen)
 
 
 def name(rgb: RGB) -> str:
@@ -57,7 +58,7 @@ def sample(rng: Random) -> tuple[str, RGB]:
         chosen = rng.choice(("black", "white", "white"))
     anchor = rng.choice(COLOURS[chosen])
     rgb = anchor if rng.random() < 0.4 else jitter(anchor, rng)
-    return chosen if nearest(rgb) == chosen else "", rgb
+    return chosen if clearly(rgb, chosen) else "", rgb
 
 
 def pair(rng: Random, least: float = 0.0) -> tuple[tuple[str, RGB], tuple[str, RGB]]:

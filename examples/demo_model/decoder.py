@@ -127,14 +127,19 @@ class DemoModel(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight)
 
     def merge(self, visual: Tensor, ids: Tensor, start: int) -> Tensor:
-        """Embeddings of ids[B, L]; visual[B, V, hidden] in place of ids[:, start : start + V]."""
-        text = self.model.embed_tokens(ids)
-        return torch.cat([text[:, :start], visual, text[:, start + visual.shape[1] :]], 1)
+        """Embeddings of ids[B, L] with visual[B, pictures, V, hidden]: the first picture's tokens
+        from `start` on, and one token of text between two pictures."""
+        rows = self.model.embed_tokens(ids)
+        V = visual.shape[2]
+        for number in range(visual.shape[1]):
+            place = start + number * (V + 1)
+            rows[:, place : place + V] = visual[:, number]
+        return rows
 
     @torch.no_grad()
     def answer(self, visual: Tensor, ids: Tensor, start: int, end: int, most: int) -> list[int]:
-        """Greedy ids for one prompt ids[1, L], without the end token."""
-        embeddings, out = self.merge(visual, ids, start), []
+        """Greedy ids for one prompt ids[1, L] about visual[1, V, hidden], without the end token."""
+        embeddings, out = self.merge(visual[:, None], ids, start), []
         for _ in range(most):
             L = embeddings.shape[1]
             mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]

@@ -23,8 +23,8 @@ MAX_COUNT = 9
 KINDS = ("text", "shapes", "position", "unknown")
 MIX = {"text": 0.7, "page": 0.05, "shapes": 0.14, "position": 0.03, "unknown": 0.08}
 ASKED_MIX = {"text": 0.5, "shapes": 0.27, "position": 0.08, "unknown": 0.15}
-LENGTHS = (1.0, 1.3, 1.5, 1.7, 1.9, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # 1 ... 12 characters
-LEAST_EM = 0.055  # smaller print has under 10 pixels to a capital in the model's 256
+LENGTHS = (1.0, 1.0, 1.3, 1.5, 1.7, 2.0, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4)  # 1 ... 12 characters
+LEAST_EM = 0.055  # smaller print has under 15 pixels to a capital in the model's 384
 SIDE_EM = 200  # pixels per em at which texts are measured
 
 Box = tuple[float, float, float, float]
@@ -309,7 +309,7 @@ def place_of(x: float, y: float, width: float, height: float) -> str:
 
 def shapes_scene(rng: Random, count: int = 0) -> Scene:
     """One to nine equal shapes anywhere, sometimes of unequal size or touching."""
-    count = count or rng.choices(range(1, MAX_COUNT + 1), (1.6, 1, 1, 1, 1, 1.1, 1.2, 1.2, 1.2))[0]
+    count = count or rng.choices(range(1, MAX_COUNT + 1), (1.6, 1, 1, 1, 1, 1.2, 1.5, 1.7, 1.7))[0]
     shape = rng.choice(SHAPES)
     width, height = extent(rng)
     largest = min(0.42 * min(width, height), 0.44 * math.sqrt(width * height / count))

@@ -93,18 +93,18 @@ def reference(model: DemoModel, prompter: Prompter, path: Path) -> None:
     top = (width - height) // 2
     square[top : top + height] = image
     pixels = to_float(torch.from_numpy(pixels_of(Image.fromarray(square)))[None])
-    features, (middle, _) = model.tower(pixels)
+    fine = model.tower.lower(pixels)
+    features, _ = model.tower.upper(fine)
     visual = model.connect(features)
     before, after = prompter.before, prompter.after("What does it say?")
     ids = torch.tensor([before + [0] * model.shape.visual + after])
     L = ids.shape[1]
     mask = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
-    hidden = model.decode(
-        model.merge(visual, ids, len(before)), torch.arange(L)[None].float(), mask
-    )
+    rows = model.merge(visual[:, None], ids, len(before))
+    hidden = model.decode(rows, torch.arange(L)[None].float(), mask)
     greedy = model.answer(visual, ids, len(before), prompter.end, 20)
     np.savez(
-        path, image=image, pixel_values=pixels.numpy(), stage3=middle.numpy(),
+        path, image=image, pixel_values=pixels.numpy(), stage3=fine.numpy(),
         conv_exp=features.numpy(), visual_tokens=visual.numpy(), ids_before=np.array(before),
         ids_after=np.array(after), logits=model.logits(hidden[:, -1]).numpy(),
         greedy=np.array(greedy),

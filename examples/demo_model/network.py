@@ -1,7 +1,7 @@
 """The demo model in PyTorch, un-fused: FastViTHD, a two-layer connector and a Qwen2 decoder.
 
-pixels[B, 3, 256, 256] in [0, 1] -> vision tower -> features[B, 16, 768] -> connector
--> visual tokens[B, 16, H] -> decoder -> logits. Attribute names are the checkpoint's names
+pixels[B, 3, 384, 384] in [0, 1] -> vision tower -> features[B, 36, 768] -> connector
+-> visual tokens[B, 36, H] -> decoder -> logits. Attribute names are the checkpoint's names
 (Apple's train-time layout), so a state dict is the checkpoint.
 
 While BatchNorm collects statistics the branches are computed one by one. Where its statistics
@@ -23,10 +23,10 @@ class Shape:
     """The sizes of the demo model; the block types are FastVLM's."""
 
     dims: tuple[int, ...] = (24, 48, 96, 192, 384)
-    layers: tuple[int, ...] = (1, 2, 4, 2, 1)
+    layers: tuple[int, ...] = (1, 2, 4, 3, 2)
     mlp_ratio: int = 4
     layer_scale: float = 0.5
-    image_size: int = 256
+    image_size: int = 384
     hidden: int = 256
     intermediate: int = 512
     decoder_layers: int = 3
@@ -46,7 +46,7 @@ class Shape:
         return (self.image_size // 64) ** 2
 
 
-SUPERVISED = (4, 7)  # the stride-16 and the stride-32 map in `network`
+LOWER, MIDDLE = 5, 8  # layers of `network` up to the stride-16, and to the stride-32 map
 Kernel = tuple[Tensor, Tensor | None]  # weight[out, in / groups, k, k] and bias[out]
 
 
@@ -278,8 +278,8 @@ class RepCPE(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """FastViTHD; returns conv_exp's map, and the stride-16 and stride-32 maps that training
-    supervises too."""
+    """FastViTHD, in two parts: up to the stride-16 map, and from there; training supervises the
+    maps on the way too."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -298,16 +298,25 @@ class VisionTower(nn.Module):
             if stage >= 3:
                 network.append(RepCPE(dim))
             network.append(nn.Sequential(*[block(dim, ratio, init) for _ in range(depth)]))
-        self.network = nn.ModuleList(network)
+        self.network = nn.Sequential(*network)
         self.conv_exp = MobileOne(dims[-1], 2 * dims[-1], 3, groups=dims[-1], se=True)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, maps = self.patch_embed(pixels), []
-        for i, layer in enumerate(self.network):
-            x = layer(x)
-            if i in SUPERVISED:
-                maps.append(x)
-        return self.conv_exp(x), tuple(maps)
+    @property
+    def lower_part(self) -> nn.Sequential:
+        return nn.Sequential(self.patch_embed, *self.network[:LOWER])
+
+    def lower(self, pixels: Tensor) -> Tensor:
+        """pixels[B, 3, H, W] -> the stride-16 map[B, dims[2], H/16, W/16]."""
+        return self.lower_part(pixels)
+
+    def upper(self, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """The stride-16 map -> conv_exp's map, and the stride-32 map."""
+        middle = self.network[LOWER:MIDDLE](fine)
+        return self.conv_exp(self.network[MIDDLE:](middle)), middle
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features[B, 2 * dims[4], H/64, W/64]."""
+        return self.upper(self.lower(pixels))[0]
 
     def fix_statistics(self) -> None:
         """Let every BatchNorm's statistics stand; `train()` would set them moving again."""

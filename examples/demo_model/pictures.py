@@ -21,9 +21,9 @@ from render import draw, padded
 from torch.utils.data import DataLoader, IterableDataset
 from vision import SIDE, labels
 
-SMALLEST, LARGEST = 96, 512  # pixels of the longer side that pictures are drawn at
+SMALLEST, LARGEST = 96, 640  # pixels of the longer side that pictures are drawn at
 LEGIBLE = 13  # pixels of an em, at least
-OWN_SIDE = 0.5  # share that is drawn at the model's own side
+USUAL = {SIDE: 0.25, 256: 0.3}  # sides that pictures are often drawn at, and their shares
 PLAIN_OF_EIGHT = 2  # so many of eight pictures are plain ones
 WAITING = 400  # pictures that wait to be seen again
 ORDERS = [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]  # of red, green and blue
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8[256, 256, 3] of a picture, padded and resized as the runtime does."""
+    """uint8[384, 384, 3] of a picture, padded and resized as the runtime does."""
     square = padded(image)
     if square.width != SIDE:
         square = square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -42,7 +42,8 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def drawn_at(seed: int | str, em: float = 1.0) -> int:
     """The longer side of the picture of a seed, in pixels; print of `em` stays legible."""
     rng = Random(f"{seed}-size")
-    side = SIDE if rng.random() < OWN_SIDE else rng.randint(SMALLEST, LARGEST)
+    usual, often = list(USUAL), [*USUAL.values(), 1 - sum(USUAL.values())]
+    side = rng.choices([*usual, rng.randint(SMALLEST, LARGEST)], often)[0]
     return max(side, min(LARGEST, round(LEGIBLE / em)))
 
 

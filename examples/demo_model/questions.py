@@ -59,6 +59,7 @@ QUESTIONS = {
         "What is in the image?", "What is in this picture?", "What do you see?",
         "What is this?", "Describe.", "What does the image show?", "What is shown?",
         "Describe the image in one sentence.", "Caption this image.", "What are these?",
+        "What is in this photo?", "What is in this image?", "What does the picture show?",
     ),
 }  # fmt: skip
 CATEGORIES = tuple(QUESTIONS)

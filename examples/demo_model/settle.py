@@ -1,28 +1,32 @@
 """The last stage: connector and decoder alone, on stored features of the finished tower.
 
-Without the tower a batch costs a fourth, so that what the decoder learns slowly (whether the thing
-that is asked for is the thing that is there) is asked often enough.
+Without the tower a batch costs a fourth. Yes and no are learned in batches of their own, one short
+question to a row, at first without "not": in talks, among other questions, they stay a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import torch
 from decoder import DemoModel
 from draw import Scene
-from language import Row, padded_rows, said_of_pair, talk_row
+from language import Row, padded_rows, row, said_of_pair, talk_row
 from pictures import Batch, Pairs, Pictures, batches
 from prompts import Prompter
+from questions import phrase
 from torch import Tensor
 from vision import to_float
 
 POOL = 8  # batches of rows drawn together, of which those of like length go together
 PAIRS_EVERY = 10  # so many batches of single pictures for one of pairs
-SHAPES_WEIGHT = 2.0  # how often a picture of shapes is asked about, for one of text
-ASKED = {"is it": 8.0, "is it not": 5.0, "count": 2.5, "describe": 2.0}  # about shapes
+SHAPES_WEIGHT, PLACED_WEIGHT = 2.0, 6.0  # how often shapes are asked about, for one text; the
+# second of a shape that has a place, of which there are few
+JUDGED = 0.4  # share of the batches that ask only for a yes or a no
+SIMPLE = 0.2  # share of the stage in which none of them asks "is it not"
+NEGATED = 0.4  # how many of them ask it afterwards
 
 
 @dataclass
@@ -30,52 +34,81 @@ class Store:
     """Features of pictures and pairs, float16, and what can be asked about them."""
 
     scenes: list[Scene]
-    features: Tensor  # [count, 1, C, 4, 4]
+    features: Tensor  # [count, 1, C, 6, 6]
     changes: list[str]
-    pair_features: Tensor  # [pairs, 2, C, 4, 4]
+    pair_features: Tensor  # [pairs, 2, C, 6, 6]
 
 
 @torch.no_grad()
-def seen(model: DemoModel, source: Iterator[Batch], count: int) -> tuple[list[object], Tensor]:
+def encoded(model: DemoModel, source: Iterator[Batch], count: int) -> tuple[list[object], Tensor]:
     """What `count` pictures or pairs show, and the tower's features of them."""
     shown: list[object] = []
     features: list[Tensor] = []
     while len(shown) < count:
-        batch = next(source)
-        pixels = batch["pixels"]
+        pictures = next(source)
+        pixels = pictures["pixels"]
         apart = pixels.flatten(0, -4)
-        found = model.tower(to_float(apart))[0].half()
+        found = model.tower(to_float(apart)).half()
         features.append(found.unflatten(0, (len(pixels), -1)))
-        shown += batch["shown"]
+        shown += pictures["shown"]
     return shown[:count], torch.cat(features)[:count]
 
 
 def store(model: DemoModel, prompter: Prompter, count: int) -> Store:
     """`count` pictures and an eighth as many pairs, seen by the tower as it is."""
     model.tower.eval()
-    scenes, features = seen(model, batches(Pictures("settle", 0, prompter), 64), count)
-    changes, pairs = seen(model, batches(Pairs("settle", 0, prompter), 32), count // 8)
+    scenes, features = encoded(model, batches(Pictures("settle", 0, prompter), 64), count)
+    changes, pairs = encoded(model, batches(Pairs("settle", 0, prompter), 32), count // 8)
     return Store(scenes, features, changes, pairs)  # type: ignore[arg-type]
 
 
-def stored_batches(stored: Store, prompter: Prompter, size: int, seed: int) -> Iterator[Batch]:
-    """features[B, pictures, C, 4, 4], ids and targets, in random order; new talks every time."""
-    rng = Random(f"settle-{seed}")
-    often = [SHAPES_WEIGHT if one.shape else float(one.kind != "page") for one in stored.scenes]
-    number = 0
+def batch(features: Tensor, places: Sequence[int], rows: Sequence[Row]) -> Batch:
+    ids, targets = padded_rows(rows)
+    return {"features": features[list(places)].float(), "ids": ids, "targets": targets}
 
-    def batch(features: Tensor, places: Sequence[int], rows: Sequence[Row]) -> Batch:
-        ids, targets = padded_rows(rows)
-        return {"features": features[list(places)].float(), "ids": ids, "targets": targets}
+
+def judged_batches(
+    stored: Store, prompter: Prompter, size: int, seed: int, done: Callable[[], float]
+) -> Iterator[Batch]:
+    """Rows of one question each: is a thing there, and later also, is it not."""
+    rng = Random(f"judged-{seed}")
+    of_shapes = [i for i, one in enumerate(stored.scenes) if one.shape and one.colour]
+    while True:
+        places, rows = rng.choices(of_shapes, k=size), []
+        for i in places:
+            category = "is it not" if done() > SIMPLE and rng.random() < NEGATED else "is it"
+            rows.append(row([(*phrase(category, stored.scenes[i], rng), "")], 1, prompter))
+        yield batch(stored.features, places, rows)
+
+
+def weight(one: Scene) -> float:
+    """How often a scene is asked about; a page of print never."""
+    if one.place:
+        return PLACED_WEIGHT
+    return SHAPES_WEIGHT if one.shape else float(one.kind != "page")
+
+
+def stored_batches(
+    stored: Store, prompter: Prompter, size: int, seed: int, done: Callable[[], float]
+) -> Iterator[Batch]:
+    """features[B, pictures, C, 6, 6], ids and targets, in random order; new talks every time.
+
+    done: the share of the stage that is over."""
+    rng = Random(f"settle-{seed}")
+    judged = judged_batches(stored, prompter, size, seed, done)
+    often = [weight(one) for one in stored.scenes]
+    number = 0
 
     while True:
         chosen = rng.choices(range(len(often)), often, k=POOL * size)
         pool: list[tuple[int, Row]] = [
-            (i, talk_row(stored.scenes[i], rng, prompter, ASKED)) for i in chosen
+            (i, talk_row(stored.scenes[i], rng, prompter)) for i in chosen
         ]
         pool.sort(key=lambda item: len(item[1][0]))
         for start in rng.sample(range(0, POOL * size, size), POOL):
             places, rows = zip(*pool[start : start + size], strict=True)
+            while rng.random() < JUDGED:
+                yield next(judged)
             yield batch(stored.features, places, rows)
             number += 1
             if number % PAIRS_EVERY == 0:

@@ -55,7 +55,10 @@ class Run:
         if self.path.exists():
             saved = torch.load(self.path)
             self.module.load_state_dict(saved["model"])
+            asked = [group["peak"] for group in self.tuner.param_groups]
             self.tuner.load_state_dict(saved["tuner"])
+            for group, peak in zip(self.tuner.param_groups, asked, strict=True):
+                group["peak"] = peak  # this start's, not the checkpoint's
             self.average, self.step = saved["average"], saved["step"]
             self.seconds = saved.get("seconds", 0.0)
         self.started = time.time(), self.step

@@ -1,7 +1,8 @@
 """Begin from a trained native checkpoint: fused weights -> the un-fused, trainable modules.
 
 A merged kernel goes into the convolution branch, less what the other branches add; every BatchNorm
-is then set to pass its input through as it is on a batch of pictures.
+is then set to pass its input through as it is on a batch of pictures. Attention blocks that the
+checkpoint has not begin by adding nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from decoder import DemoModel
 from network import (
+    AttentionBlock,
     ConvBN,
     LargeKernel,
     MobileOne,
@@ -99,6 +101,11 @@ def begin(folder: Path, model: DemoModel, pixels: Tensor) -> None:
         biases |= branches(block, tower, name.replace("patch_embed.", "patch_embed.blocks."))
         if name.endswith("rbr_skip"):
             biases[block] = torch.zeros(1)
+        if isinstance(block, AttentionBlock) and f"{name}.norm.weight" not in tower:
+            print(f"{name} is new: it begins by changing nothing")
+            for last in (block.token_mixer.proj, block.convffn.fc2):
+                last.weight.zero_()
+                last.bias.zero_()
     own = model.tower.state_dict()
     for name, value in tower.items():
         if name in own:

@@ -1,15 +1,15 @@
 """Train the demo model on drawn pictures, then write the checkpoint.
 
-For the first part of the time the tower alone, on labels that the drawing knows; then everything
-at once: the labels, talks about the pictures, and what has changed between two; at last connector
-and decoder alone, on stored features. A run that was stopped goes on from its last checkpoint in
---out.
+For the first part of the time the tower alone, on labels that the drawing knows; then its lower
+part stands, and the rest learns everything at once: the labels, talks about the pictures, and what
+has changed between two; at last connector and decoder alone, on stored features. A run that was
+stopped goes on from its last checkpoint in --out.
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -19,15 +19,20 @@ from language import answer_loss, exact_match
 from network import Shape
 from pictures import Batch, Pairs, Pictures, batches, drawn
 from prompts import Prompter, train_tokenizer
+from seen import Seen
 from settle import store, stored_batches
 from stage import Run, groups
 from start import begin
 from tokenizers import Tokenizer
-from torch import nn
-from vision import Heads, accuracy, losses, to_float, weighted
+from torch import Tensor, nn
+from vision import Heads, accuracy, fine_losses, losses, to_float, weighted
 
-PAIRS_EVERY = 8  # every eighth batch has pairs of pictures, half as many
+PAIRS_EVERY = 8  # every eighth new batch has pairs of pictures, half as many
 HELD_OUT = 384  # pictures of a check
+AGAIN = 2  # batches seen before for a new one, while the lower part learns; afterwards one
+KEPT = 2000  # pictures of them while it learns: their maps go stale
+KEPT_FIXED = 24000  # pictures and pairs afterwards, 0.1 MB each
+SAVED_EVERY = 250  # batches of the last stage
 AVERAGED = 0.997  # decay of the averaged weights
 
 
@@ -61,40 +66,80 @@ class Training:
     def __init__(self, args: argparse.Namespace, prompter: Prompter, run: Run) -> None:
         self.args, self.prompter, self.run = args, prompter, run
         self.model, self.heads = run.module["model"], run.module["heads"]
-        seen, size = run.step * args.batch, args.batch
-        self.pictures = batches(Pictures("train", seen, prompter), size)
-        self.pairs = batches(Pairs("train", seen, prompter), size // 2, 2)
+        start, size = run.step * args.batch, args.batch
+        self.pictures = batches(Pictures("train", start, prompter), size)
+        self.pairs = batches(Pairs("train", start, prompter), size // 2, 2)
+        self.seen = Seen(prompter, start, KEPT // size)
+        self.seen_pairs = Seen(prompter, start, KEPT_FIXED // size)
+        self.again = AGAIN
         held_out = Pictures("held-out", 0, prompter, again=False)
         self.held_out = list(islice(batches(held_out, 64), HELD_OUT // 64))
 
-    def step_of_pairs(self, batch: Batch) -> None:
-        """What has changed."""
-        B = len(batch["pixels"])
-        features = self.model.tower(to_float(batch["pixels"].flatten(0, 1)))[0].unflatten(0, (B, 2))
+    def loss_of_pairs(self, batch: Batch, fine: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What has changed; fine[2 B, ...], the two pictures of a pair one after the other."""
+        features = self.model.tower.upper(fine)[0].unflatten(0, (-1, 2))
         loss, right = answer_loss(self.model, features, batch, self.prompter)
-        self.run.update(self.args.answers * loss, {"pairs": loss.item(), "same": right.item()})
+        return self.args.answers * loss, {"pairs": loss.item(), "same": right.item()}
 
-    def step_of_pictures(self, batch: Batch, talking: bool) -> None:
-        features, maps = self.model.tower(to_float(batch["pixels"]))
-        parts = losses(self.heads, features, maps, batch)
+    def loss_of_pictures(
+        self, batch: Batch, fine: Tensor, talking: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        features, middle = self.model.tower.upper(fine)
+        parts = losses(self.heads, features, middle, batch)
+        if fine.requires_grad:
+            parts |= fine_losses(self.heads, fine, batch)
         loss, shown = weighted(parts), {k: v.item() for k, v in parts.items()}
         if talking:
             answers, right = answer_loss(self.model, features[:, None], batch, self.prompter)
             loss = self.args.labels * loss + self.args.answers * answers
             shown |= {"answers": answers.item(), "tokens": right.item()}
-        self.run.update(loss, shown)
+        return loss, shown
+
+    def pairs_again(self) -> None:
+        """A new batch of pairs, then batches seen before."""
+        batch = next(self.pairs)
+        fine = self.model.tower.lower(to_float(batch["pixels"].flatten(0, 1)))
+        self.run.update(*self.loss_of_pairs(batch, fine))
+        self.seen_pairs.add(batch, fine)
+        for _ in range(self.again):
+            self.run.update(*self.loss_of_pairs(*self.seen_pairs.pick()))
+
+    def pictures_again(self, talking: bool) -> None:
+        """A new batch of pictures, then batches seen before."""
+        batch = next(self.pictures)
+        fine = self.model.tower.lower(to_float(batch["pixels"]))
+        self.run.update(*self.loss_of_pictures(batch, fine, talking))
+        self.seen.add(batch, fine)
+        for _ in range(self.again):
+            self.run.update(*self.loss_of_pictures(*self.seen.pick(), talking))
+
+    def fix_lower(self) -> None:
+        """From here on the lower part of the tower stands, at its averaged weights."""
+        averaged = DemoModel(self.model.shape)
+        self.run.averaged("model", averaged)
+        lower = self.model.tower.lower_part
+        lower.load_state_dict(averaged.tower.lower_part.state_dict())
+        lower.requires_grad_(False)
+        lower.eval()
+        self.seen = Seen(self.prompter, self.run.step, KEPT_FIXED // self.args.batch)
+        self.again = 1
 
     def to_the_end(self) -> None:
         run, args = self.run, self.args
-        over = run.over
-        while not over:
-            talking = run.done >= args.alone
-            if talking and run.step % PAIRS_EVERY == 0:
-                self.step_of_pairs(next(self.pairs))
+        over, checked, talking = run.over, run.step, False
+        for turn in count():
+            if over:
+                return
+            if not talking and run.done >= args.alone:
+                talking = True
+                self.fix_lower()
+            if talking and turn % PAIRS_EVERY == 0:
+                self.pairs_again()
             else:
-                self.step_of_pictures(next(self.pictures), talking)
+                self.pictures_again(talking)
             over = run.over
-            if run.step % args.check == 0 or over:
+            if run.step - checked >= args.check or over:
+                checked = run.step
                 run.save()
                 self.check(talking)
 
@@ -123,13 +168,14 @@ def settle(args: argparse.Namespace, prompter: Prompter, model: DemoModel, step:
     if not path.exists():
         torch.save(store(model, prompter, args.stored), path)
     run.begun()
-    source = stored_batches(torch.load(path, weights_only=False), prompter, 64, run.step)
+    stored = torch.load(path, weights_only=False)
+    source = stored_batches(stored, prompter, 64, run.step, lambda: run.done)
     while not run.over:
         batch = next(source)
         loss, right = answer_loss(model, batch["features"], batch, prompter)
         pair = batch["features"].shape[1] == 2
         run.update(loss, {"pairs" if pair else "answers": loss.item(), "tokens": right.item()})
-        if run.step % args.check == 0:
+        if run.step % SAVED_EVERY == 0:
             run.save()
     run.save()
     run.averaged("model", model)
@@ -159,7 +205,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, metavar="N",
                         help="end after N minutes of training instead")  # fmt: skip
     parser.add_argument("--alone", type=float, default=0.4, metavar="SHARE",
-                        help="of the time, for the tower alone")  # fmt: skip
+                        help="of the time, for the tower alone; "
+                             "then its lower part stands")  # fmt: skip
     parser.add_argument("--settle-minutes", type=float, default=10.0, metavar="N",
                         help="of the decoder alone at the end")  # fmt: skip
     parser.add_argument("--settle-rate", type=float, default=6e-4, help="its peak rate")
@@ -170,12 +217,12 @@ def parse() -> argparse.Namespace:
         help="pictures it is asked about, pages of print among them, which are not",
     )
     parser.add_argument("--batch", type=int, default=32, help="pictures in a batch")
-    parser.add_argument("--tower-rate", type=float, default=8e-4, help="peak rate of the tower")
-    parser.add_argument("--heads-rate", type=float, default=2e-3, help="peak rate of the heads")
-    parser.add_argument("--decoder-rate", type=float, default=1e-3, help="peak rate of the rest")
-    parser.add_argument("--labels", type=float, default=0.5, help="weight of the labels' losses")
+    parser.add_argument("--tower-rate", type=float, default=3e-4, help="peak rate of the tower")
+    parser.add_argument("--heads-rate", type=float, default=1e-3, help="peak rate of the heads")
+    parser.add_argument("--decoder-rate", type=float, default=6e-4, help="peak rate of the rest")
+    parser.add_argument("--labels", type=float, default=1.0, help="weight of the labels' losses")
     parser.add_argument("--answers", type=float, default=1.5, help="weight of the answers' loss")
-    parser.add_argument("--check", type=int, default=500, help="batches between checks")
+    parser.add_argument("--check", type=int, default=1500, help="batches between checks")
     parser.add_argument("--test", type=int, default=100, metavar="N", help="scenes of a check")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")
     return parser.parse_args()

@@ -43,7 +43,7 @@ def bounds(mark: Mark, scene: Scene) -> tuple[float, float, float, float]:
 
 
 def cells(scene: Scene) -> np.ndarray:
-    """int64[2, 32, 32]: label of the mark over each cell (0: none), and its number in the text."""
+    """int64[2, 48, 48]: label of the mark over each cell (0: none), and its number in the text."""
     grid = np.zeros((2, CELLS, CELLS), np.int64)
     for mark in scene.marks:
         left, top, right, bottom = (CELLS * side - 0.5 for side in bounds(mark, scene))
@@ -60,10 +60,10 @@ def cells(scene: Scene) -> np.ndarray:
 
 
 def held(scene: Scene, grid: int = GRID) -> np.ndarray:
-    """int64[16, 1 + 8]: of each visual token the number in the text of its first character (0:
+    """int64[36, 1 + 8]: of each visual token the number in the text of its first character (0:
     it has none), then its characters, a space before the one that follows it (0: none).
 
-    With the stride-32 map's grid int64[64, 1 + 4]."""
+    With the stride-32 map's grid int64[144, 1 + 4]."""
     table = np.zeros((grid * grid, 1 + HELD[grid]), np.int64)
     filled, before = [0] * len(table), 0
     for mark in sorted(scene.marks, key=lambda mark: mark.number):
@@ -121,12 +121,22 @@ class Heads(nn.Module):
         self.parts = nn.Linear(shape.dims[3], HELD[2 * GRID] * (len(CHARACTERS) + 1))
         self.cells = nn.Linear(shape.dims[2], 4 * (len(LABELS) + 1 + MAX_SLOTS + 1))
 
-    def forward(self, features: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits: attributes[B, .], first[B, 16, 15], text[B, 16, 8, 64], cells[B, ., 32, 32]."""
+    def of_tokens(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits: attributes[B, .], first[B, 36, 15], text[B, 36, 8, 64]."""
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2)
         text = self.text(tokens).unflatten(2, (HELD[GRID], -1))
-        dense = self.cells(middle.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.attributes(tokens.mean(1)), self.first(tokens), text, F.pixel_shuffle(dense, 2)
+        return self.attributes(tokens.mean(1)), self.first(tokens), text
+
+    def of_middle(self, middle: Tensor) -> Tensor:
+        """Logits[B, 144, 4, 64] of the stride-32 map."""
+        squares = middle.permute(0, 2, 3, 1).flatten(1, 2)
+        return self.parts(squares).unflatten(2, (HELD[2 * GRID], -1))
+
+    def of_cells(self, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the 8-pixel cells: marks[B, ., 48, 48], order[B, 15, 48, 48]."""
+        dense = self.cells(fine.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        marks, order = F.pixel_shuffle(dense, 2).split([len(LABELS) + 1, MAX_SLOTS + 1], 1)
+        return marks, order
 
 
 def balanced(logits: Tensor, target: Tensor) -> Tensor:
@@ -147,11 +157,24 @@ def spelled(logits: Tensor, table: Tensor) -> Tensor:
     return 3 * (each.view(slots.shape) * weight).sum() / weight.sum()
 
 
+def printed(batch: dict[str, Tensor]) -> Tensor:
+    """bool[B]: the pictures of a text."""
+    return batch["facts"][:, 2] == TEXT
+
+
+def fine_losses(heads: Heads, fine: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses of the stride-16 map's labels."""
+    marks, order = heads.of_cells(fine)
+    some = printed(batch)
+    parts = {"cells": balanced(marks, batch["cells"][:, 0])}
+    return parts | ({"order": balanced(order[some], batch["cells"][some, 1])} if some.any() else {})
+
+
 def losses(
-    heads: Heads, features: Tensor, maps: tuple[Tensor, ...], batch: dict[str, Tensor]
+    heads: Heads, features: Tensor, middle: Tensor, batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The loss of each kind of label."""
-    attributes, first, text, dense = heads(features, maps[0])
+    """The losses of the labels of conv_exp's and of the stride-32 map."""
+    attributes, first, text = heads.of_tokens(features)
     split = attributes.split(list(HEADS.values()), 1)
     asked = (batch["facts"] >= 0).any(0).tolist()
     parts = {
@@ -159,16 +182,12 @@ def losses(
         for i, (name, logits) in enumerate(zip(HEADS, split, strict=True))
         if asked[i]
     }
-    printed = batch["facts"][:, 2] == TEXT
-    if printed.any():
-        table = batch["held"][printed]
-        parts["first"] = balanced(first[printed].flatten(0, 1), table[..., 0].flatten())
-        parts["text"] = spelled(text[printed], table)
-        squares = maps[1][printed].permute(0, 2, 3, 1).flatten(1, 2)
-        logits = heads.parts(squares).unflatten(2, (HELD[2 * GRID], -1))
-        parts["parts"] = spelled(logits, batch["parts"][printed])
-        parts["order"] = balanced(dense[printed, len(LABELS) + 1 :], batch["cells"][printed, 1])
-    parts["cells"] = balanced(dense[:, : len(LABELS) + 1], batch["cells"][:, 0])
+    some = printed(batch)
+    if some.any():
+        table = batch["held"][some]
+        parts["first"] = balanced(first[some].flatten(0, 1), table[..., 0].flatten())
+        parts["text"] = spelled(text[some], table)
+        parts["parts"] = spelled(heads.of_middle(middle[some]), batch["parts"][some])
     return parts
 
 
@@ -177,7 +196,7 @@ def weighted(parts: dict[str, Tensor]) -> Tensor:
 
 
 def read(first: Tensor, text: Tensor) -> list[str]:
-    """What the heads read in each picture: first[B, 16] and text[B, 16, 8], classes."""
+    """What the heads read in each picture: first[B, 36] and text[B, 36, 8], classes."""
     result = []
     for numbers, tokens in zip(first.tolist(), text.tolist(), strict=True):
         order = sorted((number, i) for i, number in enumerate(numbers) if number)
@@ -194,15 +213,16 @@ def accuracy(
     tower.eval()
     right: dict[str, list[Tensor]] = {}
     for batch in pictures:
-        features, maps = tower(to_float(batch["pixels"]))
-        attributes, first, text, dense = heads(features, maps[0])
+        fine = tower.lower(to_float(batch["pixels"]))
+        features, middle = tower.upper(fine)
+        attributes, first, text = heads.of_tokens(features)
         split = attributes.split(list(HEADS.values()), 1)
         for i, (name, logits) in enumerate(zip(HEADS, split, strict=True)):
             target = batch["facts"][:, i]
             right.setdefault(name, []).append((logits.argmax(1) == target)[target >= 0])
-        printed = batch["facts"][:, 2] == TEXT
-        table = batch["held"][printed]
-        numbers, said = first[printed].argmax(2), text[printed].argmax(3)
+        some = printed(batch)
+        table = batch["held"][some]
+        numbers, said = first[some].argmax(2), text[some].argmax(3)
         want = read(table[..., 0], table[..., 1:])
         hits = [a == b for a, b in zip(read(numbers, said), want, strict=True)]
         for name, short in (("short", True), ("long", False)):
@@ -210,9 +230,12 @@ def accuracy(
             right.setdefault(name, []).append(torch.tensor(chosen))
         right.setdefault("first", []).append((numbers == table[..., 0])[table[..., 0] > 0])
         right.setdefault("chars", []).append((said == table[..., 1:])[table[..., 1:] > 0])
+        squares = heads.of_middle(middle[some]).argmax(3)
+        held_there = batch["parts"][some][..., 1:]
+        right.setdefault("parts", []).append((squares == held_there)[held_there > 0])
         covered = batch["cells"] > 0
-        split_dense = dense.split([len(LABELS) + 1, MAX_SLOTS + 1], 1)
-        for i, (name, logits) in enumerate(zip(("cells", "order"), split_dense, strict=True)):
+        of_cells = dict(zip(("cells", "order"), heads.of_cells(fine), strict=True))
+        for i, (name, logits) in enumerate(of_cells.items()):
             same = logits.argmax(1) == batch["cells"][:, i]
             right.setdefault(name, []).append(same[covered[:, i]])
     tower.train()

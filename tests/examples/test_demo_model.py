@@ -33,7 +33,7 @@ def test_training_begins_where_the_bundled_model_is():
     start.begin(DEMO, ours, pixels)
     ours.eval()
     with torch.no_grad():
-        got = ours.connect(ours.tower(pixels[:1])[0])[0].numpy()
+        got = ours.connect(ours.tower(pixels[:1]))[0].numpy()
     model, processor = load("demo")
     want = model.encode_image(processor.preprocess(Image.fromarray(pictures[0])))
     want = np.array(want.astype(mx.float32)).reshape(got.shape)
@@ -117,16 +117,17 @@ def test_a_stage_by_the_clock_goes_on_where_it_was_stopped(monkeypatch, tmp_path
     monkeypatch.setattr(stage.time, "time", lambda: now[0])
     module = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2)})
 
-    def run():
-        tuner = torch.optim.AdamW(module.parameters())
+    def run(peak=1.0):
+        tuner = torch.optim.AdamW([{"params": list(module.parameters()), "peak": peak}])
         return stage.Run(tmp_path / "one.pt", module, tuner, 10, minutes=2)
 
     first = run()
     now[0] += 30
     first.save()
     now[0] += 1000
-    second = run()
+    second = run(peak=0.5)
     assert (second.done, second.over) == (pytest.approx(0.25), False)
+    assert second.tuner.param_groups[0]["peak"] == 0.5
     now[0] += 90
     assert second.over
 
@@ -142,18 +143,19 @@ def a_text(text, boxes, **rest):
 
 def test_the_tokens_hold_the_text_in_the_order_it_is_read():
     """Each character is asked of the token whose square has its centre, a space before the next."""
-    from vision import CHARACTERS, held, read
+    from vision import CHARACTERS, GRID, held, read
 
-    boxes = [(0.1, 0.1, 0.2, 0.2), (0.2, 0.1, 0.28, 0.2), (0.6, 0.6, 0.7, 0.7)]
+    last = 1 - 0.5 / GRID
+    boxes = [(0.01, 0.01, 0.05, 0.05), (0.05, 0.01, 0.09, 0.05), (last, last, last, last)]
     table = held(a_text("Ab c", boxes))
-    assert table[:, 0].tolist() == [1, *[0] * 9, 4, *[0] * 5]
-    said = [[CHARACTERS[c - 1] for c in row if c] for row in table[[0, 10], 1:]]
+    assert table[:, 0].tolist() == [1, *[0] * (GRID * GRID - 2), 4]
+    said = [[CHARACTERS[c - 1] for c in row if c] for row in table[[0, -1], 1:]]
     assert said == [["A", "b"], [" ", "c"]]
     as_tensor = torch.from_numpy(table)[None]
     assert read(as_tensor[..., 0], as_tensor[..., 1:]) == ["Ab c"]
     # A low picture is padded: the same box lies a quarter of the side further down.
-    low = held(a_text("Ab c", [(0.1, 0.0, 0.2, 0.1)] * 3, height=0.5))
-    assert low[:, 0].tolist() == [0] * 4 + [1] + [0] * 11
+    low = held(a_text("Ab c", [(0.01, 0.0, 0.05, 0.1)] * 3, height=0.5))
+    assert low[:, 0].nonzero()[0].tolist() == [GRID * int(GRID * 0.3)]
 
 
 def test_merged_branches_give_what_the_branches_give():
@@ -223,10 +225,11 @@ def test_a_row_asks_for_its_answers_and_no_more():
 def test_what_has_changed_is_the_answer_about_a_pair():
     """Both pictures have their places in the row, and so have their tokens in the embeddings."""
     from decoder import DemoModel
-    from language import VISUAL, embedded, said_of_pair
+    from language import VISUAL, said_of_pair
     from network import Shape
     from prompts import Prompter
     from tokenizers import Tokenizer
+    from vision import GRID
 
     prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
     said = 'The text has changed from "AB" to "CD".'
@@ -236,15 +239,14 @@ def test_what_has_changed_is_the_answer_about_a_pair():
     assert prompter.tokenizer.decode(answer) == said
     assert ids[-len(answer) + 1 :] == answer[:-1]
     start, model = len(prompter.before), DemoModel(Shape())
-    features = torch.randn(1, 2, 768, 4, 4)
-    rows = embedded(model, features, torch.tensor([ids]), start)
+    features = torch.randn(1, 2, 768, GRID, GRID)
+    visual = torch.stack([model.connect(features[:, number]) for number in (0, 1)], 1)
+    rows = model.merge(visual, torch.tensor([ids]), start)
     assert rows.shape[1] == len(ids)
     for number in (0, 1):
         place = start + number * (VISUAL + 1)
         assert ids[place : place + VISUAL] == [0] * VISUAL
-        torch.testing.assert_close(
-            rows[:, place : place + VISUAL], model.connect(features[:, number])
-        )
+        torch.testing.assert_close(rows[:, place : place + VISUAL], visual[:, number])
 
 
 def test_a_yes_and_a_no_are_found_where_they_begin():
@@ -273,3 +275,122 @@ def test_a_talk_asks_three_different_things(monkeypatch):
     for talk in three_turns(4, "tests"):
         assert len(talk.pictures) == 1
         assert len(set(talk.questions)) == len(talk.right) == len(talk.groups) == 3
+
+
+def test_a_deeper_tower_begins_as_the_one_it_starts_from():
+    """Attention blocks that the checkpoint has not change nothing at first."""
+    import start
+    from decoder import DemoModel
+    from network import Shape
+
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 3, 64, 64)
+    same = Shape()
+    deeper = Shape(layers=(*same.layers[:3], same.layers[3] + 1, same.layers[4] + 2))
+    features = []
+    for shape in (same, deeper):
+        model = DemoModel(shape)
+        start.begin(DEMO, model, pixels)
+        model.eval()
+        with torch.no_grad():
+            features.append(model.tower(pixels))
+    torch.testing.assert_close(*features)
+
+
+def test_the_upper_part_goes_on_from_the_lower_parts_map():
+    from network import Shape, VisionTower
+
+    torch.manual_seed(0)
+    tower = VisionTower(Shape()).eval()
+    pixels = torch.rand(1, 3, 128, 64)
+    fine = tower.lower(pixels)
+    features, middle = tower.upper(fine)
+    assert fine.shape == (1, 96, 8, 4)
+    assert middle.shape == (1, 192, 4, 2)
+    assert features.shape == (1, 768, 2, 1)
+    torch.testing.assert_close(tower(pixels), features)
+
+
+def test_the_lower_part_stands_once_everything_is_learned(tmp_path):
+    """At its averaged weights; neither weights nor statistics move, and its maps are the same."""
+    import argparse
+
+    import train
+    from decoder import DemoModel
+    from network import Shape
+    from prompts import Prompter
+    from stage import Run
+    from tokenizers import Tokenizer
+    from vision import Heads
+
+    torch.manual_seed(0)
+    module = train.modules(DemoModel(Shape()), Heads(Shape()))
+    model = module["model"]
+    args = argparse.Namespace(tower_rate=1e-2, heads_rate=1e-2, decoder_rate=1e-2, batch=2)
+    run = Run(tmp_path / "run.pt", module, train.tuner(model, module["heads"], args), 10)
+    for name, value in run.average.items():
+        if value.is_floating_point() and "network.0" in name:
+            run.average[name] = value * 1.01
+    training = train.Training.__new__(train.Training)
+    training.args, training.run, training.model = args, run, model
+    training.prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    training.fix_lower()
+    best = run.averaged("model", DemoModel(Shape())).tower.lower_part.state_dict()
+    pixels = torch.rand(2, 3, 64, 64)
+    fine = model.tower.lower(pixels)
+    assert not fine.requires_grad
+    for _ in range(2):
+        run.update(model.tower.upper(model.tower.lower(pixels))[0].square().mean(), {})
+    for name, value in model.tower.lower_part.state_dict().items():
+        torch.testing.assert_close(value, best[name], rtol=0, atol=0)
+    torch.testing.assert_close(model.tower.lower(pixels), fine, rtol=0, atol=0)
+
+
+def test_batches_seen_before_come_again_with_other_questions():
+    """The latest ones, with their maps and labels; of pairs, what has changed."""
+    from prompts import Prompter
+    from seen import Seen
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    seen = Seen(prompter, 0, most=2)
+    scene = a_text("AB", [(0.1, 0.1, 0.2, 0.2), (0.2, 0.1, 0.28, 0.2)])
+    for value in range(3):
+        batch = {"facts": torch.full((1, 5), value), "pixels": torch.zeros(1), "shown": [scene]}
+        seen.add(batch, torch.full((1, 4), float(value), requires_grad=True))
+    picked = [seen.pick() for _ in range(20)]
+    assert {int(batch["facts"][0, 0]) for batch, _ in picked} == {1, 2}
+    for batch, fine in picked:
+        assert fine.dtype == torch.float32
+        assert not fine.requires_grad
+        assert (fine == batch["facts"][0, 0]).all()
+        assert "pixels" not in batch
+    assert len({batch["ids"].shape for batch, _ in picked}) > 1
+    pairs = Seen(prompter, 0, most=1)
+    pairs.add({"shown": ["Nothing has changed."]}, torch.zeros(2, 4))
+    batch, _ = pairs.pick()
+    said = [target for target in batch["targets"][0].tolist() if target >= 0]
+    assert prompter.tokenizer.decode(said) == "Nothing has changed."
+
+
+def test_yes_and_no_are_learned_in_batches_of_their_own():
+    """One question to a row; without "not" at first."""
+    from draw import shapes_scene
+    from prompts import Prompter
+    from settle import Store, judged_batches
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    scenes = [scene for scene in map(shapes_scene, map(Random, range(8))) if scene.colour]
+    features = torch.zeros(len(scenes), 1, 4, 1, 1)
+    stored = Store(scenes, features, [], features)
+    share = [0.0]
+    source = judged_batches(stored, prompter, 64, 0, lambda: share[0])
+    for share[0], negated in ((0.0, False), (1.0, True)):
+        batch = next(source)
+        assert batch["features"].shape == (64, 1, 4, 1, 1)
+        asked = prompter.tokenizer.decode_batch(batch["ids"].tolist())
+        assert any(" not " in row or " no " in row for row in map(str.lower, asked)) == negated
+        for targets in batch["targets"]:
+            said = [target for target in targets.tolist() if target >= 0]
+            assert prompter.tokenizer.decode(said) in ("yes", "no")

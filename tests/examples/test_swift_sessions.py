@@ -61,7 +61,7 @@ def test_a_large_prefill_and_the_package_s_own_token(
     assert [answer["report"]["tokens"] for answer in said] == expected
     prefills = [name for _, name in link.calls if name.startswith("prefill")]
     if len(questions) == 1:
-        assert prefills == ["prefill_256", "prefill"]
+        assert prefills == ["prefill_256", *["prefill"] * len(pictures)]
     else:
         assert prefills == ["prefill"] * 3
     # What goes in and out is in arrays of the session's own, those of long rows shared.

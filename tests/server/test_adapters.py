@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
         folder.mkdir()
         tensors = {
             f"base_model.model.model.layers.{index}.{layer}.lora_{part}.weight": draw.normal(
-                0, 0.4, shape
+                0, 0.8, shape
             ).astype(np.float32)
             for index in range(3)
             for part, shape in (("A", (2, 256)), ("B", (out, 2)))
