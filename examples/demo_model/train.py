@@ -9,6 +9,8 @@ stopped goes on from its last checkpoint in --out.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -34,6 +36,7 @@ KEPT = 2000  # pictures of them while it learns: their maps go stale
 KEPT_FIXED = 24000  # pictures and pairs afterwards, 0.1 MB each
 SAVED_EVERY = 250  # batches of the last stage
 AVERAGED = 0.997  # decay of the averaged weights
+Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, float]]]  # of a batch and its fine maps
 
 
 def print_figures(title: str, figures: dict[str, float]) -> None:
@@ -95,23 +98,13 @@ class Training:
             shown |= {"answers": answers.item(), "tokens": right.item()}
         return loss, shown
 
-    def pairs_again(self) -> None:
-        """A new batch of pairs, then batches seen before."""
-        batch = next(self.pairs)
-        fine = self.model.tower.lower(to_float(batch["pixels"].flatten(0, 1)))
-        self.run.update(*self.loss_of_pairs(batch, fine))
-        self.seen_pairs.add(batch, fine)
+    def learn(self, batch: Batch, seen: Seen, loss: Loss) -> None:
+        """A new batch, of pictures or of pairs, then batches seen before."""
+        fine = self.model.tower.lower(to_float(batch["pixels"].flatten(0, -4)))
+        self.run.update(*loss(batch, fine))
+        seen.add(batch, fine)
         for _ in range(self.again):
-            self.run.update(*self.loss_of_pairs(*self.seen_pairs.pick()))
-
-    def pictures_again(self, talking: bool) -> None:
-        """A new batch of pictures, then batches seen before."""
-        batch = next(self.pictures)
-        fine = self.model.tower.lower(to_float(batch["pixels"]))
-        self.run.update(*self.loss_of_pictures(batch, fine, talking))
-        self.seen.add(batch, fine)
-        for _ in range(self.again):
-            self.run.update(*self.loss_of_pictures(*self.seen.pick(), talking))
+            self.run.update(*loss(*seen.pick()))
 
     def fix_lower(self) -> None:
         """From here on the lower part of the tower stands, at its averaged weights."""
@@ -134,9 +127,10 @@ class Training:
                 talking = True
                 self.fix_lower()
             if talking and turn % PAIRS_EVERY == 0:
-                self.pairs_again()
+                self.learn(next(self.pairs), self.seen_pairs, self.loss_of_pairs)
             else:
-                self.pictures_again(talking)
+                pictures = partial(self.loss_of_pictures, talking=talking)
+                self.learn(next(self.pictures), self.seen, pictures)
             over = run.over
             if run.step - checked >= args.check or over:
                 checked = run.step

@@ -84,8 +84,8 @@ func restored(_ folder: String) async throws -> Data {
     _ = await stopped.value
     try Data("{".utf8).write(to: file)
     return try json([
-        "none": none, "shown": shown, "ids": ids, "mistakes": mistakes, "answer": answer, "together": together,
-        "damaged": history.messages.count, "left": chat.attached.count,
+        "none": none, "shown": shown, "ids": ids, "mistakes": mistakes, "answer": answer,
+        "together": together, "damaged": history.messages.count, "left": chat.attached.count,
     ])
 }
 
