@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_vlm_edge.checkpoint.adapter import Adapter, check_values, read_adapter
 from mlx_vlm_edge.checkpoint.adapter_choice import choices
-from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values
+from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values, says_tied
 from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
@@ -36,15 +36,13 @@ _BLOCKS = ("vision_config", "text_config", "quantization", "quantization_config"
 def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The native config of a published one, where there are no weights to hold it against.
 
-    What only these could tell is taken to be as published; the output head is tied where the config
-    or its text_config says so. Raises UsageError for a model that is not known or not whole.
+    What only these could tell is taken to be as published; the output head is tied where
+    `says_tied` has it so. Raises UsageError for a model that is not known or not whole.
     """
     family = source_family(config)
     with reading_values("config.json"):
         native = family.config_alone(config)
-        parts = (native, native.get("text_config") or {})
-        tied = any(part.get("tie_word_embeddings") for part in parts)
-    return {**native, "tie_word_embeddings": tied}
+        return {**native, "tie_word_embeddings": says_tied(native)}
 
 
 def tower_repositories(config: Mapping[str, Any]) -> list[str]:
@@ -107,6 +105,8 @@ def convert(
     adapters = [read_adapter(choice.path, choice.scale, read_torch) for choice in chosen]
     for one in adapters:
         check_values(one)
+        if one.note:
+            say(one.note)
     folder = obtain(str(source))
     _check_apart(target, folder)
     read = read_config(folder)
@@ -161,7 +161,14 @@ def _with_adapters(
             f"{adapters[0].called}: the source's weights are quantised and cannot take it up; "
             "convert the full-precision model, or say --bits to quantise these anew"
         )
-    return config, fused.arrays
+    return _untied(config) if fused.untied else config, fused.arrays
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output head is no longer its table: all that read it ask the root
+    or the text_config."""
+    said, text = {"tie_word_embeddings": False}, config.get("text_config")
+    return {**config, **said, **({"text_config": {**text, **said}} if text else {})}
 
 
 def _check_apart(target: Path, folder: Path) -> None:

@@ -47,7 +47,8 @@ class LowRank:
     """An update of a layer's weight [out, in]: scale * b @ a, with a [r, in] and b [out, r].
 
     magnitude: DoRA's [out], the norms of the updated weight's rows; None without it. embedding:
-    whether the layer is a table [rows, width], updated by (b @ a) turned over.
+    whether the layer is a table [rows, width], updated by (b @ a) turned over. tied: whether an
+    output head that is tied to the table was trained with the update.
     """
 
     a: mx.array
@@ -55,6 +56,7 @@ class LowRank:
     scale: float
     magnitude: mx.array | None = None
     embedding: bool = False
+    tied: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,13 +83,18 @@ class LowRank:
             raise ValueError("only DoRA has magnitudes")
         return self.magnitude.astype(mx.float32) / mx.linalg.norm(moved, axis=1)
 
+    @property
+    def of_head(self) -> "LowRank":
+        """A table's update as that of an output head with the same weight."""
+        return replace(self, a=self.b.T, b=self.a.T, embedding=False, tied=False)
+
 
 @dataclass(frozen=True)
 class Adapter:
     """What a folder has. low_rank: by the layer's name; whole: by the weight's.
 
     published: whether names are those of the original code, not of the native layout. base: the
-    model that it says it was trained on, "" where it says nothing.
+    model that it says it was trained on, "" where it says nothing. note: what its user should know.
     """
 
     path: Path
@@ -95,6 +102,7 @@ class Adapter:
     low_rank: Mapping[str, LowRank]
     whole: Mapping[str, mx.array]
     published: bool
+    note: str = ""
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -126,7 +134,7 @@ def read_adapter(path: Path, scale: float, torch: Torch) -> Adapter:
     if "peft_type" in config:
         adapter = _read_peft(path, config, torch)
     elif config.keys() & {"fine_tune_type", "lora_parameters", "rank"}:
-        adapter = _read_mlx(path, config)
+        adapter = _read_mlx(path, config, scale)
     else:
         raise UsageError(f"adapter {path}: {CONFIG} is neither PEFT's nor mlx-lm's or mlx-vlm's")
     if scale != 1 and adapter.whole:
@@ -168,15 +176,14 @@ def _read_peft(path: Path, config: Mapping[str, Any], torch: Torch) -> Adapter:
     for layer in tensors.layers(".lora_A.weight"):
         a, b = tensors.take(f"{layer}.lora_A.weight"), tensors.take(f"{layer}.lora_B.weight")
         magnitude = tensors.find(f"{layer}.lora_magnitude_vector", ".weight")
-        low_rank[layer] = _low_rank(
-            path, layer, a, b, _peft_scale(path, config, layer, a), magnitude
-        )
+        update = LowRank(a, b, _peft_scale(path, config, layer, a), magnitude)
+        low_rank[layer] = _checked(path, layer, update)
     for layer in tensors.layers(".lora_embedding_A"):
         a, b = tensors.take(f"{layer}.lora_embedding_A"), tensors.take(f"{layer}.lora_embedding_B")
         if tensors.find(f"{layer}.lora_magnitude_vector", ".weight") is not None:
             raise UsageError(f"adapter {path}: DoRA of an embedding ({layer}) is not known")
-        scale = _peft_scale(path, config, layer, a)
-        low_rank[layer] = replace(_low_rank(path, layer, a, b, scale, None), embedding=True)
+        update = LowRank(a, b, _peft_scale(path, config, layer, a), embedding=True)
+        low_rank[layer] = _checked(path, layer, update)
     if (path / LLAVA_WEIGHTS).is_file():
         tensors.add({_own_name(name): a for name, a in torch(path / LLAVA_WEIGHTS).items()})
     whole = tensors.rest()
@@ -270,8 +277,12 @@ def _finite(value: Any) -> TypeGuard[float]:
     return number and abs(value) < LARGEST
 
 
-def _read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
-    """mlx-lm's names a and b by their last part, turned over: a [in, r], b [r, out]."""
+def _read_mlx(path: Path, config: Mapping[str, Any], asked: float) -> Adapter:
+    """mlx-lm's names a and b by their last part, turned over: a [in, r], b [r, out].
+
+    A table's are [rows, r] and [r, width], and were trained in a tied head as well.
+    asked: how much of it is to count, for the note.
+    """
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UsageError(
@@ -283,19 +294,31 @@ def _read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
         raise UsageError(f"adapter {path}: lora_parameters is not an object")
     arrays = _one_of(path, MLX_WEIGHTS, None)
     tensors = _Tensors(path, arrays, arrays)
-    low_rank = {}
+    low_rank, note = {}, ""
     for first, second in ((".lora_a", ".lora_b"), (".A", ".B")):  # mlx-vlm's were A and B once
         for layer in tensors.layers(first):
             a, b = tensors.take(layer + first), tensors.take(layer + second)
             magnitude = tensors.find(f"{layer}.m", "")
-            scale = _mlx_scale(path, parameters, layer, a)
-            update = _low_rank(path, layer, a.T, b.T, scale, magnitude)
-            if layer.endswith("embed_tokens"):  # [rows, r] and [r, width] here
-                update = replace(update, a=a.T, b=b.T, embedding=True)
-            low_rank[layer] = update
+            scale, table = _mlx_scale(path, parameters, layer, a), layer.endswith("embed_tokens")
+            update = LowRank(a.T, b.T, scale, magnitude, embedding=table, tied=table)
+            low_rank[layer] = _checked(path, layer, update)
+            if first == ".A" and parameters.get("scale") is None:
+                note = _two_readings(path, parameters["alpha"], parameters["rank"], asked)
     if left := tensors.rest():
         raise UsageError(f"adapter {path}: {some(left)} is of an update that is not known")
-    return Adapter(path, str(config.get("model") or ""), low_rank, {}, False)
+    return Adapter(path, str(config.get("model") or ""), low_rank, {}, False, note)
+
+
+def _two_readings(path: Path, alpha: float, rank: int, asked: float) -> str:
+    """What is to be known of mlx-vlm's older folders, which do not say how they were trained; ""
+    where both readings are the same, or the other one was chosen."""
+    if asked == rank:
+        return ""
+    return (
+        f"note: adapter {path}: its update counts {alpha / rank:g} times (alpha / rank), as "
+        f"mlx-vlm reads it now; mlx-vlm of October 2024 to April 2026 trained it to count "
+        f"{alpha:g} times (alpha): if yours is of then, say {path}:{rank}"
+    )
 
 
 def _mlx_scale(path: Path, parameters: Mapping[str, Any], layer: str, a: mx.array) -> float:
@@ -311,16 +334,14 @@ def _mlx_scale(path: Path, parameters: Mapping[str, Any], layer: str, a: mx.arra
     return float(scale)
 
 
-def _low_rank(
-    path: Path, layer: str, a: mx.array, b: mx.array, scale: float, magnitude: mx.array | None
-) -> LowRank:
-    """Raises UsageError for shapes that do not belong together."""
+def _checked(path: Path, layer: str, update: LowRank) -> LowRank:
+    """An update, its magnitude flat. Raises UsageError for shapes that do not belong together."""
+    a, b, magnitude = update.a, update.b, update.magnitude
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.size and b.size
-    if not fits or (magnitude is not None and magnitude.size != b.shape[0]):
+    if not fits or (magnitude is not None and magnitude.size != update.shape[0]):
         shapes = " and ".join(str(tuple(array.shape)) for array in (a, b))
         raise UsageError(f"adapter {path}: {layer} has {shapes}, which is no update of a matrix")
-    flat = None if magnitude is None else magnitude.reshape(-1)
-    return LowRank(a, b, scale, flat)
+    return update if magnitude is None else replace(update, magnitude=magnitude.reshape(-1))
 
 
 def _one_of(path: Path, names: tuple[str, ...], torch: Torch | None) -> dict[str, mx.array]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 
-MAX_SCALE = 100.0
+MAX_SCALE = 1000.0
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 

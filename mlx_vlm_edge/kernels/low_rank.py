@@ -58,21 +58,36 @@ def beside_fused(base: nn.Module, updates: Sequence[tuple[Columns, Linear]]) -> 
 
 
 class Embedding(nn.Module):
-    """base(ids) + a[ids] b, with a [rows, r] and b [r, width].
+    """factor * (base(ids) + a[ids] b), with a [rows, r] and b [r, width].
 
-    As an output head it is the base alone: an update of a table is none of a head tied to it.
+    factor: DoRA's [rows], or None for 1. tied: whether an output head that is the table has the
+    update too; without, it is the base alone.
     """
 
-    def __init__(self, base: nn.Module, a: mx.array, b: mx.array) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        a: mx.array,
+        b: mx.array,
+        factor: mx.array | None = None,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
-        self.base, self.a, self.b = base, a, b
+        self.base, self.a, self.b, self.tied = base, a, b, tied
+        if factor is not None:
+            self.factor = factor
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.base(ids) + self.a[ids] @ self.b
+        rows = self.base(ids) + self.a[ids] @ self.b
+        return self.factor[ids][..., None] * rows if "factor" in self else rows
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self.base.as_linear(x)
+        y = self.base.as_linear(x)
+        if not self.tied:
+            return y
+        y = y + (x @ self.b.T) @ self.a.T
+        return self.factor * y if "factor" in self else y
 
     def beside(self, base: nn.Module) -> "Embedding":
         """The same update of another form of its table."""
-        return Embedding(base, self.a, self.b)
+        return Embedding(base, self.a, self.b, self.get("factor"), self.tied)

@@ -1,6 +1,8 @@
 """Adapters that a user named -> read, and taken up by a model's native weights."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
     adapters = [read_adapter(choice.path, choice.scale, _read_torch) for choice in chosen]
     for adapter in adapters:
         check_values(adapter)
+        if adapter.note:
+            _tell(adapter.note)
     return adapters
+
+
+@cache
+def _tell(note: str) -> None:
+    """Once, however often the adapter is read."""
+    print(note, file=sys.stderr)
 
 
 def check_folders(chosen: Sequence[AdapterChoice]) -> None:

@@ -42,12 +42,14 @@ class Adapted:
     """Native weights with whatever could be merged.
 
     branches: updates of layers that do not take them up, by name. changed: the layers that have any
-    part of one, and whether more updates of it would add up.
+    part of one, and whether more updates of it would add up. untied: whether a tied head was given
+    weights of its own.
     """
 
     arrays: Arrays
     branches: Sequence[tuple[str, LowRank]] = ()
     changed: Mapping[str, bool] = field(default_factory=dict)
+    untied: bool = False
 
     @property
     def tower_changed(self) -> bool:
@@ -78,7 +80,7 @@ def adapt(
     base = _Base(config, before, shared)
     for adapter in adapters:
         base.take(adapter, native_names)
-    return Adapted(base.arrays, base.branches, base.changed)
+    return Adapted(base.arrays, base.branches, base.changed, base.untied)
 
 
 def _native(
@@ -111,18 +113,25 @@ class _Base:
     def __init__(self, config: Mapping[str, Any], before: Adapted, shared: Collection[str]) -> None:
         self.config, self.arrays, self.shared = config, dict(before.arrays), shared
         self.branches, self.changed = list(before.branches), dict(before.changed)
+        self.untied = before.untied
 
     def take(self, adapter: Adapter, native_names: NativeNames) -> None:
         low, whole = _native(self.config, adapter, self.arrays, native_names)
-        adding = {name.removesuffix(".weight"): False for name in whole}
-        adding |= {layer: update.magnitude is None for layer, update in low.items()}
+        table = low.get(EMBEDDING)
+        if table is not None and table.tied and self.untied:
+            low.setdefault(HEAD, table.of_head)
+        adding = {layer: update.magnitude is None for layer, update in low.items()}
+        adding |= {name.removesuffix(".weight"): False for name in whole}
         self._check_apart(adding, adapter)
-        self._untie(adding)
+        follows = table is not None and table.tied
+        self._untie(adding, follows)
         for name, array in whole.items():
             self._replace(name, array, adapter)
         for layer, update in low.items():
             self._update(layer, update, adapter)
         self.changed |= adding
+        if follows and f"{HEAD}.weight" not in self.arrays:
+            self.changed[HEAD] = adding[EMBEDDING]
 
     def _check_apart(self, adding: Mapping[str, bool], adapter: Adapter) -> None:
         """Raises UsageError where an adapter and an earlier one do not add up."""
@@ -133,17 +142,22 @@ class _Base:
                     "replaces it; name one of the two"
                 )
 
-    def _untie(self, adding: Mapping[str, bool]) -> None:
+    def _untie(self, adding: Mapping[str, bool], follows: bool) -> None:
         """Give a tied head its own weights where the table's or its own are to change.
 
-        PEFT trains one without the other. A table with a branch stays tied: that is none of the
-        head.
+        PEFT trains one without the other, mlx-lm (`follows`) the table with a head tied to it. A
+        table with a branch stays tied: the branch says whether it is the head's too.
         """
-        table, packed = self.arrays.get(f"{EMBEDDING}.weight"), f"{EMBEDDING}.scales" in self.arrays
-        tied = f"{HEAD}.weight" not in self.arrays and table is not None and not packed
-        branch = EMBEDDING in self.shared and adding.get(EMBEDDING, False)
-        if tied and (HEAD in adding or (EMBEDDING in adding and not branch)):
-            self.arrays[f"{HEAD}.weight"] = self.arrays[f"{EMBEDDING}.weight"]
+        parts = {part: self.arrays.get(f"{EMBEDDING}.{part}") for part in PARTS}
+        tied = f"{HEAD}.weight" not in self.arrays and parts["weight"] is not None
+        packed = parts["scales"] is not None
+        branch = (packed or EMBEDDING in self.shared) and adding.get(EMBEDDING, False)
+        if tied and (HEAD in adding or (EMBEDDING in adding and not branch and not follows)):
+            self.arrays |= {f"{HEAD}.{part}": a for part, a in parts.items() if a is not None}
+            self.branches += [
+                (HEAD, u.of_head) for name, u in self.branches if name == EMBEDDING and u.tied
+            ]
+            self.untied = True
 
     def _replace(self, name: str, array: mx.array, adapter: Adapter) -> None:
         layer = name.removesuffix(".weight")
@@ -199,12 +213,11 @@ class _Base:
 
 def branched(layer: nn.Module, update: LowRank) -> nn.Module:
     """A layer with an update beside it."""
-    a, b = update.a.T, update.b.T * update.scale
-    if update.embedding:
-        return low_rank.Embedding(layer, a, b)
-    factor = None
+    a, b, factor = update.a.T, update.b.T * update.scale, None
     if update.magnitude is not None:
         factor = update.factor(_weight(layer).astype(mx.float32) + update.delta)
+    if update.embedding:
+        return low_rank.Embedding(layer, a, b, factor, update.tied)
     return low_rank.Linear(layer, a, b, factor)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_vlm_edge_convert import convert
 from mlx_vlm_edge_convert.adapters import native_names
 from PIL import Image
@@ -21,9 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_vlm_edge import load
 from mlx_vlm_edge.checkpoint.adapter import LowRank, _matched
+from mlx_vlm_edge.checkpoint.adapter_choice import AdapterChoice
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.kernels import low_rank
+from mlx_vlm_edge.loading.cost import config_of, native
+from mlx_vlm_edge.loading.load import LoadOptions
+from mlx_vlm_edge.loading.variants import Variants
 from mlx_vlm_edge.models.adapted import branched
 
 from ..parity import clip_pixels, distance
@@ -258,6 +262,177 @@ def test_an_update_is_merged_as_mlx_lm_fuses_it(kind):
     assert mx.allclose(branched(quantised, ours)(x), theirs(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_table_and_a_head_tied_to_it_are_updated_as_mlx_lms(kind, quantised):
+    """Unfused and fused: mlx-lm trains both with one update."""
+    mx.random.seed(4)
+    table = nn.Embedding(96, 64)
+    theirs = {"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind].from_base(table, r=4, scale=1.7)
+    theirs.lora_b = 0.2 * mx.random.normal((4, 64))
+    magnitude = None
+    if kind == "dora":
+        magnitude = theirs.m = theirs.m * (1 + 0.2 * mx.random.uniform(shape=(96,)))
+    ours = LowRank(theirs.lora_a.T, theirs.lora_b.T, 1.7, magnitude, embedding=True, tied=True)
+    assert mx.allclose(ours.merged(table.weight), theirs.fuse().weight, atol=1e-6)
+    assert mx.allclose(ours.of_head.merged(table.weight), theirs.fuse().weight, atol=1e-6)
+    if quantised:
+        table = nn.QuantizedEmbedding.from_embedding(table, 32, 4)
+        plain = nn.Embedding(96, 64)
+        plain.weight = mx.dequantize(table.weight, table.scales, table.biases, 32, 4)
+        theirs.embedding = table if kind == "lora" else plain  # theirs packs no DoRA's
+    beside = branched(table, ours)
+    ids, x = mx.array([[3, 95], [0, 41]]), mx.random.normal((2, 5, 64))
+    assert mx.allclose(beside(ids), theirs(ids), atol=1e-4)
+    assert mx.allclose(beside.as_linear(x), theirs.as_linear(x), atol=1e-4)
+    again = beside.beside(nn.Embedding(96, 64))
+    assert not mx.allclose(again.as_linear(x), again.base.as_linear(x), atol=1e-2)
+
+
+def set_tied(folder, says):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"]):
+        part["tie_word_embeddings"] = says
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def tied(folders, tmp_path_factory):
+    """A native base whose head is its table."""
+    folder = convert(folders["hub"], tmp_path_factory.mktemp("tied") / "base")
+    file = str(folder / "model.safetensors")
+    arrays = mx.load(file)
+    mx.eval(arrays)
+    del arrays["language_model.lm_head.weight"]
+    mx.save_safetensors(file, arrays, {"format": "mlx"})
+    set_tied(folder, True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed_tied(tied, tmp_path_factory):
+    return convert(tied, tmp_path_factory.mktemp("packed-tied") / "8-bit", bits=8)
+
+
+def of_table(base, target, kind="lora"):
+    """mlx-lm's folder of an update of the table, and the layer that it trained."""
+    mx.random.seed(6)
+    table = nn.Embedding(1, 1)
+    table.weight = mx.load(str(base / "model.safetensors"))[TABLE]
+    theirs = {"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind].from_base(table, r=3, scale=2.0)
+    theirs.lora_b = mx.random.normal((3, table.weight.shape[1]))
+    arrays = {"lora_a": theirs.lora_a, "lora_b": theirs.lora_b}
+    if kind == "dora":
+        theirs.m = arrays["m"] = theirs.m * (1 + 0.3 * mx.random.uniform(shape=theirs.m.shape))
+    target.mkdir()
+    named = {f"model.embed_tokens.{name}": array for name, array in arrays.items()}
+    mx.save_safetensors(str(target / "adapters.safetensors"), named)
+    config = {"fine_tune_type": kind, "lora_parameters": {"rank": 3, "scale": 2.0}}
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target, theirs
+
+
+TABLE = "language_model.model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lms_update_of_a_table_is_its_heads_too(tied, packed_tied, tmp_path, kind):
+    folder, theirs = of_table(tied, tmp_path / "adapter", kind)
+    model, processor = load(str(tied), adapter=folder)
+    assert "lm_head" not in model.language_model
+    table = model.language_model.model.embed_tokens.weight
+    assert mx.allclose(table, theirs.fuse().weight, atol=1e-5)
+    fused = convert(tied, tmp_path / "fused", adapter=folder)
+    assert native(json.loads((fused / "config.json").read_text()))["tie_word_embeddings"]
+    assert equal(load(str(fused))[0], model)
+    packed, _ = load(str(packed_tied), adapter=folder)
+    inputs = processor("What is it?", images=[picture()])
+    assert distance(packed(inputs)[0], model(inputs)[0]) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_it_is_the_heads_of_a_variant_too(tied, tmp_path, kind):
+    folder, _ = of_table(tied, tmp_path / "adapter", kind)
+    model, processor = load(str(tied))
+    chosen = {"a": AdapterChoice(folder)}
+    variant = Variants(str(tied), LoadOptions(), chosen).of(model)["a"]
+    inputs = processor("What is it?", images=[picture()])
+    alone, _ = load(str(tied), adapter=folder)
+    assert distance(variant(inputs)[0], alone(inputs)[0]) < PARITY
+    assert distance(model(inputs)[0], alone(inputs)[0]) > 100 * PARITY
+
+
+def test_pefts_update_of_a_table_leaves_the_head_as_it_was(tied, adapters, tmp_path):
+    """In a converted model, too, whose config says so to whoever reads it."""
+    folder, _ = adapters("embedding")
+    model, _ = load(str(tied), adapter=folder)
+    before = mx.load(str(tied / "model.safetensors"))[TABLE]
+    assert mx.array_equal(model.language_model.lm_head.weight, before)
+    assert not mx.array_equal(model.language_model.model.embed_tokens.weight, before)
+    fused = convert(tied, tmp_path / "fused", adapter=folder, verify=True)
+    config = json.loads((fused / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert not config_of(str(fused))["tie_word_embeddings"]
+    assert equal(load(str(fused))[0], model)
+
+
+@pytest.mark.parametrize("part", ["table", "head"])
+def test_a_packed_head_that_is_tied_has_its_own_weights_too(
+    reference, tied, packed_tied, tmp_path, part
+):
+    """Where the table alone is replaced, or the head alone is updated."""
+    settings = {
+        "table": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+        "head": {"target_modules": ["lm_head"], "save_embedding_layers": False},
+    }
+    folder = tmp_path / "adapter"
+    lora.tuned(reference.model, folder, **settings[part])
+    also, _ = of_table(tied, tmp_path / "also")
+    asked = [[folder], [also, folder], [folder, also]][: 1 if part == "table" else 3]
+    for adapter in asked:
+        packed, processor = load(str(packed_tied), adapter=adapter)
+        plain, _ = load(str(tied), adapter=adapter)
+        inputs = processor("What is it?", images=[picture()])
+        assert "lm_head" in packed.language_model
+        assert distance(packed(inputs)[0], plain(inputs)[0]) < 0.05
+
+
+def test_an_update_of_a_tied_head_and_another_head_are_refused(tied, adapters, tmp_path):
+    both = [adapters("biases and whole modules")[0], of_table(tied, tmp_path / "adapter")[0]]
+    for pair in (both, both[::-1]):
+        with pytest.raises(UsageError, match=r"another adapter changes language_model\.lm_head"):
+            load(str(tied), adapter=pair)
+
+
+def test_mlx_lms_and_pefts_updates_of_a_table_add_up_in_any_order(tied, adapters, tmp_path):
+    both = [adapters("embedding")[0], of_table(tied, tmp_path / "adapter")[0]]
+    one, other = (load(str(tied), adapter=pair)[0] for pair in (both, both[::-1]))
+    for name, array in parameters(one).items():
+        assert mx.allclose(array, parameters(other)[name], atol=1e-5), name
+    alone, _ = load(str(tied), adapter=both[1])
+    head, table = one.language_model.lm_head, alone.language_model.model.embed_tokens
+    assert mx.allclose(head.weight, table.weight, atol=1e-5)
+
+
+def test_both_readings_of_mlx_vlms_older_folders_are_told(folders, adapters, tmp_path, capsys):
+    """Once, in whatever way it is read; not where the other one is chosen, nor of newer folders."""
+    old = to_mlx(adapters("lora")[0], tmp_path / "old", old=True)
+    base = str(folders["hub"])
+    model, _ = load(base, adapter=old)
+    load(base, adapter=old)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: adapter {old}: its update counts 2 times (alpha / rank)")
+    assert line.endswith(f"to count 6 times (alpha): if yours is of then, say {old}:3")
+    as_trained, _ = load(base, adapter=f"{old}:3")
+    load(base, adapter=to_mlx(adapters("lora")[0], tmp_path / "new"))
+    assert not capsys.readouterr().err
+    assert not equal(as_trained, model)
+    said = []
+    convert(folders["hub"], tmp_path / "fused", adapter=old, report=said.append)
+    assert said[0] == line
+
+
 def test_a_scale_counts_a_part_of_it_and_several_add_up(folders, adapters, tmp_path):
     folder, _ = adapters("lora")
     base = str(folders["hub"])
@@ -446,7 +621,7 @@ def test_convert_fuses_no_numbers_that_make_no_weights(folders, adapters, tmp_pa
     assert not (tmp_path / "fused").exists()
 
 
-@pytest.mark.parametrize("named", [3, ("x", "y"), ("x", 1e9), ("x", True), "folder:200", ["a", 4]])
+@pytest.mark.parametrize("named", [3, ("x", "y"), ("x", 1e9), ("x", True), "folder:2000", ["a", 4]])
 def test_what_is_no_adapter_is_refused_before_a_model_is_looked_for(named):
     with pytest.raises(UsageError, match="adapter"):
         load("no/such-model", adapter=named, offline=True)
@@ -455,7 +630,8 @@ def test_what_is_no_adapter_is_refused_before_a_model_is_looked_for(named):
 def test_two_that_do_not_add_up_are_refused(folders, adapters):
     modules, _ = adapters("biases and whole modules")
     dora, _ = adapters("dora")
-    for pair in ([modules, modules], [dora, dora]):
+    table, _ = adapters("embedding, the table too")
+    for pair in ([modules, modules], [dora, dora], [table, table]):
         with pytest.raises(UsageError, match="another adapter changes"):
             load(str(folders["hub"]), adapter=pair)
     with pytest.raises(UsageError, match="no scale goes with"):

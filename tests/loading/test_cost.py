@@ -214,6 +214,7 @@ def test_names_that_have_no_config_are_refused(tmp_path):
     ("alias", "lacks"),
     [
         ("fastvlm-0.5b", ("vision_config",)),
+        ("fastvlm-0.5b", ("tie_word_embeddings",)),
         ("mobilevlm-v2-1.7b", ("vision_config", "image_token_index")),
     ],
 )

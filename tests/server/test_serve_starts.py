@@ -23,7 +23,7 @@ def refused(capsys, *flags):
         (("--cors-origin", "https://example.org/"), "without a path"),
         (("--host", "300.1.1.1", "--api-key", "x"), "choose another --host or --port"),
         (("--adapter", "a=one", "--adapter", "a=two"), "two are named a"),
-        (("--adapter", "a=one:200"), "scale 200.0 is no number from -100 to 100"),
+        (("--adapter", "a=one:2000"), "scale 2000.0 is no number from -1000 to 1000"),
         (("--adapter", "a=nowhere"), "adapter nowhere: no such folder"),
         (("--adapter", "nowhere"), "adapter nowhere: no such folder"),
         (("--adapter", "a:b=nowhere"), "--adapter a:b=nowhere: give NAME=DIR, with a name of"),
