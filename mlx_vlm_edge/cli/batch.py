@@ -12,8 +12,9 @@ from .flags import (
     add_picture_arguments,
     add_sampling_arguments,
     default_model,
-    load_model,
+    fit_into_memory,
     load_options,
+    load_whole,
     prefix_cache,
     sampling_options,
     within_budget,
@@ -107,9 +108,10 @@ def _size(picture: str) -> tuple[int, int] | None:
 def _engine(args: argparse.Namespace, name: str, loading: "LoadOptions") -> "Engine":
     from ..generation.engine import Engine
 
-    model, processor = load_model(args, name, loading)
-    waiting, remembered = 2 * args.rows + 8, prefix_cache(args)
-    return Engine(model, processor, rows=args.rows, waiting=waiting, prefix_cache=remembered)
+    rows = fit_into_memory(args, name, loading, rows=args.rows)
+    model, processor = load_whole(name, loading)
+    waiting, remembered = 2 * rows + 8, prefix_cache(args)
+    return Engine(model, processor, rows=rows, waiting=waiting, prefix_cache=remembered)
 
 
 def _group() -> tuple[int, int]:

@@ -313,31 +313,39 @@ def memory_limit(args: argparse.Namespace) -> int | None:
 
 
 def fit_into_memory(
-    args: argparse.Namespace, name: str, options: "LoadOptions", adapters: int = 0
-) -> None:
-    """Raises UsageError for a model and an answer that do not fit; limits what MLX takes.
+    args: argparse.Namespace, name: str, options: "LoadOptions", adapters: int = 0, rows: int = 1
+) -> int:
+    """How many of `rows` answers may be under way together; fewer than asked for are told of. Also
+    limits what MLX takes. Raises UsageError for a model and an answer that do not fit.
 
     adapters: bytes of those that requests name.
     """
     from ..loading.fitting import check_fits, limit_buffers
 
     limit = memory_limit(args)
-    check_fits(name, options, limit, args.max_tokens, adapters)
+    fitting = check_fits(name, options, limit, args.max_tokens, adapters, rows)
+    if fitting < rows:
+        print(
+            f"note: {fitting} of {rows} are answered together: memory has no room for more KV "
+            f"caches, of a picture and {args.max_tokens:,} tokens each; fewer --max-tokens leave "
+            "room for more",
+            file=sys.stderr,
+        )
     limit_buffers(limit)
+    return fitting
 
 
-def load_model(
-    args: argparse.Namespace, name: str, options: "LoadOptions | None" = None, adapters: int = 0
-) -> "tuple[VisionLanguageModel, Processor]":
-    """The whole model that the same flags ask for, where it fits into memory.
+def load_model(args: argparse.Namespace, name: str) -> "tuple[VisionLanguageModel, Processor]":
+    """The whole model that the same flags ask for, where it fits into memory."""
+    options = within_budget(args, name, load_options(args))
+    fit_into_memory(args, name, options)
+    return load_whole(name, options)
 
-    options: what they ask for, `within_budget`, where that is known already. adapters: bytes of
-    those that requests name.
-    """
+
+def load_whole(name: str, options: "LoadOptions") -> "tuple[VisionLanguageModel, Processor]":
+    """A model with nothing of it left to be read."""
     from ..loading.load import start_loading
 
-    options = options or within_budget(args, name, load_options(args))
-    fit_into_memory(args, name, options, adapters)
     model, processor = start_loading(name, options)
     model.finish_loading()
     return model, processor

@@ -205,17 +205,18 @@ def _engine(
 ) -> "Engine":
     from ..generation.engine import Engine
     from ..loading.variants import Variants
-    from .flags import fit_into_memory, load_model, prefix_cache, within_budget
+    from .flags import fit_into_memory, load_whole, prefix_cache, within_budget
 
     options = within_budget(args, name, options)
     checked = None
     if named:
         fit_into_memory(args, name, options)  # before the model is fetched
         checked = Variants(name, options, named)
-    model, processor = load_model(args, name, options, checked.nbytes() if checked else 0)
+    rows = fit_into_memory(args, name, options, checked.nbytes() if checked else 0, limits.rows)
+    model, processor = load_whole(name, options)
     adapters = checked.of(model) if checked else {}
     print("ready", file=sys.stderr, flush=True)
     return Engine(
-        model, processor, rows=limits.rows, waiting=limits.waiting,
+        model, processor, rows=rows, waiting=limits.waiting,
         prefix_cache=prefix_cache(args), adapters=adapters,
     )  # fmt: skip

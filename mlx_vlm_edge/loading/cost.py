@@ -6,7 +6,6 @@ tells what becomes of a picture. Nothing is evaluated, and no weights are read.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -84,25 +83,30 @@ def nbytes(part: nn.Module) -> int:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """The native config of an alias (shipped), a folder or a downloaded Hub model.
+    """The native config of a folder, a Hub model that is here, or one whose config is shipped.
 
     Raises UsageError for a name that is none of these.
     """
+    config = known_config(name)
+    if config is None:
+        raise UsageError(
+            f"{repo_id(name)} is not on this machine: `mlx-vlm-edge models pull {name}` gets it; "
+            "`mlx-vlm-edge models list --available` has those that are known without their files"
+        )
+    return config
+
+
+def known_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The native config of the model that `obtain` would give, as far as it is known without a
+    download: of the files that are here, else as shipped; None where it is neither."""
     path = expanded(name)
-    if name.lower() in ALIASES:
-        return configs.read(name)
-    if name == DEMO or (name and (path.is_dir() or path.is_file())):
-        return native(read_config(obtain(name)))
+    if name == DEMO or (name and path.exists()):
+        return native(read_config(obtain(name, revision=revision)))
     repo = repo_id(name)
-    if folder := local_snapshot(repo):
-        return native(read_config(Path(folder)))
-    aliases = {repo.lower(): alias for alias, repo in ALIASES.items()}
-    if alias := aliases.get(repo.lower()):
-        return configs.read(alias)
-    raise UsageError(
-        f"{repo} is not on this machine: `mlx-vlm-edge models pull {name}` gets it; `mlx-vlm-edge "
-        "models list --available` has those that are known without their files"
-    )
+    if folder := local_snapshot(repo, revision):
+        return native(read_config(folder))
+    alias = next((alias for alias, one in ALIASES.items() if one.lower() == repo.lower()), None)
+    return None if alias is None else configs.read(alias)
 
 
 def native(config: Mapping[str, Any]) -> dict[str, Any]:

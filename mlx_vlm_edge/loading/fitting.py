@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..checkpoint.files import weight_files
 from ..errors import UsageError
 from ..hub.cache import local_snapshot
-from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
+from ..hub.models import DEMO, expanded, obtain, repo_id
 from ..wording import gigabytes
 from .load import LoadOptions
 
@@ -41,17 +41,25 @@ def limit_buffers(limit: int | None = None) -> None:
 
 
 def check_fits(
-    name: str, options: LoadOptions, limit: int | None, answer: int, adapters: int = 0
-) -> None:
-    """Raises UsageError, with the setting that would fit, for what does not: a question about a
-    picture, and an answer of that many tokens.
+    name: str,
+    options: LoadOptions,
+    limit: int | None,
+    answer: int,
+    adapters: int = 0,
+    rows: int = 1,
+) -> int:
+    """How many of `rows` questions about a picture, answered together in that many tokens each,
+    have room for their KV caches. Raises UsageError, with the setting that would fit, where not
+    even one has.
 
     limit: bytes; None for what the machine has, which is not asked further where it is plainly
     enough. adapters: bytes of those that requests name.
     """
     total = limit or _total()
-    if total is None or (limit is None and (_weights(name, options) + adapters) * PLAINLY < total):
-        return
+    if total is None:
+        return rows
+    if limit is None and (_weights(name, options) + adapters) * PLAINLY * rows < total:
+        return rows
     from . import memory
 
     config = _config(name, options)
@@ -72,6 +80,7 @@ def check_fits(
             f"{name} in {gigabytes(total)} has room for {room:,} positions, {wanted:,} are wanted: "
             f"--max-tokens {room - cost.prompt_tokens} fits"
         )
+    return memory.rows(cost, total, wanted, rows, adapters)
 
 
 def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterator[tuple[str, int]]:
@@ -154,13 +163,12 @@ def _smaller_picture(size: Size) -> Size:
 
 
 def _config(name: str, options: LoadOptions) -> dict[str, Any]:
-    """The native config: as shipped of a model that is not here, else of the model, fetched."""
-    from ..checkpoint import configs
+    """The native config; of a model that nothing is known of, once it is fetched."""
     from ..checkpoint.config import read_config
-    from .cost import native
+    from .cost import known_config, native
 
-    if name.lower() in ALIASES and local_snapshot(repo_id(name), options.revision) is None:
-        return configs.read(name)
+    if (known := known_config(name, options.revision)) is not None:
+        return known
     folder = obtain(name, revision=options.revision, offline=options.offline)
     return native(read_config(folder))
 

@@ -63,6 +63,13 @@ def fit(
     return min(wanted, spare // cost.cached)
 
 
+def rows(cost: Cost, limit: int, positions: int, wanted: int, adapters: int = 0) -> int:
+    """How many of `wanted` answers may be under way together within `limit` bytes, each with a KV
+    cache of so many positions; 1 where not even that fits."""
+    spare = limit - sum(by_use(cost, 0, adapters).values())
+    return max(1, min(wanted, spare // (positions * cost.cached)))
+
+
 def by_use(cost: Cost, positions: int, adapters: int = 0) -> dict[str, int]:
     """Bytes by what they are for. positions: of the KV cache. adapters: bytes of those that
     requests name. The activations' are an estimate."""

@@ -1,16 +1,19 @@
 """What will not fit is refused before it is read or fetched, with a setting that does."""
 
+import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from PIL import Image
 
-from mlx_vlm_edge.cli import Parser, flags, main, serve
+from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.cli import Parser, batch, flags, main, serve
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import obtain
-from mlx_vlm_edge.loading import fitting, memory
+from mlx_vlm_edge.loading import cost, fitting, memory
 from mlx_vlm_edge.loading.load import LoadOptions
 
 AS_IT_IS = LoadOptions(dtype="bfloat16")
@@ -36,6 +39,63 @@ def test_a_model_that_is_not_here_is_refused_by_its_shipped_config():
     fitting.check_fits("fastvlm-7b", LoadOptions(dtype="bfloat16", bits=8), 10**10, 256)
 
 
+def test_it_is_refused_by_its_repository_before_it_is_fetched(monkeypatch):
+    monkeypatch.setattr(fitting, "obtain", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(UsageError, match="apple/FastVLM-7B would take"):
+        fitting.check_fits("apple/FastVLM-7B", AS_IT_IS, 4 * 10**9, 256)
+
+
+def test_a_folder_goes_before_an_alias_of_its_name(tmp_path, monkeypatch):
+    """As in `obtain`: what is loaded is what is judged."""
+    block = {"bits": 4, "group_size": 64}
+    folder = tmp_path / "fastvlm-0.5b"
+    folder.mkdir()
+    config = configs.read("fastvlm-0.5b") | {"quantization": block}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert obtain(folder.name).samefile(folder)
+    assert cost.config_of(folder.name)["quantization"] == block
+    assert fitting._config(folder.name, AS_IT_IS)["quantization"] == block
+
+
+def limit_of(rows, answer):
+    """Bytes in which so many answers of FastVLM-0.5B are under way together, and no more."""
+    whole = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    each = (whole.prompt_tokens + answer) * whole.cached
+    return sum(memory.by_use(whole, 0).values()) + int((rows + 0.5) * each)
+
+
+def test_as_many_are_answered_together_as_have_room_for_their_caches(capsys):
+    limit = limit_of(3, 1000)
+    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=2) == 2
+    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=8) == 3
+    args = Namespace(max_memory=str(limit), max_tokens=1000)
+    assert flags.fit_into_memory(args, "fastvlm-0.5b", AS_IT_IS, rows=8) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: 3 of 8 are answered together: ")
+    assert flags.fit_into_memory(args, "fastvlm-0.5b", AS_IT_IS, rows=3) == 3
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [serve, batch])
+def test_the_engine_has_the_rows_that_fit(verb, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "mlx_vlm_edge.generation.engine.Engine", lambda *_, **said: made.append(said)
+    )
+    for module in (flags, batch):
+        monkeypatch.setattr(module, "load_whole", lambda *_: (None, None))
+    args = Namespace(
+        max_memory=str(limit_of(3, 1000)), max_tokens=1000, rows=8, cache_dir=None, ttft_budget=None
+    )  # fmt: skip
+    if verb is serve:
+        limits = Namespace(rows=8, waiting=4)
+        serve._engine(args, "fastvlm-0.5b", limits, {}, AS_IT_IS)
+    else:
+        batch._engine(args, "fastvlm-0.5b", AS_IT_IS)
+    assert made[0]["rows"] == 3
+
+
 def test_nothing_is_promised_where_nothing_fits():
     with pytest.raises(UsageError) as refused:
         fitting.check_fits("fastvlm-7b", AS_IT_IS, 10**9, 256)
@@ -43,19 +103,17 @@ def test_nothing_is_promised_where_nothing_fits():
 
 
 def test_an_answer_that_is_too_long_is_told_how_long_it_may_be():
-    config = fitting._config("fastvlm-0.5b", AS_IT_IS)
-    cost = memory.needed(config, dtype="bfloat16")
-    fixed = sum(memory.by_use(cost, 0).values())
-    limit = fixed + (cost.prompt_tokens + 100) * cost.cached
+    whole = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    fixed = sum(memory.by_use(whole, 0).values())
+    limit = fixed + (whole.prompt_tokens + 100) * whole.cached
     fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 100)
     with pytest.raises(UsageError, match=r"--max-tokens 100 fits$"):
         fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 101)
 
 
 def test_adapters_that_requests_name_count(monkeypatch):
-    config = fitting._config("fastvlm-0.5b", AS_IT_IS)
-    cost = memory.needed(config, dtype="bfloat16")
-    limit = sum(memory.by_use(cost, cost.prompt_tokens + 100).values())
+    whole = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    limit = sum(memory.by_use(whole, whole.prompt_tokens + 100).values())
     fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit + 10**8, 100, 10**8)
     with pytest.raises(UsageError, match=r"100 MB adapters.*; --bits 8 takes"):
         fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 100, 10**8)
@@ -112,7 +170,7 @@ def test_the_flag_of_serve():
     serve.add_arguments(parser)
     args = parser.parse_args(["--model", "demo", "--max-memory", "20MB"])
     with pytest.raises(UsageError, match="demo would take"):
-        flags.load_model(args, "demo")
+        flags.fit_into_memory(args, "demo", LoadOptions())
 
 
 @pytest.mark.parametrize(("largest", "most"), [(None, 256), (512, 64)])
