@@ -249,7 +249,11 @@ class Session:
 
 
 def _one_path(command: str, rest: str) -> str:
-    paths = shlex.split(rest) if rest else []
+    """A path, quoted where it has spaces, or the whole line where that is no quoting."""
+    try:
+        paths = shlex.split(rest) if rest else []
+    except ValueError:  # as of an apostrophe
+        return rest
     if len(paths) != 1:
         raise UsageError(f"{command} needs one file")
     return paths[0]

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     form.add_argument("-q", "--quantize", action="store_true", help="the same as --bits 4")
     form.add_argument(
-        "--group-size", "--q-group-size", type=int, default=_GROUP_SIZE, choices=(32, 64, 128),
-        help="weights that share a scale (default: 64)",
+        "--group-size", "--q-group-size", type=int, choices=(32, 64, 128),
+        help=f"weights that share a scale (default: {_GROUP_SIZE})",
     )  # fmt: skip
     form.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("name one model to convert: mlx-vlm-edge convert SRC -o DIR")
     if not args.out:
         raise UsageError("name the folder to write: -o DIR")
+    bits = args.bits or (4 if args.quantize else None)
+    if args.group_size and bits is None:
+        raise UsageError("--group-size is of quantised weights: give --bits with it")
     from mlx_vlm_edge_convert import convert
 
     from ..hub.models import obtain
@@ -55,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = obtain(source, revision=args.revision, offline=args.offline)
     target = convert(
-        folder, args.out, bits=args.bits or (4 if args.quantize else None),
-        group_size=args.group_size, dtype=args.dtype, verify=args.verify,
-        overwrite=args.overwrite, adapter=args.adapter, report=_report,
+        folder, args.out, bits=bits, group_size=args.group_size or _GROUP_SIZE, dtype=args.dtype,
+        verify=args.verify, overwrite=args.overwrite, adapter=args.adapter, report=_report,
     )  # fmt: skip
     if args.dtype == "float16":
         _report(

@@ -83,9 +83,7 @@ def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
         raise UsageError("standard input is closed: name a file or a text instead of -")
     if "-" in args.image and sys.stdin.isatty():
         raise UsageError("--image - reads a picture from standard input: pipe or redirect one in")
-    text = args.prompt
-    if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
     images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
     return text, _pages(images, args.page) if args.page else images
 

@@ -26,10 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "list", aliases=["ls"], help="what is on this machine, with its size"
     )
     listing.add_argument("--json", action="store_true", help="print JSON")
-    listing.add_argument(
+    one_of = listing.add_mutually_exclusive_group()
+    one_of.add_argument(
         "--coreml", action="store_true", help="the packages that --vision-backend coreml exported"
     )
-    listing.add_argument(
+    one_of.add_argument(
         "--available", action="store_true",
         help="every model with a short name: size, memory here, licence",
     )  # fmt: skip
@@ -183,7 +184,7 @@ def fetched(name: str, revision: str | None = None) -> Path:
 def _show(args: argparse.Namespace) -> int:
     path = expanded(args.name)
     if path.is_dir() or args.name == DEMO:
-        facts = _local_facts(obtain(args.name))
+        facts = _local_facts(obtain(args.name, revision=args.revision))
     elif folder := local_snapshot(repo_id(args.name), args.revision):
         facts = _local_facts(folder)
     else:
@@ -243,16 +244,15 @@ def _said(key: str, value: Any) -> str:
 def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a model that is not here: by its config, where that is shipped, and by the
     Hub, unless the user is offline. The Hub's part may be missing where there is a config."""
-    from ..checkpoint import configs
+    from ..loading.cost import known_config
 
     repo = repo_id(args.name)
     facts: dict[str, Any] = {
         "model": repo,
         "on this machine": f"no; `mlx-vlm-edge models pull {args.name}` gets it",
     }
-    alias = next((alias for alias, one in ALIASES.items() if one == repo), None)
-    if alias is not None:
-        config = configs.read(alias)
+    config = known_config(args.name, args.revision)
+    if config is not None:
         facts |= _config_facts(config) | _said_of_towers(_towers(config))
     try:
         if args.offline:
@@ -261,7 +261,7 @@ def _remote_facts(args: argparse.Namespace) -> dict[str, Any]:
 
         remote = describe(repo, args.revision)
     except UsageError as error:
-        if alias is None:
+        if config is None:
             raise
         print(f"size and licence are not known: {error}", file=sys.stderr)
         return facts
@@ -372,4 +372,4 @@ def _remove(args: argparse.Namespace) -> int:
 
 def confirmed(question: str) -> bool:
     print(question, end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")

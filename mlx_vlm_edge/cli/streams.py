@@ -20,6 +20,8 @@ PATIENCE = 0.2  # seconds until that is said
 @contextmanager
 def safe() -> Iterator[None]:
     _occupy()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # names of files are of any bytes
+        sys.stdin.reconfigure(errors="surrogateescape")
     stdout, stderr = sys.stdout, sys.stderr
     sys.stderr = _Notes(stderr)
     try:

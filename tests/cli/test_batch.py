@@ -1,5 +1,6 @@
 """The batch verb: every picture once, whatever stops it, and only answers of one kind in a file."""
 
+import io
 import json
 import os
 import shutil
@@ -84,6 +85,18 @@ def test_patterns_files_and_names_from_standard_input(batch, pictures, monkeypat
     assert len(batch(pictures / "t*.png", pictures / "text.png")[1]) == 2
     monkeypatch.setattr(sys, "stdin", [f"{pictures / 'hello.png'}\n", "\n"])
     assert len(batch("-")[1]) == 3
+
+
+def test_a_name_from_standard_input_is_of_any_bytes(batch, pictures, monkeypatch):
+    """A Latin-1 name, where files are named so, and a second run that knows it again."""
+    name = os.fsdecode(os.fsencode(pictures) + b"/caf\xe9.png")
+    shutil.copyfile(pictures / "hello.png", name)
+    for _ in range(2):
+        stdin = io.TextIOWrapper(io.BytesIO(os.fsencode(name) + b"\n"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, lines, _ = batch("-")
+        assert code == 0
+        assert [line["image"] for line in lines] == [name]
 
 
 def test_a_second_run_does_what_is_left_and_no_more(batch, pictures):

@@ -145,7 +145,7 @@ def _endless():
 
 def piped(text, *arguments):
     return subprocess.run([*COMMAND, *arguments], input=text, capture_output=True, text=True,
-                          timeout=60, check=False)  # fmt: skip
+                          errors="surrogateescape", timeout=60, check=False)  # fmt: skip
 
 
 def test_from_a_pipe_it_is_one_answer_without_decoration():
@@ -156,6 +156,7 @@ def test_from_a_pipe_it_is_one_answer_without_decoration():
 
 @pytest.mark.parametrize(("text", "arguments", "said"), [
     ("", (), "empty"), ("  \n", (), "empty"), ("x", ("--image", "no-such.png"), "no such file"),
+    ("caf\udce9?", (), "UTF-8"),
     ("x", ("--load", "no-such.json"), "cannot be read"),
     ("x", ("--temperature", "-1"), "temperature"),
     ("/image no-such.png\nWhat is it?", (), "is one question"),
@@ -204,6 +205,17 @@ def test_pictures_stay_for_the_next_question_when_one_fails(capfd):
 def test_commands_that_cannot_be_followed(line):
     with pytest.raises(UsageError):
         chat.Session(Chat(), [], print).command(line)
+
+
+@pytest.mark.parametrize("path", ["Bob's chat.json", '"my chat.json"', "chat.json"])
+def test_a_path_with_an_apostrophe_is_one(path):
+    """The conversation would be lost otherwise."""
+    talk, named = Chat(), []
+    talk.turns, talk.save, talk.load = [], named.append, named.append
+    session = chat.Session(talk, [], lambda _: None)
+    session.command(f"/save {path}")
+    session.command(f"/load {path}")
+    assert named == [path.strip('"')] * 2
 
 
 def test_help_lists_the_flags(capfd):

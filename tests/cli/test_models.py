@@ -290,7 +290,21 @@ def test_rm_with_yes_and_of_what_is_not_there(cached, capsys):
     assert "not among the downloaded models" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["frob"], ["show", "nosuchmodel"], ["pull"]])
+def test_rm_takes_what_is_no_text_for_no(cached, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert main(["models", "rm", "fastvlm-0.5b"]) == 1
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["models", "rm", "fastvlm-0.5b"]) == 1
+    assert cached.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["frob"], ["show", "nosuchmodel"], ["pull"], ["show", "demo", "--revision", "nonsense"],
+        ["list", "--coreml", "--available"],
+    ],
+)  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, cached, capsys):
     assert main(["models", *arguments]) == 2
     error = capsys.readouterr().err.strip()

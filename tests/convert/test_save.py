@@ -252,6 +252,9 @@ def test_the_command_line(apple, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main(["convert", "-o", str(out)]) == 2
     assert main(["convert", str(apple)]) == 2
+    assert main(["convert", str(apple), "-o", str(tmp_path / "new"), "--group-size", "32"]) == 2
+    assert "give --bits with it" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert main(["convert", str(tmp_path / "nowhere"), "-o", str(out)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no such folder" in message
