@@ -1,11 +1,14 @@
 """`mlx-vlm-edge serve`: an HTTP server that OpenAI's clients can use, and a page to try it on."""
 
 import argparse
+import ipaddress
 import os
+import re
 import socket
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ..errors import UsageError
 
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     network.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="another name under which this server is reached",
+        help="another name under which this server is reached, without a port",
     )  # fmt: skip
     network.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL",
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--host {args.host} is open to others: set --api-key")
     if bool(args.ssl_certfile) != bool(args.ssl_keyfile):
         raise UsageError("--ssl-certfile and --ssl-keyfile go together")
+    args.allow_host = [_host_as_sent(name) for name in args.allow_host]
     _check_origins(args.cors_origin)
     for flag in ("ssl_certfile", "ssl_keyfile"):
         path = getattr(args, flag)
@@ -117,12 +121,39 @@ def _options(args: argparse.Namespace, named: "Named") -> "LoadOptions":
 def _check_origins(origins: list[str]) -> None:
     """Raises UsageError for an origin that no browser would send, which nothing would match."""
     for origin in origins:
-        scheme, _, host = origin.partition("://")
-        if scheme not in ("http", "https") or not host or "/" in host:
+        if origin != _origin_as_sent(origin):
             raise UsageError(
-                f"--cors-origin {origin}: write it as browsers send it, without a path, "
-                "such as https://example.org"
+                f"--cors-origin {origin}: write it as browsers send it, in lower case, without a "
+                "path or the usual port, such as https://example.org"
             )
+
+
+def _origin_as_sent(origin: str) -> str | None:
+    """The origin of an address as a browser has it in its Origin header; None for no address."""
+    try:
+        parts = urlsplit(origin)
+        host = _host_as_sent(parts.netloc.removesuffix(f":{parts.port}"))
+    except (ValueError, UsageError):
+        return None
+    usual = {"http": 80, "https": 443}
+    if parts.scheme not in usual:
+        return None
+    port = "" if parts.port in (None, usual[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
+
+
+def _host_as_sent(name: str) -> str:
+    """A name as clients have it in their Host header: "Server.org" -> "server.org", "::1" ->
+    "[::1]". Raises UsageError for what none would send, which nothing would match."""
+    if re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", name, re.ASCII):
+        return name.lower()
+    try:
+        return f"[{ipaddress.IPv6Address(name.strip('[]').partition('%')[0])}]"
+    except ValueError:
+        raise UsageError(
+            f"--allow-host {name}: give the name alone, as browsers send it, without http://, port "
+            "or path, such as vlm.example.org or ::1"
+        ) from None
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -166,7 +197,7 @@ def _serve(
         cache=_cache(args),
     )  # fmt: skip
     shown = f"[{args.host}]" if ":" in args.host else args.host
-    hosts = {*LOCAL_NAMES, shown.lower(), *(host.lower() for host in args.allow_host)}
+    hosts = {*LOCAL_NAMES, shown.lower(), *args.allow_host}
     served = Served(
         os.path.basename(name.rstrip("/")) if os.path.isdir(name) else name, limits,
         Access(frozenset(hosts), frozenset(args.cors_origin), key), args.allow_url_images,

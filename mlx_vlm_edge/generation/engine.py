@@ -39,6 +39,10 @@ class BusyError(Exception):
     """As many prompts wait as may."""
 
 
+class ClosingError(Exception):
+    """The engine answers nothing any more."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """A prompt on its way; `cancel` gives its place free at the next step.
@@ -176,8 +180,8 @@ class Engine:
         timer: Timer | None = None,
         started: float | None = None,
     ) -> Ticket:
-        """Put a prompt in the line. Raises BusyError when it is full, UsageError for a long prompt
-        or an adapter that is not there.
+        """Put a prompt in the line. Raises BusyError when it is full, ClosingError when it is
+        closed, UsageError for a long prompt or an adapter that is not there.
 
         timer and started: of the prompt's preparation, for its times.
         """
@@ -185,7 +189,7 @@ class Engine:
         started = timer.clock() if started is None else started
         with self._changed:  # of one piece: nothing joins a line that is no longer emptied
             if self._closing:
-                raise BusyError
+                raise ClosingError
             model = self.model if adapter is None else self.adapters.get(adapter)
             if model is None:
                 raise UsageError(f"there is no adapter of the name {adapter}")
@@ -194,6 +198,10 @@ class Engine:
             self._line.put(ticket)
             self._changed.notify_all()
         return ticket
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
 
     @property
     def answering(self) -> int:
@@ -216,9 +224,9 @@ class Engine:
         while self._turn():
             pass
         for row in self._rows:
-            row.ticket.deliver(BusyError("the server is shutting down"))
+            row.ticket.deliver(ClosingError())
         while (ticket := self._line.take()) is not None:
-            ticket.deliver(BusyError("the server is shutting down"))
+            ticket.deliver(ClosingError())
         self._rows.clear()
         del self.model, self.processor, self.prefix_cache, self.adapters
         self._idle.set()

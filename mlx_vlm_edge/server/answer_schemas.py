@@ -26,6 +26,10 @@ def _or_null(of: Schema) -> Schema:
     return {"anyOf": [of, {"type": "null"}]}
 
 
+def _reference(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 def _object(**properties: Schema) -> Schema:
     """An object that has all of these fields, and may have more."""
     return {"type": "object", "required": list(properties), "properties": properties}
@@ -92,5 +96,6 @@ ERRORS: Schema = {
     "Error": _object(
         error=_object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT))
     ),
+    "NotReady": {"anyOf": [_reference("Health"), _reference("Error")]},
     "AnthropicError": _object(type=_const("error"), error=_object(type=TEXT, message=TEXT)),
 }

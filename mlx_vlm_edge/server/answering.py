@@ -10,16 +10,15 @@ from starlette.concurrency import run_in_threadpool
 
 from ..errors import UsageError
 from ..generation.answer import GenerationResult
-from ..generation.engine import BusyError, Engine, Ticket
+from ..generation.engine import BusyError, ClosingError, Engine, Ticket
 from ..generation.loop import Options
 from ..picture.token_budget import TokenBudget
 from ..text.prompt import Inputs
 from ..timings import Timer
 from . import pictures
-from .errors import ApiError, bad_request
+from .errors import RETRY_SECONDS, ApiError, bad_request
 from .limits import Limits
 
-RETRY_SECONDS = 2
 PREPARING = 2  # requests whose pictures are decoded at the same time
 
 
@@ -28,14 +27,16 @@ class Asked:
     """One request in our own terms, whichever API it came by.
 
     messages: as `processor` takes them, or with `raw` a text. addresses: (field, address) of each
-    picture, in order. options: one for each answer that is asked for. budget: how many visual
-    tokens each picture has, where that is said.
+    picture, in order. options: one for each answer that is asked for. field: the request's own name
+    of what holds the prompt, for errors. budget: how many visual tokens each picture has, where
+    that is said.
     """
 
     messages: Any
     addresses: Sequence[tuple[str, str]]
     options: Sequence[Options]
     client: str = ""
+    field: str = "messages"
     raw: bool = False
     budget: TokenBudget | None = None
 
@@ -61,6 +62,7 @@ class Answering:
 
     def __init__(self, engine: Engine, limits: Limits, remote_images: bool) -> None:
         self.engine, self.limits, self.remote_images = engine, limits, remote_images
+        self.processor = engine.processor  # which the engine lets go of when it closes
         self._preparing, self._under_way = asyncio.Semaphore(PREPARING), 0
 
     async def start(self, asked: Asked, adapter: str | None = None) -> "Answers":
@@ -78,8 +80,11 @@ class Answering:
         except BusyError:
             answers.cancel()
             raise busy() from None
+        except ClosingError:
+            answers.cancel()
+            raise closing() from None
         except UsageError as error:
-            raise bad_request(str(error), "messages", "context_length_exceeded") from None
+            raise bad_request(str(error), asked.field, "context_length_exceeded") from None
         return answers
 
     async def count(self, asked: Asked) -> int:
@@ -88,6 +93,9 @@ class Answering:
         return int(inputs.input_ids.shape[1])
 
     async def _prepared(self, asked: Asked) -> tuple[Inputs, Timer]:
+        if len(asked.options) > self.limits.waiting:  # not even alone
+            told = f"n: at most {self.limits.waiting} answers to one request are given"
+            raise bad_request(told, "n", "too_many")
         if self.engine.waiting + len(asked.options) > self.limits.waiting:
             raise busy()
         if self._under_way >= self.limits.waiting + self.limits.rows:  # each holds a whole body
@@ -101,14 +109,12 @@ class Answering:
 
     def _prepare(self, asked: Asked) -> tuple[Inputs, Timer]:
         timer = Timer(measured=True)
-        images = pictures.read(asked.addresses, self.limits, self.remote_images)
+        images = pictures.read(asked.addresses, asked.field, self.limits, self.remote_images)
         try:
-            steps = self.engine.processor.steps(
-                asked.messages, images, raw=asked.raw, budget=asked.budget
-            )
+            steps = self.processor.steps(asked.messages, images, raw=asked.raw, budget=asked.budget)
             inputs = timer.run(steps)
         except UsageError as error:
-            raise bad_request(str(error), "messages") from None
+            raise bad_request(str(error), asked.field) from None
         return inputs, timer
 
 
@@ -116,6 +122,10 @@ def busy() -> ApiError:
     return ApiError(
         429, "too many requests wait: try again later", code="busy", retry_after=RETRY_SECONDS
     )
+
+
+def closing() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="closing", retry_after=RETRY_SECONDS)
 
 
 class Answers:
@@ -156,8 +166,6 @@ class Answers:
 def _failure(error: Exception) -> ApiError:
     if isinstance(error, UsageError):
         return bad_request(str(error))
-    if isinstance(error, BusyError):
-        return ApiError(
-            503, "the server is shutting down", code="closing", retry_after=RETRY_SECONDS
-        )
+    if isinstance(error, ClosingError):
+        return closing()
     return ApiError(500, f"the answer failed ({type(error).__name__})", code="failed")

@@ -12,10 +12,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ..generation.engine import Engine
 from . import messages_api, openai, responses_api
-from .answering import Answering, Answers, Asked, Choice
+from .answering import Answering, Answers, Asked, Choice, closing
 from .errors import ApiError, bad_request
 from .guards import Access, Guards
 from .limits import Limits
@@ -61,12 +62,14 @@ class Served:
 
     def ready(self, name: str | None) -> Answering:
         """Raises ApiError 404 for another model's name, 400 for another adapter's, 503 until the
-        model is there, and 500 where it cannot be loaded."""
+        model is there and when the server ends, and 500 where it cannot be loaded."""
         self.adapter(name)
         if self.failure is not None:
             raise ApiError(500, "the model could not be loaded", code="failed")
         if self.engine is None:
             raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
+        if self.engine.closing:
+            raise closing()
         if self.answering is None:
             self.answering = Answering(self.engine, self.limits, self.remote_images)
         return self.answering
@@ -188,7 +191,7 @@ async def _completion(served: Served, request: Request) -> Response:
 async def _complete(
     served: Served, request: Request, sent: ChatRequest | CompletionRequest, asked: Asked
 ) -> Response:
-    tokenizer = served.ready(sent.model).engine.processor.tokenizer
+    tokenizer = served.ready(sent.model).processor.tokenizer
     reply = openai.Reply(sent, sent.model or served.name, tokenizer)
     return await _reply(served, request, sent, asked, reply)
 
@@ -236,27 +239,45 @@ async def _reply(
 ) -> Response:
     answers = await served.ready(sent.model).start(asked, served.adapter(sent.model))
     if sent.stream:
-        return StreamingResponse(
-            served.metrics.counted(reply.events(answers), reply.choices),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store"},
-        )
+        return _Events(served, reply, answers)
     whole = await _unless_gone(request, answers, reply.whole(answers))
     served.metrics.answered(reply.choices)
     return JSONResponse(whole, headers={"Cache-Control": "no-store"})
+
+
+class _Events(StreamingResponse):
+    """An answer as events. Whatever ends it, also before its first event, cancels what is still
+    being answered, and counts it."""
+
+    def __init__(self, served: Served, reply: Reply, answers: Answers) -> None:
+        super().__init__(
+            reply.events(answers),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )
+        self.served, self.reply, self.answers = served, reply, answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answers.cancel()
+            self.served.metrics.answered(self.reply.choices)
 
 
 async def _unless_gone(request: Request, answers: Answers, work: Awaitable[Any]) -> Any:
     """What `work` gives; a client that goes away meanwhile frees its place."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
-    await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not task.done():
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(400, "the client is gone")
+        return task.result()
+    finally:
         answers.cancel()
         task.cancel()
-        raise ApiError(400, "the client is gone")
-    return task.result()
+        gone.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -5,9 +5,14 @@ Messages name the field and the remedy; they never repeat what the client sent.
 
 from typing import Any
 
+RETRY_SECONDS = 2
+
 
 class ApiError(Exception):
-    """An answer other than 200. param: the field at fault, as a path ("messages.0.content")."""
+    """An answer other than 200. param: the field at fault, as a path ("messages.0.content").
+
+    close: whether the connection ends with it.
+    """
 
     def __init__(
         self,
@@ -17,6 +22,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -24,6 +30,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.close = close
 
     @property
     def kind(self) -> str:
@@ -43,6 +50,8 @@ class ApiError(Exception):
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.close:
+            headers["Connection"] = "close"
         return headers
 
     def form(self, path: str) -> dict[str, Any]:

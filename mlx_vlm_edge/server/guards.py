@@ -7,6 +7,7 @@ unless its origin was named, nor can a name that was made to point here (DNS reb
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,16 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import RETRY_SECONDS, ApiError
 from .limits import Limits
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PREFLIGHT = "GET, POST, OPTIONS"
+OWN_HEADERS = "authorization, content-type, x-api-key"
+# What a page's script means to send: OpenAI's and Anthropic's clients have a dozen of their own.
+HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(, ?[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+MAX_HEADER_NAMES = 2048  # characters of them
+FULL = "mlx_vlm_edge.full"  # true in the scope of a connection beyond as many as may be open
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,17 @@ class Access:
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
             (b"access-control-allow-methods", PREFLIGHT.encode()),
-            (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
+            (b"access-control-allow-headers", _header_names(headers).encode()),
+            (b"access-control-expose-headers", b"Retry-After"),
             (b"vary", b"Origin"),
         ]
+
+
+def _header_names(headers: Headers) -> str:
+    """Request headers that a page of a named origin may send: all that it asks for."""
+    asked = headers.get("access-control-request-headers", "")
+    plain = len(asked) <= MAX_HEADER_NAMES and HEADER_NAMES.fullmatch(asked)
+    return asked if plain else OWN_HEADERS
 
 
 def _name(host: str) -> str:
@@ -107,6 +121,11 @@ class Guards:
             if preflight:
                 await _respond(answer, 204, b"", {})
                 return
+            if scope.get(FULL):
+                raise ApiError(
+                    503, "too many connections are open: try again later", code="busy",
+                    retry_after=RETRY_SECONDS, close=True,
+                )  # fmt: skip
             body = await self._body(headers, receive)
             await self.app(scope, _Replayed(body, receive), answer)
         except ApiError as error:

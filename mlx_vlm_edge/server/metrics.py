@@ -1,6 +1,6 @@
 """Counts and times of a running server, in Prometheus' text form."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -46,16 +46,6 @@ class Metrics:
         self._tokens.labels("cached").inc(first.reused_tokens)
         self._tokens.labels("visual").inc(first.visual_tokens)
         self._tokens.labels("generated").inc(sum(piece.generation_tokens for piece in pieces))
-
-    async def counted(
-        self, events: AsyncIterator[bytes], choices: Sequence[Choice]
-    ) -> AsyncIterator[bytes]:
-        """The events, counted as an answer when they end, whoever ends them."""
-        try:
-            async for item in events:
-                yield item
-        finally:
-            self.answered(choices)
 
     def page(self, engine: Engine | None) -> tuple[bytes, str]:
         """The figures and their content type."""

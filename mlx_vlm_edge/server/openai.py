@@ -96,7 +96,7 @@ def chat_asked(request: ChatRequest, limits: Limits) -> Asked:
 
 def completion_asked(request: CompletionRequest, limits: Limits) -> Asked:
     options = sampling_options(request, request.limit, limits, logprobs=request.logprobs)
-    return Asked(request.prompt, (), options, client=request.user or "", raw=True)
+    return Asked(request.prompt, (), options, client=request.user or "", field="prompt", raw=True)
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:

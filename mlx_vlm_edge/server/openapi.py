@@ -26,13 +26,15 @@ POSTS = {
 REFUSED = {
     "403": "another origin", "408": "the request came too slowly", "413": "too large",
     "421": "another host name", "500": "the answer failed",
+    "503": "too many connections are open",
 }  # fmt: skip
 NO_KEY = {"401": "the key is missing or wrong"}
 NO_MODEL = {"404": "another model"}
 NO_ADAPTER = {"400": "another adapter"}
 NOT_ANSWERED = {
     "400": "a field is wrong, missing or not supported", "415": "not application/json",
-    "429": "too many requests wait", "503": "the model is not ready",
+    "429": "too many requests wait",
+    "503": "the model is not ready, or too many connections are open",
 }  # fmt: skip
 JSON = "application/json"
 NULL = {"type": "null"}
@@ -128,10 +130,10 @@ def _get(
 def _health() -> dict[str, Any]:
     answered = {
         "200": _content("the model is there", "Health"),
-        "503": _content("the model is still being loaded", "Health"),
+        "503": _content("the model is still being loaded", "NotReady"),
     }
     return {
         "summary": "Whether the model is there",
-        "responses": answered | _refusals("", REFUSED),
+        "responses": _refusals("", REFUSED) | answered,
         "security": [],
     }

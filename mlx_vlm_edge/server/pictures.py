@@ -16,14 +16,16 @@ from .remote import download
 REFUSED = "an image must be a data: URL (data:image/png;base64,...)"
 
 
-def read(addresses: Sequence[tuple[str, str]], limits: Limits, remote: bool) -> list[bytes]:
+def read(
+    addresses: Sequence[tuple[str, str]], prompt: str, limits: Limits, remote: bool
+) -> list[bytes]:
     """The bytes behind each (field, address), in order; blocks, so not for the event loop.
 
-    Raises ApiError that names the field for too many pictures, an address that is not taken, and
-    a picture of more pixels than allowed.
+    Raises ApiError that names the field for an address that is not taken and a picture of more
+    pixels than allowed, and `prompt`, the field that holds them all, for too many pictures.
     """
     if len(addresses) > limits.images:
-        raise bad_request(f"at most {limits.images} images are taken", "messages", "too_many")
+        raise bad_request(f"at most {limits.images} images are taken", prompt, "too_many")
     return [_read(address, field, limits, remote) for field, address in addresses]
 
 

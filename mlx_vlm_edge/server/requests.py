@@ -34,6 +34,8 @@ NEUTRAL: Mapping[str, Any] = {
     "tools": [], "functions": [],
 }  # fmt: skip
 MAX_STOPS = 16
+MAX_NESTING = 200  # levels of objects and lists; schemas are compiled up to about 120
+WITH_TEXTS = (str, dict, list)  # what JSON has texts in
 SHOWN = 80  # characters of a field's path
 Request = TypeVar("Request", bound=BaseModel)
 
@@ -105,6 +107,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Texts
     name: str | None = None
+    annotations: list[Any] | None = None  # of an answer that comes back as it was; no effect
 
 
 Message = Annotated[
@@ -257,6 +260,7 @@ def parse(kind: type[Request], body: Any) -> Request:
     """A request's JSON -> its checked form. Raises ApiError 400 that names the first bad field."""
     if not isinstance(body, Mapping):
         raise bad_request("the body must be a JSON object")
+    _check_echoed(body)
     body = {key: value for key, value in body.items() if value is not None}
     for field in UNSUPPORTED:
         if field in body and field not in kind.model_fields:
@@ -272,6 +276,25 @@ def parse(kind: type[Request], body: Any) -> Request:
         raise _told(error.errors(include_input=False, include_url=False)) from None
 
 
+def _check_echoed(value: Any, path: tuple[str, ...] = ()) -> None:
+    """Raises ApiError 400 for half of a surrogate pair in a text or a key, which JSON can spell and
+    UTF-8 cannot, so that no answer could echo it; and for nesting deeper than this can go."""
+    if len(path) > MAX_NESTING:
+        raise _wrong_value(_named(path), f"at most {MAX_NESTING} levels are taken")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            told = "a text has half of a surrogate pair, which is no character"
+            raise _wrong_value(_named(path), told) from None
+        return
+    if isinstance(value, Mapping):
+        _check_echoed("".join(value), path)
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if type(item) in WITH_TEXTS:
+            _check_echoed(item, (*path, str(key)))
+
+
 def _same(sent: Any, neutral: Any) -> bool:
     """Equal in JSON, where 0 is not false."""
     return bool(sent == neutral) and isinstance(sent, bool) == isinstance(neutral, bool)
@@ -280,7 +303,7 @@ def _same(sent: Any, neutral: Any) -> bool:
 def _told(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors as one line that echoes nothing of the input."""
     first = errors[0]
-    field = ".".join(_path(first["loc"]))[:SHOWN] or None
+    field = _named(_path(first["loc"]))
     if first["type"] == "extra_forbidden":
         return bad_request("a field is not known: leave it out", field, "unknown_field")
     if first["type"] == "missing":
@@ -288,7 +311,16 @@ def _told(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "union_tag_invalid":
         message = f"{first['ctx']['discriminator']} must be one of {first['ctx']['expected_tags']}"
+    return _wrong_value(field, message)
+
+
+def _wrong_value(field: str | None, message: str) -> ApiError:
     return bad_request(f"{field}: {message}" if field else message, field, "invalid_value")
+
+
+def _named(path: Sequence[str]) -> str | None:
+    """A path as the `param` of an error, None for the whole body."""
+    return ".".join(path)[:SHOWN] or None
 
 
 def _path(steps: Sequence[str | int]) -> list[str]:

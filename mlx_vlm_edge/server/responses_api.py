@@ -141,7 +141,9 @@ def asked(request: ResponsesRequest, limits: Limits) -> Asked:
         limits, request.max_output_tokens, temperature=request.temperature, top_p=request.top_p,
         schema=request.schema_of_answer, field="text.format",
     )  # fmt: skip
-    return Asked(messages, addresses, [options], request.user or "", budget=request.budget)
+    return Asked(
+        messages, addresses, [options], request.user or "", field="input", budget=request.budget
+    )
 
 
 class Reply:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_vlm_edge import Options, PrefixCache, stream_generate
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.generation.engine import BusyError, Engine, Line, Ticket, pieces
+from mlx_vlm_edge.generation.engine import BusyError, ClosingError, Engine, Line, Ticket, pieces
 from mlx_vlm_edge.generation.prefix import Run
 from mlx_vlm_edge.timings import Timer
 
@@ -163,9 +163,9 @@ def test_closing_tells_those_that_wait(fastvlm, start):  # noqa: F811
     first.get(timeout=60)
     _, second = ask(engine, processor(QUESTIONS[1]))
     engine.close()
-    assert isinstance(collected(first), BusyError)
-    assert isinstance(collected(second), BusyError)
-    with pytest.raises(BusyError):
+    assert isinstance(collected(first), ClosingError)
+    assert isinstance(collected(second), ClosingError)
+    with pytest.raises(ClosingError):
         ask(engine, None)
 
 
@@ -177,7 +177,7 @@ def test_nothing_joins_the_line_of_an_engine_that_closes_meanwhile(fastvlm, star
         engine.close()
         return 0.0
 
-    with pytest.raises(BusyError):
+    with pytest.raises(ClosingError):
         engine.submit(processor("Hi"), Options(), arrived.put, timer=Timer(clock=closing))
 
 

@@ -126,6 +126,24 @@ def test_responses_follow_a_schema_and_several_turns(client):
     assert answer["text"]["format"]["schema"] == schema
 
 
+LONG = "word " * 5000
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [
+    ("/v1/responses", {"input": LONG}, "input"),
+    ("/v1/responses", {"input": [{"role": "user", "content": ""}]}, "input"),
+    ("/v1/responses", {"input": [{"role": "user", "content": ITEMS[0]["content"][:1] * 17}]},
+     "input"),
+    ("/v1/completions", {"prompt": LONG}, "prompt"),
+    ("/v1/completions", {"prompt": "<image>"}, "prompt"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+])  # fmt: skip
+def test_a_prompt_that_cannot_be_answered_is_named_as_its_api_names_it(client, path, body, param):
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
 @pytest.mark.parametrize("more", [
     {"tools": [{"type": "web_search"}]}, {"previous_response_id": "x"}, {"input": []},
     {"input": [{"type": "function_call"}]}, {"temperature": 3}, {"store": True},
@@ -177,6 +195,9 @@ def test_openai_s_own_client(address):
     ]}]  # fmt: skip
     whole = client.chat.completions.create(model="demo", messages=messages)
     assert whole.choices[0].message.content == DESCRIBE.answer
+    follow = {"role": "user", "content": "And the colour?"}
+    turns = [*messages, whole.choices[0].message, follow]
+    assert client.chat.completions.create(model="demo", messages=turns, max_tokens=2).choices
     stream = client.chat.completions.create(
         model="demo", messages=messages, stream=True, stream_options={"include_usage": True}
     )
@@ -184,7 +205,10 @@ def test_openai_s_own_client(address):
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == DESCRIBE.answer
     assert chunks[-1].usage.completion_tokens > 0
-    assert client.responses.create(model="demo", input=ITEMS).output_text == DESCRIBE.answer
+    answer = client.responses.create(model="demo", input=ITEMS)
+    assert answer.output_text == DESCRIBE.answer
+    turns = [*ITEMS, *answer.output, follow]
+    assert client.responses.create(model="demo", input=turns, max_output_tokens=2).output
     with client.responses.stream(model="demo", input=ITEMS) as events:
         assert events.get_final_response().output_text == DESCRIBE.answer
     assert [model.id for model in client.models.list()] == ["demo"]
@@ -200,6 +224,9 @@ def test_anthropic_s_own_client(address):
     messages = CLAUDE["messages"]
     whole = client.messages.create(model="demo", max_tokens=50, messages=messages)
     assert whole.content[0].text == DESCRIBE.answer
+    turns = [*messages, {"role": whole.role, "content": whole.content},
+             {"role": "user", "content": "And the colour?"}]  # fmt: skip
+    assert client.messages.create(model="demo", max_tokens=2, messages=turns).content
     with client.messages.stream(model="demo", max_tokens=50, messages=messages) as stream:
         assert "".join(stream.text_stream) == DESCRIBE.answer
         assert stream.get_final_message().stop_reason == "end_turn"

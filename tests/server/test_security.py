@@ -16,17 +16,18 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from starlette.datastructures import Headers
 
 from mlx_vlm_edge import Options
 from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.engine import Engine
 from mlx_vlm_edge.picture import fetch
-from mlx_vlm_edge.server import connections, remote
+from mlx_vlm_edge.server import connections, openai, remote
 from mlx_vlm_edge.server.answering import Answering, Asked
-from mlx_vlm_edge.server.app import Served
+from mlx_vlm_edge.server.app import Served, application
 from mlx_vlm_edge.server.errors import ApiError
-from mlx_vlm_edge.server.guards import LOCAL_NAMES, Access
+from mlx_vlm_edge.server.guards import LOCAL_NAMES, OWN_HEADERS, Access
 from mlx_vlm_edge.server.limits import Limits
 
 from .conftest import data_url, question, running
@@ -64,7 +65,29 @@ def test_an_origin_that_was_named_may(served):
         assert asked.headers["access-control-allow-origin"] == page
         answer = httpx.post(url + CHAT, json=HELLO, headers={"origin": page})
         assert answer.headers["access-control-allow-origin"] == page
+        assert answer.headers["access-control-expose-headers"] == "Retry-After"
         assert "access-control-allow-credentials" not in answer.headers
+
+
+# As OpenAI's and Anthropic's clients send them from a browser.
+CLIENTS = (
+    "anthropic-beta,anthropic-dangerous-direct-browser-access,anthropic-version,authorization,"
+    "content-type,x-api-key,x-stainless-arch,x-stainless-lang,x-stainless-os,"
+    "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+    "x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [
+    (CLIENTS, CLIENTS), ("X-One, x_two", "X-One, x_two"), ("", OWN_HEADERS), ("*/*", OWN_HEADERS),
+    ("a b", OWN_HEADERS), ("a,,b", OWN_HEADERS), ("a," * 1023 + "abc", OWN_HEADERS),
+])  # fmt: skip
+def test_a_named_page_s_scripts_send_the_headers_they_ask_for(asked, allowed):
+    page = "https://page.example"
+    headers = Headers({"origin": page, "access-control-request-headers": asked})
+    told = dict(Access(origins=(page,)).cors(headers))
+    assert told[b"access-control-allow-headers"].decode() == allowed
+    assert Access().cors(headers) == []
 
 
 def test_the_page_s_own_origin_may(client, address):
@@ -204,9 +227,32 @@ def test_a_full_line_answers_429_with_when_to_try_again(endless):
     assert int(response.headers["retry-after"]) > 0
 
 
+def test_more_answers_than_may_ever_wait_are_refused_by_name(served):
+    with running(Served("demo", Limits(waiting=2), engine=served.engine)) as url:
+        error = refusal(httpx.post(url + CHAT, json=HELLO | {"n": 3}), 400)
+        assert (error["param"], error["code"]) == ("n", "too_many")
+        assert httpx.post(url + CHAT, json=HELLO | {"n": 2}, timeout=30).status_code == 200
+
+
+def test_an_engine_that_closes_is_no_full_line(demo):
+    engine = Engine(*demo)
+    answering = Answering(engine, Limits(), False)
+    engine.close()
+    asked = Asked([{"role": "user", "content": "Hi"}], (), [Options()])
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(answering.start(asked))
+    assert (refused.value.status, refused.value.code) == (503, "closing")
+    with running(Served("demo", engine=engine)) as url:
+        response = httpx.post(url + CHAT, json=HELLO)
+        assert refusal(response, 503)["code"] == "closing"
+        assert "retry-after" in response.headers
+
+
 def test_requests_whose_pictures_are_being_read_are_counted_as_well(monkeypatch):
+    engine = SimpleNamespace(waiting=0, processor=None)
+
     async def ask_at_once(count):
-        answering = Answering(SimpleNamespace(waiting=0), Limits(rows=1, waiting=2), False)
+        answering = Answering(engine, Limits(rows=1, waiting=2), False)
         return await asyncio.gather(
             *(answering.count(Asked([], (), ())) for _ in range(count)), return_exceptions=True
         )
@@ -282,6 +328,132 @@ def test_a_client_that_goes_away_frees_its_place(endless, stream):
             time.sleep(0.01)
         assert endless.answering == 0
         assert httpx.post(url + CHAT, json=HELLO, timeout=30).status_code == 200
+
+
+@pytest.mark.parametrize("fails", ["at the first event", "before it"])
+def test_a_stream_that_fails_frees_its_place(endless, monkeypatch, fails):
+    def failing(*_):
+        while not endless.answering:
+            time.sleep(0.01)
+        raise OSError("it fails here")
+
+    async def asked_for_events():
+        body = json.dumps({**HELLO, "max_tokens": 4096, "stream": True}).encode()
+        messages = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+        async def send(message):
+            if fails == "before it":
+                failing()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "path": CHAT,
+            "method": "POST", "query_string": b"", "headers": [(b"host", b"localhost")],
+        }  # fmt: skip
+        with pytest.raises(OSError, match="it fails here"):
+            await application(Served("demo", engine=endless))(scope, messages.get, send)
+        deadline = time.monotonic() + 20  # while the loop runs: its end would free the place too
+        while (endless.answering or endless.waiting) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert (endless.answering, endless.waiting) == (0, 0)
+
+    if fails == "at the first event":
+        monkeypatch.setattr(openai, "event", failing)
+    asyncio.run(asked_for_events())
+
+
+HALF = "\ud83d"  # of a surrogate pair, as JSON spells it
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("path", "body", "param"), [
+    ("/v1/responses", {"input": "Hi", "user": HALF}, "user"),
+    ("/v1/responses", {"input": "Hi", "instructions": f"a{HALF}"}, "instructions"),
+    ("/v1/responses", {"input": "Hi", "metadata": {"a": HALF}}, "metadata.a"),
+    ("/v1/responses", {"input": "Hi", "text": {"format": {
+        "type": "json_schema", "name": HALF, "schema": {}}}}, "text.format.name"),
+    ("/v1/responses", {"input": "Hi", "text": {"format": {
+        "type": "json_schema", "schema": {"description": [HALF]}}}},
+     "text.format.schema.description.0"),
+    ("/v1/responses", {"input": "Hi", "text": {"format": {
+        "type": "json_schema", "schema": {HALF: 1}}}}, "text.format.schema"),
+    (CHAT, {"messages": [{"role": "user", "content": HALF}]}, "messages.0.content"),
+    (CHAT, HELLO | {"stop": ["x", HALF]}, "stop.1"), (CHAT, HELLO | {HALF: 1}, None),
+    ("/v1/completions", {"prompt": HALF}, "prompt"),
+    ("/v1/messages", HELLO | {"metadata": {"user_id": HALF}}, "metadata.user_id"),
+])  # fmt: skip
+def test_a_text_that_no_answer_could_repeat_is_refused(client, path, body, param, stream):
+    response = client.post(
+        path, content=json.dumps(body | {"stream": stream}),
+        headers={"content-type": "application/json"},
+    )  # fmt: skip
+    error = refusal(response, 400)
+    assert "half of a surrogate pair" in error["message"]
+    assert error.get("param") == (None if path == "/v1/messages" else param)
+
+
+def test_a_whole_pair_is_a_character_and_raw_halves_are_none(client):
+    headers = {"content-type": "application/json"}
+    whole = b'{"input": "\\ud83d\\ude00", "user": "\xf0\x9f\x98\x80", "max_output_tokens": 2}'
+    answer = client.post("/v1/responses", content=whole, headers=headers)
+    assert answer.json()["user"] == "\U0001f600"
+    raw = b'{"input": "Hi", "user": "\xed\xa0\xbd"}'
+    assert refusal(client.post("/v1/responses", content=raw, headers=headers), 400)
+
+
+def test_nesting_has_a_limit(client):
+    def asked(levels):
+        schema = {"type": "object", "default": json.loads("[" * levels + "]" * levels)}
+        wanted = {"format": {"type": "json_schema", "schema": schema}}
+        body = {"input": "Hi", "text": wanted, "max_output_tokens": 2}
+        return client.post("/v1/responses", json=body)
+
+    assert asked(100).status_code == 200
+    assert "at most 200 levels" in refusal(asked(300), 400)["message"]
+
+
+def health(connection):
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    told = b""
+    while not told.endswith(b"}"):
+        told += connection.recv(10_000)
+    return told
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_as_many_connections_as_were_said_are_answered(served, most):
+    with running(Served("demo", engine=served.engine), limit_concurrency=most) as url:
+        admitted = [connect(url) for _ in range(most)]
+        for connection in admitted:
+            assert b"200 OK" in health(connection)
+        with connect(url) as more:
+            told = health(more)
+            assert b"200 OK" in health(admitted[0])  # it keeps its place
+            assert more.recv(100) == b""
+        head, _, body = told.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 2" in head
+        assert b"x-content-type-options" in head
+        assert json.loads(body)["error"]["message"].startswith("too many connections are open")
+        with pytest.raises(httpx.HTTPStatusError, match="503"):
+            httpx.post(f"{url}/v1/messages", json=HELLO).raise_for_status()
+        admitted.pop().close()
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{url}/health").status_code == 503 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert httpx.get(f"{url}/health").status_code == 200
+        for connection in admitted:
+            connection.close()
+
+
+def test_too_many_connections_are_told_in_each_api_s_form_and_to_named_pages(served):
+    page = "https://page.example"
+    open_to = Served("demo", access=Access(origins=(page,)), engine=served.engine)
+    with running(open_to, limit_concurrency=1) as url, connect(url):
+        response = httpx.post(f"{url}/v1/messages", json=HELLO, headers={"origin": page})
+        assert response.json()["type"] == "error"
+        assert response.headers["access-control-allow-origin"] == page
+        assert refusal(httpx.post(url + CHAT, json=HELLO), 503)["code"] == "busy"
 
 
 def connect(url):
