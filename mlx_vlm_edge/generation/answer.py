@@ -93,7 +93,8 @@ class Answer:
             self._first = self._timer.clock()
         if token in self._stop_ids:
             rest = self._rest()
-            self._stops.matched = self._tokenizer.decode([token], skip_special=False)
+            if not self._stops.stopped:
+                self._stops.matched = self._tokenizer.decode([token], skip_special=False)
             return self._piece(rest, token, "stop")
         if token in self._eos_ids:
             return self._piece(self._rest(), token, "stop")
@@ -103,7 +104,8 @@ class Answer:
     def cut(self) -> GenerationResult:
         """The last piece of an answer that may have no more tokens."""
         self._logprobs = None
-        return self._piece(self._rest(), None, "length")
+        rest = self._rest()  # which may have a stop string
+        return self._piece(rest, None, "stop" if self._stops.stopped else "length")
 
     def _rest(self) -> str:
         return self._stops.feed(self._detokenizer.finish()) + self._stops.flush()

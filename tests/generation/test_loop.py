@@ -354,3 +354,19 @@ def test_an_empty_stop_text_is_told_with_the_options():
 def test_an_unknown_option_is_a_programmer_s_mistake(run):
     with pytest.raises(TypeError, match="temprature"):
         run("abc", temprature=1.0)
+
+
+def test_a_stop_string_in_the_bytes_of_the_last_token_is_a_stop(tokenizer):
+    """Half a character is text once no more comes."""
+    from mlx_vlm_edge.generation.answer import Answer
+    from mlx_vlm_edge.timings import Timer
+
+    half = tokenizer.encode("é")[0]
+    for end in (None, tiny.STOP, tiny.TURN):
+        stop = ["a\ufffd", "<|im_start|>"]
+        inputs = Inputs(np.zeros((1, 3), np.int32), np.zeros(0, np.int32), [])
+        answer = Answer(Prepared(tokenizer), inputs, stop, Timer(), 0.0)
+        said = [answer.add(token) for token in (*tokenizer.encode("xa"), half)]
+        said.append(answer.cut() if end is None else answer.add(end))
+        assert text(said) == "x"
+        assert (said[-1].finish_reason, said[-1].stop_text) == ("stop", "a\ufffd")
