@@ -6,6 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..text.detokenizer import Detokenizer
 from ..text.prompt import Inputs, Processor
 from ..timings import Timer
 from .choosing import TokenLogprobs
@@ -58,7 +59,7 @@ class Answer:
 
     stop: texts that end it, special tokens among them. timer: of the prompt; its clock is used.
     started: when the prompt came in, by that clock. reused: prompt tokens that a prefix cache knew.
-    skip: whether special tokens have no text.
+    detokenizer: makes its text; by default special tokens have none.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class Answer:
         timer: Timer,
         started: float,
         reused: int = 0,
-        skip: bool = True,
+        detokenizer: Detokenizer | None = None,
     ) -> None:
         tokenizer, self._stops = processor.tokenizer, StopStrings(stop)
         self._eos_ids = processor.eos_ids
         self._stop_ids = tokenizer.special_among(self._stops.words)
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer(skip)
+        self._detokenizer = detokenizer or tokenizer.detokenizer()
         self._inputs, self._reused = inputs, reused
         shapes = (pixels.data.shape for pixels in inputs.pixels)
         self._sizes = tuple((int(shape[-2]), int(shape[-3])) for shape in shapes)

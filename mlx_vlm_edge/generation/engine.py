@@ -26,7 +26,7 @@ from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
 from .disk import say
 from .drafting import Pass, PromptLookup, prompt_lookup, room
-from .loop import Options, budget, make_cache, prompt_logits, token_sampler
+from .loop import Options, answer_to, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
 
 ROWS = 8
@@ -265,8 +265,7 @@ class Engine:
             run = self.prefix_cache.begin(model, self.processor, inputs, cache)
             reused = run.start
         timer.mark("queue")
-        skip = options.skip_special_tokens
-        answer = Answer(self.processor, inputs, options.stop, timer, ticket.started, reused, skip)
+        answer = answer_to(self.processor, inputs, options, timer, ticket.started, reused)
         sample = token_sampler(model, self.processor, inputs, options)
         row = _Row(ticket, answer, cache, sample, run)
         row.left = budget(model, inputs, options)

@@ -1,4 +1,7 @@
-"""A JSON schema, a list of choices or a pattern -> which tokens may come next, on the host.
+"""A JSON schema or a list of choices -> which tokens may come next, on the host.
+
+An answer's first token has a space in front where words go on (SentencePiece's word mark, the "Ġ"
+after "Assistant:"): that space is let through there, and no part of the answer's text.
 
 The grammar engine is llguidance (an extra); it is imported when a grammar is asked for.
 """
@@ -13,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UsageError
+from ..text.prompt import Inputs
 from ..text.tokenizer import Tokenizer
 
 # One way to space JSON: a small model would put in blanks without end.
@@ -23,9 +27,12 @@ _tokenizers: "weakref.WeakKeyDictionary[Tokenizer, dict[Any, Any]]" = weakref.We
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must look like, checked. source: llguidance's form of it, as JSON text."""
+    """What an answer must look like, checked, in llguidance's forms. spaced: the same, where a
+    space that is no part of the answer may come first. own_space: whether one may be part of it."""
 
     source: str
+    spaced: str
+    own_space: bool = False
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> "Grammar":
@@ -40,7 +47,8 @@ class Grammar:
                 raise UsageError(f"the schema is not valid JSON ({error})") from None
         if not isinstance(schema, Mapping):
             raise UsageError("a JSON schema must be an object")
-        return cls._checked("grammar_from_json_schema", dict(schema), overrides=SPACES)
+        source = _checked("grammar_from_json_schema", dict(schema), overrides=SPACES)
+        return cls(source, _spaced(source))
 
     @classmethod
     def json_object(cls) -> "Grammar":
@@ -56,20 +64,51 @@ class Grammar:
             or not all(isinstance(choice, str) and choice for choice in choices)
         ):
             raise UsageError("choices must be a list of texts, none of them empty")
-        lines = " | ".join(json.dumps(choice) for choice in choices)
-        return cls._checked("grammar_from_lark", f"start: {lines}")
+        plain = [choice for choice in choices if choice[0] != " "]
+        spaced = [*plain, *(f" {choice}" for choice in choices)]
+        return cls(_one_of(choices), _one_of(spaced), len(plain) < len(choices))
 
-    @classmethod
-    def _checked(cls, kind: str, content: Any, **more: Any) -> "Grammar":
-        matcher = _llguidance().LLMatcher
-        try:
-            source: str = getattr(matcher, kind)(content, **more)
-            error = matcher.validate_grammar(source)
-        except (ValueError, TypeError, RecursionError) as failure:
-            error = str(failure)
-        if error:
-            raise UsageError(f"the schema cannot be enforced: {error.splitlines()[0][:200]}")
-        return cls(source)
+
+def _spaced(source: str) -> str:
+    """The grammar of a schema with a space in front that may be left out."""
+    try:
+        answer, *more = json.loads(source)["grammars"]
+        begin = {"lark_grammar": 'start: " "? @answer'}
+        return json.dumps({"grammars": [begin, {**answer, "name": "answer"}, *more]})
+    except RecursionError:
+        raise UsageError("the schema cannot be enforced: it is nested too deeply") from None
+
+
+def _one_of(texts: Sequence[str]) -> str:
+    lines = " | ".join(json.dumps(text) for text in texts)
+    return _checked("grammar_from_lark", f"start: {lines}")
+
+
+def _checked(kind: str, content: Any, **more: Any) -> str:
+    matcher = _llguidance().LLMatcher
+    try:
+        source: str = getattr(matcher, kind)(content, **more)
+        error = matcher.validate_grammar(source)
+    except (ValueError, TypeError, RecursionError) as failure:
+        error = str(failure)
+    if error:
+        raise UsageError(f"the schema cannot be enforced: {error.splitlines()[0][:200]}")
+    return source
+
+
+def begins_spaced(grammar: Grammar, tokenizer: Tokenizer, inputs: Inputs) -> bool:
+    """Whether a space that is no part of it may come before an answer to this prompt.
+
+    After "Assistant:" it may, after "assistant\\n" or a special token not; where decoding drops
+    the mark of a text's first word, always.
+    """
+    if tokenizer.drops_first_space:
+        return True
+    if grammar.own_space:  # whoever named it knows how the model begins
+        return False
+    last = inputs.input_ids.shape[1] - 1
+    before = "" if last in inputs.visual else tokenizer.decode([int(inputs.input_ids[0, last])])
+    return bool(before) and not before[-1].isspace()
 
 
 def _llguidance() -> Any:
@@ -83,12 +122,17 @@ def _llguidance() -> Any:
 class Matcher:
     """One answer's way through a grammar.
 
-    vocabulary: how many logits the model has. `allow` masks the logits of the next token; `take`
-    goes on with the token that was chosen.
+    vocabulary: how many logits the model has. spaced: whether a space may come first. `allow` masks
+    the logits of the next token; `take` goes on with the token that was chosen.
     """
 
     def __init__(
-        self, grammar: Grammar, tokenizer: Tokenizer, eos_ids: Sequence[int], vocabulary: int
+        self,
+        grammar: Grammar,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        vocabulary: int,
+        spaced: bool = False,
     ) -> None:
         package = _llguidance()
         known = _tokenizers.setdefault(tokenizer, {})
@@ -100,7 +144,8 @@ class Matcher:
                 tokenizer.backend.to_str(), n_vocab=max(vocabulary, tokenizer.vocab_size),
                 eos_token=list(key[0]),
             )  # fmt: skip
-        self._matcher = package.LLMatcher(known[key], grammar.source, log_level=0)
+        source = grammar.spaced if spaced else grammar.source
+        self._matcher = package.LLMatcher(known[key], source, log_level=0)
         self._check()
         self._vocabulary = vocabulary
 

@@ -204,7 +204,7 @@ def stream_inputs(
     remembers: "Remembers | None",
 ) -> Iterator[GenerationResult]:
     forked.check()
-    limit, skip = budget(model, inputs, options), options.skip_special_tokens
+    limit = budget(model, inputs, options)
     cache = make_cache(model, inputs, options)
     sample = token_sampler(model, processor, inputs, options)
     if inputs.tokens is None:
@@ -215,7 +215,7 @@ def stream_inputs(
         timer.progress.expect(inputs.pixels, start, length, options.prefill_step_size)
     logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
     reused = 0 if run is None else run.reused
-    answer = Answer(processor, inputs, options.stop, timer, started, reused, skip)
+    answer = answer_to(processor, inputs, options, timer, started, reused)
     if options.draft is None:
         tokens = decode(model, logits, cache, limit, sample)
     else:
@@ -329,6 +329,29 @@ def decode(
         token = following
 
 
+def answer_to(
+    processor: Processor,
+    inputs: Inputs,
+    options: Options,
+    timer: Timer,
+    started: float,
+    reused: int,
+) -> Answer:
+    """The answer to one prompt, which has no token yet."""
+    unspaced = _begins_spaced(processor, inputs, options)
+    detokenizer = processor.tokenizer.detokenizer(options.skip_special_tokens, unspaced)
+    return Answer(processor, inputs, options.stop, timer, started, reused, detokenizer)
+
+
+def _begins_spaced(processor: Processor, inputs: Inputs, options: Options) -> bool:
+    """Whether a space may come before what an answer must look like."""
+    if options.grammar is None:
+        return False
+    from .grammar import begins_spaced
+
+    return begins_spaced(options.grammar, processor.tokenizer, inputs)
+
+
 def token_sampler(
     model: VisionLanguageModel, processor: Processor, inputs: Inputs, options: Options
 ) -> TokenSampler:
@@ -338,6 +361,7 @@ def token_sampler(
     if options.grammar is not None:
         from .grammar import Matcher
 
-        matcher = Matcher(options.grammar, processor.tokenizer, sorted(processor.eos_ids), rows)
+        ends, spaced = sorted(processor.eos_ids), _begins_spaced(processor, inputs, options)
+        matcher = Matcher(options.grammar, processor.tokenizer, ends, rows, spaced)
     prompt = mx.array(inputs.input_ids[0])
     return TokenSampler(sampling, prompt, options.logprobs, matcher, rows)

@@ -15,20 +15,30 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Detokenizer:
     """Text of an answer as it comes; tokens that are `hidden` have none.
 
-    All pieces and `finish()` together are exactly the `decode` of all ids.
+    All pieces and `finish()` together are exactly the `decode` of all ids; `unspaced`, without the
+    space that it may begin with.
     """
 
-    def __init__(self, text: "ByteLevelText | WindowText", hidden: frozenset[int]) -> None:
+    def __init__(
+        self, text: "ByteLevelText | WindowText", hidden: frozenset[int], unspaced: bool = False
+    ) -> None:
         self._text = text
         self._hidden = hidden
+        self._unspaced = unspaced
 
     def add(self, token: int) -> str:
         """The characters that `token` completes, maybe none."""
-        return "" if token in self._hidden else self._text.add(token)
+        return "" if token in self._hidden else self._without_space(self._text.add(token))
 
     def finish(self) -> str:
         """What is left at the end; half a character becomes U+FFFD."""
-        return self._text.finish()
+        return self._without_space(self._text.finish())
+
+    def _without_space(self, text: str) -> str:
+        if self._unspaced and text:
+            self._unspaced = False
+            return text.removeprefix(" ")
+        return text
 
 
 @cache

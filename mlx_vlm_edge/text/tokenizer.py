@@ -6,6 +6,7 @@ No BOS or EOS is ever added here; a family puts them where its original does.
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -125,13 +126,22 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special)
         return "".join([*map(detokenizer.add, ids), detokenizer.finish()])
 
-    def detokenizer(self, skip_special: bool = True) -> Detokenizer:
-        """For one answer, token by token; `skip_special` leaves special tokens without a text."""
+    def detokenizer(self, skip_special: bool = True, unspaced: bool = False) -> Detokenizer:
+        """For one answer, token by token; `skip_special` leaves special tokens without a text,
+        `unspaced` one space that the answer begins with."""
         hidden = self.special_ids if skip_special else frozenset()
         if self._byte_level:
-            return Detokenizer(ByteLevelText(self.backend, self._literal), hidden)
+            return Detokenizer(ByteLevelText(self.backend, self._literal), hidden, unspaced)
         window = WindowText(self.backend, lambda ids: self.decode(ids, skip_special))
-        return Detokenizer(window, hidden)
+        return Detokenizer(window, hidden, unspaced and not self.drops_first_space)
+
+    @cached_property
+    def drops_first_space(self) -> bool:
+        """Whether decoding leaves out the word mark that a text begins with, as SentencePiece's."""
+        from .sentencepiece import SPACE
+
+        decoder = None if self._byte_level else mapped_tokenizer.whole(self.backend).decoder
+        return decoder is not None and str(decoder.decode([f"{SPACE}a"])) == "a"
 
     def token_id(self, token: str) -> int | None:
         """The id of a token's exact text, or None."""

@@ -11,8 +11,12 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.choosing import TokenSampler
 from mlx_vlm_edge.generation.grammar import Grammar, Matcher
 from mlx_vlm_edge.generation.sampling import Sampling, penalize_counted
+from mlx_vlm_edge.text import sentencepiece as spm
+from mlx_vlm_edge.text.tokenizer import Tokenizer
 
 from ..demo import IMAGES
+from ..reference import tokenizer as tiny
+from .test_loop import Prepared, Scripted, text
 
 LOGITS = [[2.0, 1.9, 1.8, 0.0]]
 SHAPES = IMAGES / "shapes.png"
@@ -168,5 +172,104 @@ def test_several_answers_with_schemas_at_once(demo):
     try:
         streams = [pieces(lambda deliver, o=o: engine.submit(inputs, o, deliver)) for o in options]
         assert ["".join(piece.text for piece in stream) for stream in streams] == want
+    finally:
+        engine.close()
+
+
+PIECES = ["▁", "▁Yes", "▁No", "▁Y", "Yes", "No", "Y", "N", "e", "s", "o", "▁{", "{", '"', "a", ":",
+          "1", "}"]  # fmt: skip
+OBJECT = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"],
+          "additionalProperties": False}  # fmt: skip
+
+
+def with_word_marks():
+    """A tokenizer as LLaMA's: bytes, and words that begin with a mark."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
+    kinds = [spm.UNKNOWN, spm.CONTROL, spm.CONTROL, *[spm.BYTE] * 256, *[spm.NORMAL] * len(PIECES)]
+    scores = [-float(index) for index in range(len(pieces))]
+    return Tokenizer(
+        spm._built(spm.Vocabulary(tuple(pieces), tuple(scores), tuple(kinds), True, True)),
+        {"eos_token": "</s>"},
+    )
+
+
+def byte_level():
+    return Tokenizer(tiny.build(), {"eos_token": "<|im_end|>"})
+
+
+def held(tokenizer, words, after=":", **options):
+    """What comes of an answer that a model wants to be these tokens, after a prompt's last text."""
+    ids = [tokenizer.token_id(word) for word in words]
+    (end,) = tokenizer.eos_ids
+    model = Scripted([*ids, end, *[end] * 20])
+    last = tokenizer.special.get(after) or tokenizer.encode(after)[-1]
+    prepared = Prepared(tokenizer, last + 1, 0, frozenset({end}))  # ids 0, 1, ... last
+    model.config.context = 1000
+    return list(stream_generate(model, prepared, "Hi", **options))
+
+
+CHOICES = {"choices": ["Yes", "No"]}
+MARKED = [["▁Yes"], ["▁", "Yes"], ["▁Y", "e", "s"], ["<0x20>", "Yes"], ["Yes"]]
+LETTERS = [["Ġ", "Y", "e", "s"], ["Y", "e", "s"]]
+
+
+@pytest.mark.parametrize("words", MARKED, ids="".join)
+def test_an_answer_may_begin_with_a_word_mark(words):
+    pieces = held(with_word_marks(), words, logprobs=1, **CHOICES)
+    assert text(pieces) == "Yes"
+    assert [piece.token for piece in pieces[:-1]] == [with_word_marks().token_id(w) for w in words]
+    assert all(piece.logprobs.logprob > -0.1 for piece in pieces)  # what it wanted to say
+    words = ["▁{", '"', "a", '"', ":", "▁", "1", "}"]
+    assert text(held(with_word_marks(), words, schema=OBJECT)) == '{"a": 1}'
+
+
+@pytest.mark.parametrize("words", LETTERS, ids="".join)
+def test_an_answer_after_a_word_may_begin_with_the_space_between_them(words):
+    pieces = held(byte_level(), words, logprobs=1, **CHOICES)
+    assert text(pieces) == "Yes"
+    assert [piece.token for piece in pieces[:-1]] == [byte_level().token_id(w) for w in words]
+    words = ["Ġ", "{", '"', "a", '"', ":", "Ġ", "1", "}"]
+    assert text(held(byte_level(), words, schema=OBJECT)) == '{"a": 1}'
+
+
+@pytest.mark.parametrize("after", ["\n", " ", "<|im_start|>"])
+def test_where_no_space_comes_before_a_word_none_is_let_through(after):
+    pieces = held(byte_level(), ["Ġ", "e", "s"], after=after, max_tokens=1, **CHOICES)
+    assert byte_level().backend.id_to_token(pieces[0].token) in ("Y", "N")
+
+
+def test_a_choice_s_own_space_is_kept():
+    choices = [" Yes", "No"]
+    assert text(held(byte_level(), LETTERS[0], choices=choices)) == " Yes"
+    assert text(held(byte_level(), ["N", "o"], choices=choices)) == "No"
+    assert text(held(with_word_marks(), ["▁", "▁Yes"], choices=choices)) == " Yes"
+    assert text(held(with_word_marks(), ["▁No"], choices=choices)) == "No"
+
+
+def test_text_stops_where_it_would_without_the_space():
+    for tokenizer, words in ((with_word_marks(), MARKED[0]), (byte_level(), LETTERS[0])):
+        last = held(tokenizer, words, stop=["es"], **CHOICES)[-1]
+        assert (last.finish_reason, last.stop_text) == ("stop", "es")
+        said = held(tokenizer, words, stop=["es"], **CHOICES)
+        assert text(said) == "Y"
+        assert text(held(tokenizer, words, stop=[" Y"], **CHOICES)) == "Yes"
+
+
+def test_without_a_grammar_a_space_stays():
+    assert text(held(byte_level(), ["Ġ", "Y"])) == " Y"
+
+
+def test_the_engine_lets_the_space_through_as_well(demo):
+    from mlx_vlm_edge import Options
+    from mlx_vlm_edge.generation.engine import Engine, pieces
+
+    prompt, options = "USER: What colour? ASSISTANT:", {"choices": ["red", "blue"]}
+    want = generate(*demo, prompt, raw=True, **options)
+    engine = Engine(*demo)
+    try:
+        inputs = demo[1](prompt, raw=True)
+        stream = pieces(lambda deliver: engine.submit(inputs, Options(**options), deliver))
+        assert "".join(piece.text for piece in stream) == want
+        assert want in options["choices"]
     finally:
         engine.close()
