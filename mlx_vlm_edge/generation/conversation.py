@@ -16,6 +16,8 @@ from .. import whole_file
 from ..errors import UsageError
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
+from ..picture.video import Video
+from ..text.messages import kind_of
 from ..text.prompt import Inputs, Message, Preprocess, Processor
 from ..timings import Timer, Watch
 from .answer import GenerationResult
@@ -28,8 +30,8 @@ RESERVE = 4  # at least a quarter of the context is left for the answer, where i
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One message. images: as they were handed in; pixels: what `preprocess` made of them, once
-    known, which may depend on how many pictures a prompt has."""
+    """One message. images: as they were handed in, videos among them; pixels: what `preprocess`
+    made of them, once known, which may depend on how many pictures a prompt has."""
 
     role: str
     text: str
@@ -38,7 +40,7 @@ class Turn:
     preprocess: Preprocess | None = field(default=None, repr=False)
 
     def message(self) -> Message:
-        parts = [{"type": "image"} for _ in self.images]
+        parts = [{"type": kind_of(image)} for image in self.images]
         return {"role": self.role, "content": [*parts, {"type": "text", "text": self.text}]}
 
     def sources(self, preprocess: Preprocess) -> Sequence[Any]:
@@ -154,8 +156,10 @@ class Conversation:
         anything. What they computed stays in the prefix cache, so going on from there is quick."""
         before = len(self.turns)
         del self.turns[max(length, 0) :]
-        self.dropped = min(self.dropped, len(self.turns))
-        return len(self.turns) < before
+        if len(self.turns) == before:
+            return False
+        self.dropped = 0  # earlier ones may have room again
+        return True
 
     def branch(self) -> "Conversation":
         """Another conversation that goes on from here, with the same prefix cache."""
@@ -218,8 +222,11 @@ def _with_pixels(
     ]
 
 
-def _saved(source: Any) -> str:
-    """A picture's source as text: its path or URL, or its content as a data: URL."""
+def _saved(source: Any) -> str | dict[str, Any]:
+    """A picture's source as text: its path or URL, or its content as a data: URL; a video's path
+    and rate."""
+    if isinstance(source, Video):
+        return {"video": str(source.source), "fps": source.fps}
     if isinstance(source, str | Path):
         return str(source)
     if not isinstance(source, bytes | bytearray | memoryview):
@@ -235,6 +242,16 @@ def _saved(source: Any) -> str:
 
 def _turn(entry: Any) -> Turn:
     role, text, images = entry["role"], entry["text"], entry.get("images", [])
-    if not isinstance(text, str) or not all(isinstance(image, str) for image in images):
+    if not isinstance(text, str):
         raise ValueError("a turn is damaged")
-    return Turn(role, text, tuple(images))
+    return Turn(role, text, tuple(map(_source, images)))
+
+
+def _source(saved: Any) -> str | Video:
+    """What `_saved` made text of."""
+    if isinstance(saved, str):
+        return saved
+    path, fps = saved["video"], saved["fps"]
+    if not isinstance(path, str) or not (fps is None or type(fps) in (int, float)):
+        raise ValueError("a turn is damaged")
+    return Video(path, fps)

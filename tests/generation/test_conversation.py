@@ -107,6 +107,53 @@ def test_the_oldest_turns_leave_when_the_context_is_full(fastvlm, monkeypatch): 
         object.__setattr__(model.config, "context", 32768)
 
 
+def test_turns_that_were_left_out_are_back_where_there_is_room_again(fastvlm):  # noqa: F811
+    model, processor = fastvlm
+    object.__setattr__(model.config, "context", 300)
+    try:
+        chat = Conversation(model, processor, max_tokens=TOKENS)
+        for index in range(12):
+            chat.ask(f"Question {index}: what is this thing here?")
+        assert chat.dropped
+        dropped = chat.dropped
+        assert not chat.rewind(24)
+        assert chat.dropped == dropped
+        assert chat.rewind(dropped)
+        other = Conversation(model, processor, max_tokens=TOKENS)
+        other.turns = list(chat.turns)
+        assert chat.ask("And this?") == other.ask("And this?")
+        assert chat.dropped == other.dropped < dropped
+    finally:
+        object.__setattr__(model.config, "context", 32768)
+
+
+def test_a_video_is_asked_about_as_without_a_conversation_and_saved_by_its_name(tmp_path):
+    from PIL import Image
+
+    from mlx_vlm_edge import load
+    from mlx_vlm_edge.picture.video import Video
+
+    from ..reference import idefics3 as theirs
+
+    case = theirs.CASES["smolvlm"]
+    model, processor = load(str(theirs.save(theirs.build(case), case, tmp_path / "model")))
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(3):
+        Image.new("RGB", (40, 30), (index * 50, 9, 9)).save(frames / f"{index}.png")
+    video = Video(frames, fps=2)
+    chat = Conversation(model, processor, max_tokens=TOKENS)
+    want = processor("What happens?", [video]).input_ids.tolist()
+    chat.ask("What happens?", video)
+    asked = processor([chat.turns[0].message()], [video]).input_ids.tolist()
+    assert asked == want
+    chat.save(tmp_path / "chat.json")
+    other = Conversation(model, processor, max_tokens=TOKENS)
+    other.load(tmp_path / "chat.json")
+    assert other.turns[0].images == (Video(str(frames), fps=2),)
+    assert other.ask("And then?") == chat.ask("And then?")
+
+
 def test_a_conversation_is_saved_and_gone_on_with(fastvlm, tmp_path):  # noqa: F811
     chat = Conversation(*fastvlm, max_tokens=TOKENS, system="Be brief.")
     chat.ask("What is this?", picture(1))
@@ -123,6 +170,11 @@ def test_a_conversation_is_saved_and_gone_on_with(fastvlm, tmp_path):  # noqa: F
     '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x"}]}',
     '{"format": 1, "system": null, "turns": [{"role": "user", "text": 1, "images": []}]}',
     '{"format": 1, "system": null, "turns": "x"}', "\udc80",
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [3]}]}',
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [{"video": 1, '
+    '"fps": 1}]}]}',
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [{"video": '
+    '"x", "fps": true}]}]}',
 ])  # fmt: skip
 def test_a_damaged_file_is_one_line_and_changes_nothing(fastvlm, tmp_path, content):  # noqa: F811
     chat = Conversation(*fastvlm, max_tokens=TOKENS)
