@@ -8,7 +8,7 @@ when there is too much. Entries of other models and weights are never looked at.
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import cast
@@ -74,7 +74,9 @@ class DiskStore:
         depth = (len(arrays) - 1) // 2
         return [(arrays[f"k{index}"], arrays[f"v{index}"]) for index in range(depth)]
 
-    def keep_prompt(self, model: str, keys: np.ndarray, layers: Layers) -> None:
+    def keep_prompt(
+        self, model: str, keys: np.ndarray, layers: Sequence[tuple[mx.array, ...]]
+    ) -> None:
         """Remember a prompt; those that it continues are dropped for it."""
         length, covered = len(keys), []
         for path, other in self.prompts(model):

@@ -12,12 +12,18 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..language.cache import Cache, KVCache, RotatingKVCache
+from ..language.cache import (
+    Cache,
+    KVCache,
+    QuantizedKVCache,
+    QuantizingCaches,
+    RotatingKVCache,
+)
 from ..models.base import VisionLanguageModel
 from ..picture.image import Pixels
 from ..text.prompt import Inputs, Processor
@@ -25,7 +31,8 @@ from ..timings import Steps
 from .disk import DiskStore
 
 MAX_BYTES = 512 * 2**20
-Layers = list[tuple[mx.array, mx.array]]
+Layers = Sequence[tuple[mx.array, ...]]  # keys and values; three arrays of each, where packed
+Packing = tuple[int, int]  # group size and bits of quantised ones
 
 
 def digest(pixels: Pixels, settings: str) -> bytes:
@@ -74,6 +81,7 @@ class _Prompt:
     model: Callable[[], VisionLanguageModel | None]
     keys: np.ndarray
     layers: Layers
+    packing: Packing | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +105,9 @@ class PrefixCache:
 
     For any number of models and threads. What is kept is never changed: a prompt that takes it over
     writes into copies. Models that are gone take what was kept for them along.
+
+    Of a KV cache that was quantised, what is kept is quantised as well, in memory alone, and for
+    prompts that ask for the same bits.
 
     disk: a folder, or a DiskStore, that remembers as well, for other processes and later ones; for
     models that were loaded from files.
@@ -133,16 +144,18 @@ class PrefixCache:
         digests = [digest(pixels, settings) for pixels in inputs.pixels]
         counts = [processor.visual_tokens(pixels) for pixels in inputs.pixels]
         keys = position_keys(inputs, digests, counts)
-        self._recall(model, keys)
+        self._recall(model, keys, _packing(cache))
         start = self.take(model, keys, cache)
         self._touch((id(model.eyes), name) for name in digests)
-        return Run(self, model, keys, list(cache), start, inputs, digests, counts)
+        return Run(self, model, keys, cache, start, inputs, digests, counts)
 
-    def _recall(self, model: VisionLanguageModel, keys: np.ndarray) -> None:
+    def _recall(
+        self, model: VisionLanguageModel, keys: np.ndarray, packing: Packing | None
+    ) -> None:
         """Take a prompt from the disk into memory where it knows a longer beginning."""
         if self.disk is None or model.identity is None:
             return
-        known = self.known(model, keys)
+        known = self.known(model, keys, packing)
         stored = [(shared(other, keys), path) for path, other in self.disk.prompts(model.identity)]
         length, path = max(stored, default=(0, None), key=lambda pair: pair[0])
         if path is None or length <= known:
@@ -151,17 +164,13 @@ class PrefixCache:
         if layers is not None:
             self._add(object(), _Prompt(weakref.ref(model), keys[:length], layers))
 
-    def known(self, model: VisionLanguageModel, keys: np.ndarray) -> int:
+    def known(
+        self, model: VisionLanguageModel, keys: np.ndarray, packing: Packing | None = None
+    ) -> int:
         """How many positions of a prompt memory knows."""
         with self._lock:
-            return max(
-                (
-                    shared(entry.keys, keys)
-                    for entry in self._entries.values()
-                    if isinstance(entry, _Prompt) and entry.model() is model
-                ),
-                default=0,
-            )
+            entries = self._prompts(model, packing)
+            return max((shared(entry.keys, keys) for _, entry in entries), default=0)
 
     def take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
@@ -169,20 +178,32 @@ class PrefixCache:
             _fits(layer, len(keys)) for layer in cache
         ):
             return 0
-        length, layers = 0, []
+        length, longest = 0, None
         with self._lock:
-            name = None
-            for key, entry in self._entries.items():
-                if isinstance(entry, _Prompt) and entry.model() is model:
-                    known = min(shared(entry.keys, keys), len(keys) - 1)
-                    if 0 < known >= length:  # of equals the latest
-                        length, layers, name = known, entry.layers, key
-            if name is not None:
-                self._entries.move_to_end(name)
-        if length:
-            for layer, (k, v) in zip(cache, layers, strict=True):
-                _fill(layer, k, v, length)
+            for name, entry in self._prompts(model, _packing(cache)):
+                known = min(shared(entry.keys, keys), len(keys) - 1)
+                if 0 < known >= length:  # of equals the latest
+                    length, longest, longest_name = known, entry, name
+            if longest is not None:
+                self._entries.move_to_end(longest_name)
+        if longest is not None:
+            for index, arrays in enumerate(longest.layers):
+                if longest.packing is not None:
+                    cache[index] = QuantizedKVCache(*longest.packing)
+                _fill(cache[index], arrays, length)
         return length
+
+    def _prompts(
+        self, model: VisionLanguageModel, packing: Packing | None
+    ) -> list[tuple[Any, _Prompt]]:
+        """Those of a model that caches of such a packing, None for plain ones, may begin with."""
+        return [
+            (name, entry)
+            for name, entry in self._entries.items()
+            if isinstance(entry, _Prompt)
+            and entry.model() is model
+            and entry.packing in (None, packing)
+        ]
 
     def _touch(self, names: Iterable[Any]) -> None:
         """Count images as used, so that they stay as long as the prompts they are in."""
@@ -213,19 +234,25 @@ class PrefixCache:
         if self.disk is not None and model.identity is not None:
             self.disk.keep_image(model.identity, name, tokens)
 
-    def keep(self, model: VisionLanguageModel, keys: np.ndarray, layers: Layers) -> None:
+    def keep(
+        self,
+        model: VisionLanguageModel,
+        keys: np.ndarray,
+        layers: Layers,
+        packing: Packing | None = None,
+    ) -> None:
         """Remember a prompt's keys and values; what it continues is dropped for it."""
         with self._lock:
             for key, entry in list(self._entries.items()):
                 if isinstance(entry, _Prompt) and entry.model() is model:
                     length = shared(entry.keys, keys)
-                    if length == len(keys):  # known already
+                    if length == len(keys) and entry.packing in (None, packing):  # known already
                         self._entries.move_to_end(key)
                         return
                     if length == len(entry.keys):
                         del self._entries[key]
-        self._add(object(), _Prompt(weakref.ref(model), keys, layers))
-        if self.disk is not None and model.identity is not None:
+        self._add(object(), _Prompt(weakref.ref(model), keys, layers, packing))
+        if self.disk is not None and model.identity is not None and packing is None:
             self.disk.keep_prompt(model.identity, keys, layers)
 
     def _add(self, name: Any, item: _Prompt | _Image) -> None:
@@ -295,22 +322,26 @@ class Run:
     def end(self, generated: Sequence[int]) -> None:
         """Remember the prompt, and as much of the answer as went through the model.
 
-        Of a cache that was quantised on the way, what it held before; nothing of a rotating one
-        that has begun to forget, nor of a prompt that would have come out otherwise in parts.
+        Nothing of a rotating cache that has begun to forget, nor of a prompt that would have come
+        out otherwise in parts.
         """
         if not self.model.language_model.splits(len(self.keys)):
             return
         answer = np.zeros((len(generated), 3), np.int64)
         answer[:, 0] = generated
         keys = np.concatenate([self.keys, answer])
-        layers: Layers = []
+        layers: list[tuple[mx.array, ...]] = []
         for layer in self.cache:
-            if not _whole(layer) or layer.keys is None or layer.values is None:
+            if (arrays := _held(layer)) is None:
                 return
-            layers.append((layer.keys, layer.values))
+            layers.append(arrays)
             keys = keys[: layer.offset]
+        packed = {len(arrays) > 2 for arrays in layers}
+        if len(packed) > 1:  # it was broken off while they were being quantised
+            return
         mx.eval(layers)  # a step that was broken off has not computed them
-        self.store.keep(self.model, keys, layers)
+        packing = _packing(self.cache) if packed == {True} else None
+        self.store.keep(self.model, keys, layers, packing)
 
 
 def _fits(layer: Cache, length: int) -> bool:
@@ -320,17 +351,29 @@ def _fits(layer: Cache, length: int) -> bool:
     return type(layer) is KVCache
 
 
-def _whole(layer: Cache) -> TypeGuard[KVCache | RotatingKVCache]:
-    """Whether a cache holds all positions so far, in their order."""
+def _packing(cache: Sequence[Cache]) -> Packing | None:
+    """How a prompt's caches are quantised, once they are long enough; None for plain ones."""
+    return (cache.group_size, cache.bits) if isinstance(cache, QuantizingCaches) else None
+
+
+def _held(layer: Cache) -> tuple[mx.array, ...] | None:
+    """A cache's keys and values, None unless it holds all positions so far, in their order."""
     if type(layer) is RotatingKVCache:
-        return layer.offset <= layer.max_size and layer.state[-1] == layer.offset
-    return type(layer) is KVCache
+        whole = layer.offset <= layer.max_size and layer.state[-1] == layer.offset
+    else:
+        whole = type(layer) in (KVCache, QuantizedKVCache)
+    keys, values = layer.state[:2]
+    if not whole or keys is None:
+        return None
+    return (*keys, *values) if isinstance(layer, QuantizedKVCache) else (keys, values)
 
 
-def _fill(layer: Any, keys: mx.array, values: mx.array, length: int) -> None:
+def _fill(layer: Any, arrays: Sequence[mx.array], length: int) -> None:
     """Let a cache begin with the first `length` positions, as arrays of its own to write into."""
-    used = keys[..., :length, :], values[..., :length, :]
+    used = [array[..., :length, :] for array in arrays]
     if isinstance(layer, RotatingKVCache):
         layer.state = (*used, length, layer.keep, layer.max_size, length)
+    elif isinstance(layer, QuantizedKVCache):
+        layer.keys, layer.values, layer.offset = used[:3], used[3:], length
     else:
         layer.state = (*used, length)

@@ -255,7 +255,7 @@ def test_a_stream_that_is_abandoned_is_remembered_as_far_as_it_was_heard(
         for _ in range(taken):
             next(stream)
         stream.close()
-        ((keys, layers),) = entries
+        ((keys, layers, _),) = entries
         assert layers[0][0][0, 0, : len(keys), 0].tolist() == keys[:, 0].tolist(), taken
 
 

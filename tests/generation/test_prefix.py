@@ -295,15 +295,90 @@ def test_an_edited_answer_is_computed_again(ask_fastvlm):
     assert known.visual < other.reused < known.length - 8  # from "dog" on
 
 
-@pytest.mark.parametrize("start", [0, 60])
-def test_a_quantised_cache_is_taken_over_as_it_was_before(models, monkeypatch, start):
-    asker = Asker(*models("llava"), monkeypatch)  # whose heads are wide enough
-    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0, "max_tokens": TOKENS}
+
+
+@pytest.fixture
+def ask_quantised(models):
+    """Asks a model whose heads are wide enough: (pieces, logits of the prompt's last position)."""
+    model, processor = models("llava")
+    store = PrefixCache()
+
+    def ask(prompt, prefix_cache=store, **options):
+        stream = stream_generate(
+            model, processor, prompt, [picture(1)], prefix_cache=prefix_cache, **options
+        )
+        return list(stream)
+
+    ask.store = store
+    return ask
+
+
+def ids(pieces):
+    return [piece.token for piece in pieces if piece.token is not None]
+
+
+def test_a_cache_that_is_not_yet_quantised_is_taken_over_as_it_is(models, monkeypatch):
+    asker = Asker(*models("llava"), monkeypatch)
+    options = QUANTISED | {"quantized_kv_start": 1000}
     asker("Is it red?", picture(1), **options)
     second = asker("What is it?", picture(1), **options)
     assert second.encoded == 0
     assert second.reused > second.visual
     assert asker("What is it?", picture(1)).reused == second.length - 1
+
+
+def test_a_quantised_cache_is_taken_over_quantised(ask_quantised):
+    ask_quantised("Is it red?", **QUANTISED)
+    second = ask_quantised("What is it?", **QUANTISED)
+    assert second[0].reused_tokens > second[0].visual_tokens
+    assert ids(second) == ids(ask_quantised("What is it?", False, **QUANTISED))
+    again = ask_quantised("What is it?", **QUANTISED)
+    assert again[0].reused_tokens == again[0].prompt_tokens - 1
+    assert ids(again) == ids(second)
+
+
+def test_what_is_quantised_is_for_those_who_ask_for_that(ask_quantised):
+    in_full = {"max_tokens": TOKENS}
+    for other in (in_full, QUANTISED | {"kv_bits": 4}):
+        ask_quantised.store.clear()
+        ask_quantised("Is it red?", **QUANTISED)
+        assert ask_quantised("Is it blue?", **other)[0].reused_tokens == 0
+        again = ask_quantised("Is it blue?", **other)
+        assert again[0].reused_tokens == again[0].prompt_tokens - 1
+    want = ask_quantised("Is it red?", False, **in_full)
+    for _ in range(2):
+        assert ids(ask_quantised("Is it red?", **in_full)) == ids(want)
+    assert ask_quantised("Is it red?", **QUANTISED)[0].reused_tokens > 0  # in full is for all
+
+
+def test_a_quantised_cache_is_held_once_and_is_smaller(ask_quantised, models):
+    """While it answers and after: of what was there in full nothing is left."""
+    model, processor = models("llava")
+    ask_quantised("Is it red?", max_tokens=TOKENS)
+    whole = ask_quantised.store.nbytes
+    ask_quantised.store.clear()
+    gc.collect()
+    before = {id(cache) for cache in gc.get_objects() if type(cache) is KVCache}
+    stream = stream_generate(
+        model, processor, "Is it red?", [picture(1)], prefix_cache=ask_quantised.store, **QUANTISED
+    )
+    next(stream)
+    kept = [c for c in gc.get_objects() if type(c) is KVCache and id(c) not in before]
+    assert sum(array.nbytes for cache in kept for array in cache.state[:2]) == 0
+    stream.close()
+    assert 0 < ask_quantised.store.nbytes < 0.7 * whole
+
+
+def test_what_is_quantised_is_not_written_to_the_disk(models, tmp_path):
+    model, processor = models("llava")
+    store = PrefixCache(disk=tmp_path)
+    asked = {"prefix_cache": store, **QUANTISED}
+    list(stream_generate(model, processor, "Is it red?", [picture(1)], **asked))
+    assert model.identity is not None
+    assert not list(store.disk.prompts(model.identity))
+    second = list(stream_generate(model, processor, "What?", [picture(1)], **asked))
+    assert second[0].reused_tokens > second[0].visual_tokens
 
 
 def test_a_long_prompt_is_quantised_on_the_way(models, monkeypatch):
