@@ -4,7 +4,7 @@ Which frames are taken follows SmolVLM2: transformers, models/smolvlm/video_proc
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -178,8 +178,10 @@ def _film(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
                 )
             taken = chosen_frames(total, total / rate, fps, limit)
             container.seek(0)
-            frames = _pictures(container.decode(video=0), set(taken), prepare)
-            size = (stream.width, stream.height)
+            size, frames = (0, 0), list[Any]()
+            for picture in _pictures(container.decode(video=0), set(taken)):
+                size = size if frames else picture.size
+                frames.append(prepare(picture))
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: cannot be read as a video ({error})") from None
     if not frames:
@@ -188,16 +190,16 @@ def _film(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
     return Clip(frames, [index / rate for index in taken], total / rate, size)
 
 
-def _pictures(decoded: Iterable[Any], wanted: set[int], prepare: Prepare) -> list[Any]:
-    """The wanted frames of a film, prepared; the others are decoded and let go."""
+def _pictures(decoded: Iterable[Any], wanted: set[int]) -> "Iterator[Image]":
+    """The wanted frames of a film, turned as it says; the others are decoded and let go."""
     last = max(wanted)
-    pictures = []
     for index, frame in enumerate(decoded):
         if index in wanted:
-            pictures.append(prepare(frame.to_image().convert("RGB")))
+            picture = frame.to_image().convert("RGB")
+            # As a phone held upright films; PyAV counts as Pillow does, counterclockwise.
+            yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
         if index >= last:
             break
-    return pictures
 
 
 def number_in_words(number: int) -> str:

@@ -1,5 +1,6 @@
 """Videos as frames: which are taken, from a folder, a GIF or a film, and what SmolVLM2 is told."""
 
+import struct
 import subprocess
 import sys
 
@@ -93,6 +94,35 @@ def test_a_film_is_read_with_pyav(tmp_path):
     assert len(clip.frames) == 8
     near = np.abs(np.array(numbers(clip)) - chosen_frames(40, 4.0, 2.0, 64))
     assert near.max() <= 2  # its colours are compressed
+
+
+UPRIGHT = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+
+
+@pytest.mark.parametrize("turned", UPRIGHT)
+def test_a_film_is_turned_as_it_says(tmp_path, turned):
+    """As phones film: what lies on its side in the file has a matrix that turns it, clockwise.
+
+    ISO/IEC 14496-12, 8.3.2: the track header's matrix, a b u c d v x y w in 16.16 and 2.30."""
+    av = pytest.importorskip("av", reason="films need PyAV (the `video` extra)")
+    path = tmp_path / "film.mp4"
+    scene = Image.new("RGB", (64, 32), "blue")
+    scene.paste((255, 0, 0), (0, 0, 32, 32))  # the left half
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_image(scene)))
+        container.mux(stream.encode())
+    content = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in UPRIGHT[turned])
+    at = content.index(b"tkhd") + 4 + 40
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    clip = read_video(Video(path), 1.0, 64)
+    want = scene.rotate(-turned, expand=True)
+    assert clip.size == clip.frames[0].size == want.size
+    assert np.abs(np.asarray(clip.frames[0], np.int32) - np.asarray(want)).mean() < 20
 
 
 @pytest.mark.parametrize(
