@@ -7,7 +7,7 @@ twice at most: as it was read, and as RGB.
 import struct
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,12 +59,25 @@ def upright(image: "Image", decoded: "Image | None" = None, *, release: bool = F
 
 def upright_size(image: "Image") -> tuple[int, int]:
     """(width, height) that `upright` will give, by the header alone."""
-    width, height = image.size
+    width, height = _stored_size(image)
     return (height, width) if orientation(image) in SIDEWAYS else (width, height)
 
 
+def _stored_size(image: "Image") -> tuple[int, int]:
+    """(width, height) as the file has it; Pillow has a TIFF's already turned, and not its pixels
+    until they are loaded."""
+    if image.format != "TIFF":
+        return image.size
+    from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+
+    tags = cast(TiffImageFile, image).tag_v2
+    return tags[IMAGEWIDTH], tags[IMAGELENGTH]
+
+
 def to_rgb(image: "Image") -> "Image":
-    clear = "transparency" in image.info and image.info["transparency"] is not None
+    clear = image.info.get("transparency") is not None
+    if image.mode == "P" and image.palette is not None:
+        clear = clear or "A" in image.palette.mode
     if image.mode == "RGB" and not clear:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):

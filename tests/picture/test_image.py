@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture import fetch, image, resize
@@ -221,6 +221,12 @@ def test_transparent_palettes_and_color_keys(tmp_path):
         assert np.asarray(open_image(content))[0].tolist() == [[255, 255, 255], [0, 0, 255]]
     keyed = png(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))
     assert np.asarray(open_image(keyed))[0].tolist() == [[255, 255, 255]]
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    held_in_the_palette = clear.quantize()
+    assert "transparency" not in held_in_the_palette.info
+    for source in (held_in_the_palette, png(held_in_the_palette, "WEBP", lossless=True)):
+        assert np.asarray(open_image(source))[0, ::3].tolist() == [[0, 0, 255], [255, 255, 255]]
     grey = png(Image.new("L", (1, 1), 7), transparency=7)
     assert np.asarray(open_image(grey))[0].tolist() == [[255, 255, 255]]
 
@@ -424,12 +430,16 @@ def test_import_is_cheap():
     assert output.strip() == "[]"
 
 
-def test_a_header_tells_the_size_of_the_upright_picture(tmp_path):
-    from mlx_vlm_edge.picture.image import check_header
-
-    for orientation, size in ((1, (30, 20)), (3, (30, 20)), (6, (20, 30)), (8, (20, 30))):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-        assert check_header(str(tmp_path / "x.jpg")) == size
-        assert open_image(tmp_path / "x.jpg").size == size
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP", "GIF"])
+def test_a_header_tells_the_size_of_the_upright_picture(form, orientation, tmp_path):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = tmp_path / "picture"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(path, form, exif=exif)
+    size = image.check_header(str(path))
+    assert open_image(path).size == size
+    if form in ("JPEG", "PNG", "WEBP", "TIFF"):
+        assert size == ((20, 30) if orientation > 4 else (30, 20))
