@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST = 2048  # pixels of a rendered page's longer side
+_PDFIUM = Lock()  # which is not for two threads at once, whatever documents they have
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,24 @@ def page_image(source: Path | bytes, name: str, number: int | None) -> "Image":
             f"{name}: reading PDF pages needs pypdfium2: pip install pypdfium2"
         ) from None
     try:
-        with pypdfium2.PdfDocument(source) as document:
-            count = len(document)
-            if number is None and count > 1:
-                raise UsageError(f"{name}: has {count:,} pages: choose with --page N")
-            if not 1 <= (number or 1) <= count:
-                raise UsageError(f"{name}: has {count:,} pages, no page {number or 1}")
-            page = document[(number or 1) - 1]
-            scale = LONGEST / max(page.get_size())
-            image: Image = page.render(scale=scale).to_pil()
-            return image.convert("RGB")
+        with _PDFIUM, pypdfium2.PdfDocument(source) as document:
+            return _rendered(document, name, number)
     except (pypdfium2.PdfiumError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UsageError(f"{name}: cannot be read as a PDF ({error})") from None
+
+
+def _rendered(document: Any, name: str, number: int | None) -> "Image":
+    count = len(document)
+    if number is None and count > 1:
+        raise UsageError(
+            f"{name}: has {count:,} pages: save the one that is meant as a picture or a PDF of its "
+            "own, or name it (generate --page N; picture.pdf.Page in Python)"
+        )
+    if not 1 <= (number or 1) <= count:
+        raise UsageError(f"{name}: has {count:,} pages, no page {number or 1}")
+    page = document[(number or 1) - 1]
+    bitmap = page.render(scale=LONGEST / max(page.get_size()))
+    image: Image = bitmap.to_pil().convert("RGB")
+    bitmap.close()  # here, not when Python gets to it: another thread may be in PDFium then
+    page.close()
+    return image

@@ -101,7 +101,7 @@ def test_pages_of_a_pdf(generate, tmp_path, picture_file):
     said = json.loads(generate("--image", path, "--page", 2, 1, "--json", "--max-tokens", 1)[1])
     both = generate("--image", picture_file, picture_file, "--json", "--max-tokens", 1)[1]
     assert said["visual_tokens"] == json.loads(both)["visual_tokens"]
-    assert "2 pages: choose with --page" in generate("--image", path)[2]
+    assert "generate --page N" in generate("--image", path)[2]
     assert "--page is for PDFs" in generate("--image", picture_file, "--page", 1)[2]
 
 

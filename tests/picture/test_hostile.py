@@ -1,5 +1,6 @@
 """Small pictures and slow servers that once cost minutes, gigabytes, or started a program."""
 
+import contextlib
 import gc
 import io
 import shutil
@@ -8,7 +9,9 @@ import struct
 import subprocess
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +196,7 @@ def test_pages_of_a_pdf(tmp_path):
     assert page.size == (2048, 1024)
     assert page.getpixel((900, 500))[2] > 240
     assert "2 pages" in message(path)
+    assert "generate --page N; picture.pdf.Page in Python" in message(path)
     assert "no page 3" in message(Page(path, 3))
     sheets[0].save(path)
     assert open_image(path.read_bytes()).getpixel((900, 500))[0] > 240
@@ -202,6 +206,44 @@ def test_pages_of_a_pdf(tmp_path):
     picture = tmp_path / "a.png"
     sheets[0].save(picture)
     assert "alone has pages" in message(Page(picture, 1))
+
+
+def test_one_thread_at_a_time_is_in_pdfium(monkeypatch):
+    """pypdfium2's documents: the library is not for several threads, whatever they read."""
+    inside, most = [], []
+    meeting = threading.Barrier(2)
+
+    class Document(list):
+        def __init__(self, source):
+            super().__init__([self])
+
+        def __enter__(self):
+            inside.append(self)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.2)  # for another thread to get in as well
+            return self
+
+        def __exit__(self, *_):
+            inside.remove(self)
+
+        def get_size(self):
+            most.append(len(inside))
+            return 1, 1
+
+        def render(self, scale):
+            return self
+
+        def to_pil(self):
+            return Image.new("RGB", (1, 1))
+
+        def close(self):
+            most.append(len(inside))
+
+    fake = SimpleNamespace(PdfDocument=Document, PdfiumError=ZeroDivisionError)
+    monkeypatch.setitem(__import__("sys").modules, "pypdfium2", fake)
+    with ThreadPoolExecutor(2) as pool:
+        assert [page.size for page in pool.map(open_image, [b"%PDF-1.7"] * 2)] == [(1, 1)] * 2
+    assert set(most) == {1}
 
 
 def test_a_pdf_names_the_package(monkeypatch):
