@@ -192,7 +192,7 @@ def _decode(
         return page_image(source, name, page)
     if page is not None:
         raise UsageError(f"{name}: is not a PDF, which alone has pages: leave the page out")
-    with _header(source, head, name) as image:
+    with header(source, head, name) as image:
         whole = image.size
         if draft_side:
             image.draft(None, (draft_side, draft_side))
@@ -226,7 +226,7 @@ def check_header(source: Any) -> tuple[int, int] | None:
     head = _head(content, name)
     if head.startswith(b"%PDF-"):
         return None
-    with _header(content, head, name) as image:
+    with header(content, head, name) as image:
         return upright_size(image)
 
 
@@ -243,8 +243,8 @@ def _head(source: Path | bytes, name: str) -> bytes:
 
 
 @contextmanager
-def _header(source: Path | bytes, head: bytes, name: str) -> "Iterator[Image]":
-    """Pillow's image, not decoded yet, of a size that is taken."""
+def header(source: Path | bytes, head: bytes, name: str) -> "Iterator[Image]":
+    """Pillow's image, not decoded yet, of a size that is taken. head: its first 12 bytes."""
     with reading(name):
         if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
             _learn_heif(name)

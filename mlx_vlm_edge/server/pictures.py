@@ -4,7 +4,6 @@ data: URLs always; https where the operator allows it. Whatever else an address 
 the same, so that nobody learns which files or hosts exist.
 """
 
-import io
 from collections.abc import Sequence
 
 from ..errors import UsageError
@@ -46,14 +45,16 @@ def _read(address: str, field: str, limits: Limits, remote: bool) -> bytes:
 
 def check_header(content: bytes, field: str, limits: Limits) -> None:
     """Raises ApiError unless the bytes begin as a picture of few enough pixels."""
-    from PIL import Image
-
-    from ..picture.image import reading
+    from ..picture.image import header
 
     if not content:
         raise bad_request(f"{field}: the image is empty", field, "invalid_image")
+    if content.startswith(b"%PDF-"):
+        raise bad_request(
+            f"{field}: PDFs are not taken: send the page as a picture", field, "invalid_image"
+        )
     try:
-        with reading("the image"), Image.open(io.BytesIO(content)) as image:
+        with header(content, content[:12], "the image") as image:
             width, height = image.size
     except UsageError as error:
         raise bad_request(f"{field}: {error}", field, "invalid_image") from None

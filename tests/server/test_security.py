@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -183,6 +184,23 @@ def test_what_is_no_picture_is_refused_and_never_echoed(client, content):
     response = client.post(CHAT, json={"messages": [damaged]})
     refusal(response, 400)
     assert "sesame" not in response.text
+
+
+def test_pictures_are_judged_as_elsewhere(client, monkeypatch):
+    """A HEIC photo is read where its package is here, and asks for it where not; PDFs are not
+    pictures."""
+    heic = b"\0\0\0\x18ftypheic" + bytes(100)
+    told = refusal(client.post(CHAT, json=asked_about(b"%PDF-1.7 x")), 400)["message"]
+    assert "PDFs are not taken" in told
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pi_heif", None)
+        told = refusal(client.post(CHAT, json=asked_about(heic)), 400)["message"]
+        assert "pip install pi-heif" in told
+    known = []
+    heif = SimpleNamespace(register_heif_opener=lambda: known.append("HEIF"))
+    monkeypatch.setitem(sys.modules, "pi_heif", heif)
+    refusal(client.post(CHAT, json=asked_about(heic)), 400)
+    assert known == ["HEIF"]
 
 
 def test_too_many_pictures(client):
