@@ -147,6 +147,8 @@ def _talk(session: "Session", ask: Callable[[], str]) -> int:
                 session.ask(text)
         except UsageError as error:
             session.say(f"error: {error}")
+        except KeyboardInterrupt:  # before an answer has begun
+            session.say("stopped")
 
 
 class Session:
@@ -157,13 +159,13 @@ class Session:
 
     def ask(self, text: str, decorated: bool = True) -> None:
         """Stream the answer to standard output as it is; figures go to standard error."""
-        images = self.images
-        try:
-            with shown() as line:
-                last = self._printed(text, images, line, decorated)
-        except UsageError:
-            self.images = images
-            raise
+        before = len(self.chat.turns)
+        with shown() as line:
+            try:
+                last = self._printed(text, line, decorated)
+            finally:
+                if len(self.chat.turns) > before:  # pictures wait on where nothing was said
+                    self.images = []
         print(flush=True)
         if last is None or not decorated:
             return
@@ -176,13 +178,10 @@ class Session:
             f"{last.generation_tps:.1f} tokens/s{drafts}]"
         )
 
-    def _printed(
-        self, text: str, images: list[str], line: Shown, decorated: bool
-    ) -> "GenerationResult | None":
+    def _printed(self, text: str, line: Shown, decorated: bool) -> "GenerationResult | None":
         """Print an answer's pieces, and give the last."""
         last = None
-        pieces = self.chat.stream(text, images, progress=line.progress)
-        self.images = []
+        pieces = self.chat.stream(text, self.images, progress=line.progress)
         try:
             for last in pieces:
                 line.end()

@@ -176,13 +176,14 @@ class Chat:
     save = load = None
 
     def __init__(self, *pieces):
-        self.pieces, self.asked = pieces, []
+        self.pieces, self.asked, self.turns = pieces, [], []
 
     def stream(self, text, images, progress=None):
         self.asked.append((text, images))
         for piece in self.pieces:
-            if isinstance(piece, Exception):
+            if isinstance(piece, BaseException):
                 raise piece
+            self.turns = [text, piece]
             yield type("Piece", (), {
                 "text": piece, "ttft_e2e": 0.1, "reused_tokens": 1, "prompt_tokens": 2,
                 "visual_tokens": 1, "generation_tps": 3.0, "drafted_tokens": 0,
@@ -199,6 +200,58 @@ def test_pictures_stay_for_the_next_question_when_one_fails(capfd):
     with pytest.raises(UsageError):
         session.ask("x")
     assert session.images == ["a.png"]
+
+
+def test_pictures_go_with_their_question(capfd):
+    session = chat.Session(Chat("yes"), ["a.png"], print)
+    session.ask("x")
+    assert session.images == []
+
+
+def lines(*typed):
+    """What is typed at a terminal, and Ctrl-D at the end."""
+    left = iter(typed)
+
+    def ask():
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return ask
+
+
+class Unread(Chat):
+    """A conversation that is broken off while it reads the pictures, the first time."""
+
+    def stream(self, text, images, progress=None):
+        if not self.asked:
+            self.asked.append((text, images))
+            raise KeyboardInterrupt
+        return super().stream(text, images, progress)
+
+
+@pytest.mark.parametrize("conversation", [Unread("yes"), Chat(KeyboardInterrupt())])
+def test_ctrl_c_before_an_answer_has_begun_keeps_the_session_and_its_pictures(conversation, capfd):
+    session = chat.Session(conversation, ["a.png"], print)
+    assert chat._talk(session, lines("x", "")) == 0
+    assert session.images == ["a.png"]
+    assert "stopped" in capfd.readouterr().out
+
+
+def test_ctrl_c_while_a_command_reads_a_picture_keeps_the_session(monkeypatch):
+    from mlx_vlm_edge.picture import image
+
+    def reading(path):
+        if path == "b.png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(image, "open_image", reading)
+    said = []
+    session = chat.Session(Chat("yes"), [], said.append)
+    assert chat._talk(session, lines("/image a.png", "/image b.png", "/image a.png")) == 0
+    assert session.images == ["a.png", "a.png"]
+    assert "stopped" in said
 
 
 @pytest.mark.parametrize("line", ["/save", "/load a b", '/image "x', "/image", "/nothing"])
