@@ -6,15 +6,16 @@ twice at most: as it was read, and as RGB.
 
 import struct
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
 
 STRIP = 1 << 22  # pixels worked on at a time
 ORIENTATION = 0x0112  # EXIF tag
 SIDEWAYS = range(5, 9)  # its values that exchange the sides
+METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that may have it
 # What Pillow's decoders raise on damaged data. OSError includes UnidentifiedImageError; AVIF and
 # HEIF raise RuntimeError, which NotImplementedError is as well.
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
@@ -23,11 +24,37 @@ DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Typ
 
 def orientation(image: "Image") -> int:
     """How a picture lies, by EXIF's number; 1 is upright."""
+    return _lies(image.getexif)
+
+
+def _lies(exif: Callable[[], Mapping[int, Any]]) -> int:
     try:
-        number = image.getexif().get(ORIENTATION)
+        number = exif().get(ORIENTATION)
     except DAMAGED:  # damaged EXIF does not spoil the picture
         return 1
     return number if isinstance(number, int) and 1 <= number <= 8 else 1
+
+
+def _header_exif(image: "Image") -> "Exif":
+    """EXIF of a picture that was just opened. Pillow decodes a PNG without it, to look behind its
+    pixels: that is left to those that have something there."""
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngImageFile
+
+    if isinstance(image, PngImageFile) and not _late_metadata(cast(IO[bytes], image.fp)):
+        return Image.getexif(image)
+    return image.getexif()
+
+
+def _late_metadata(png: IO[bytes]) -> bool:
+    """Whether a PNG may tell how it lies after its pixels."""
+    place, seen = png.tell(), False
+    png.seek(8)  # behind the signature: chunks of a length, a name, content and a checksum
+    while len(start := png.read(8)) == 8 and not (seen and start[4:] in METADATA):
+        seen = seen or start[4:] == b"IDAT"
+        png.seek(int.from_bytes(start[:4]) + 4, 1)
+    png.seek(place)
+    return len(start) == 8
 
 
 def upright(image: "Image", decoded: "Image | None" = None, *, release: bool = False) -> "Image":
@@ -60,7 +87,8 @@ def upright(image: "Image", decoded: "Image | None" = None, *, release: bool = F
 def upright_size(image: "Image") -> tuple[int, int]:
     """(width, height) that `upright` will give, by the header alone."""
     width, height = _stored_size(image)
-    return (height, width) if orientation(image) in SIDEWAYS else (width, height)
+    sideways = _lies(lambda: _header_exif(image)) in SIDEWAYS
+    return (height, width) if sideways else (width, height)
 
 
 def _stored_size(image: "Image") -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageFile, ImageOps, features
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture import fetch, image, resize
@@ -432,7 +432,7 @@ def test_import_is_cheap():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP", "GIF"])
-def test_a_header_tells_the_size_of_the_upright_picture(form, orientation, tmp_path):
+def test_a_header_tells_the_size_of_the_upright_picture(form, orientation, tmp_path, monkeypatch):
     if form == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     path = tmp_path / "picture"
@@ -441,5 +441,21 @@ def test_a_header_tells_the_size_of_the_upright_picture(form, orientation, tmp_p
     Image.new("RGB", (30, 20)).save(path, form, exif=exif)
     size = image.check_header(str(path))
     assert open_image(path).size == size
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+        assert image.check_header(str(path)) == size
     if form in ("JPEG", "PNG", "WEBP", "TIFF"):
         assert size == ((20, 30) if orientation > 4 else (30, 20))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_png_may_tell_after_its_pixels_how_it_lies(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = png(Image.new("RGB", (30, 20)), exif=exif)
+    at = content.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(content[at : at + 4])
+    last = content.index(b"IEND") - 4
+    moved = content[:at] + content[end:last] + content[at:end] + content[last:]
+    size = (20, 30) if orientation == 6 else (30, 20)
+    assert image.check_header(moved) == open_image(moved).size == size
