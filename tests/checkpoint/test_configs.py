@@ -163,6 +163,18 @@ def test_a_listed_checkpoint_fits_its_config(alias):
         assert config["tie_word_embeddings"] == (head not in shapes)
 
 
+@pytest.mark.parametrize("alias", ["cambrian-8b", "cambrian-13b", "cambrian-34b"])
+def test_the_published_towers_of_cambrian_are_the_shipped_ones(alias):
+    """Which the published config.json does not describe; no shape says that SigLIP takes 384."""
+    shipped = configs.read(alias)
+    flat = {**shipped["text_config"], **shipped}
+    del flat["text_config"], flat["vision_config"]
+    config, _ = cambrian.to_native(flat, unallocated(listed(LISTED[alias])))
+    views = [family(c).Config.from_dict(c).views for c in (config, shipped)]
+    sides, wanted = ([view.tower.image_size for view in each] for each in views)
+    assert sides == wanted == [384, 336, 378, 1024]
+
+
 @pytest.mark.parametrize("alias", LLAMAS)
 def test_a_llama_checkpoint_fits_its_config(alias):
     hidden, inner, layers, connector, vocabulary = LLAMAS[alias]

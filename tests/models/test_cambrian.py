@@ -293,6 +293,28 @@ def test_as_published_it_is_the_native_one(published, loaded):
     assert all(mx.array_equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("siglip/CLIP-ViT-SO400M-14-104", 104),  # 7 patches of 14 and a rest, as of 384
+        ("siglip/CLIP-ViT-SO400M-14-104-interp36", 104),
+        ("siglip/CLIP-ViT-SO400M-14-384", 98),  # another grid than that of the weights
+        ("siglip/CLIP-ViT-SO400M-14", 98),
+        ("siglip/CLIP-ViT-SO400M-14-384-res98", 98),
+    ],
+)
+def test_siglip_is_shown_the_size_of_its_name(published, name, side):
+    """What lies beyond the last patch is not seen, but makes the picture larger."""
+    names = json.loads((published / "config.json").read_text())[rules.NAMES]
+    set_config(published, **{rules.NAMES: [name, *names[1:]]})
+    model, processor = load(str(published))
+    (pixels,) = processor(ASKED, images=picture("landscape")).pixels
+    first, *others = shown(model, pixels)
+    assert first.shape == (1, side, side, 3)
+    assert [x.shape[1] for x in others] == [84, 98, 224]
+    assert model.tower(first, 0).shape == (1, 36, 40)
+
+
 def test_every_tower_and_sampler_is_verified(published, tmp_path, monkeypatch):
     said = []
     convert(published, tmp_path / "out", verify=True, report=said.append)

@@ -2,8 +2,8 @@
 
 A checkpoint names its towers in its own words; each is a repository of another publisher, which
 must be on this machine: open_clip's of SigLIP and ConvNeXt-XXL, OpenAI's CLIP, Meta's DINOv2. What
-follows `-res` in a name is the size of the pictures, what follows `-interp` nothing that the
-config does not say as well.
+follows `-res` in a name is the size of the pictures, and so is the number at the end of SigLIP's;
+what follows `-interp` is nothing that the config does not say as well.
 Source: cambrian-mllm/cambrian, cambrian/model/multimodal_encoder/builder.py.
 """
 
@@ -166,9 +166,19 @@ def named_size(name: str) -> int | None:
     return int(size[1]) if size else None
 
 
+def _last_number(name: str) -> int:
+    """ "siglip/CLIP-ViT-SO400M-14-384-interp576" -> 384, 0 where a name ends otherwise."""
+    number = re.search(r"-(\d{1,4})$", _without_endings(name))
+    return int(number[1]) if number else 0
+
+
+def _without_endings(name: str) -> str:
+    return re.sub(r"-(?:res|interp)\d+", "", name)
+
+
 def _repository(name: str) -> str:
     """Which one has a tower's weights: facebook/dinov2-giant-res378 -> facebook/dinov2-giant."""
-    return kind_of(name).repository or re.sub(r"-(?:res|interp)\d+", "", name)
+    return kind_of(name).repository or _without_endings(name)
 
 
 def adapter_rules() -> tuple[Rule, ...]:
@@ -244,8 +254,15 @@ def _tower(name: str, folder: Path, prefix: str, said: Mapping[str, Any]) -> tup
 
 
 def _shown_at(name: str, tower: Mapping[str, Any]) -> Native:
-    """The size of the pictures, where a tower's name says one."""
+    """The size of the pictures, where a tower's name says one.
+
+    SigLIP's number counts where it makes the grid of the weights: 384 / 14 leaves a rest, which no
+    shape shows.
+    """
     size = named_size(name)
+    if size is None and tower["model_type"] == "siglip_vision_model":
+        last, patch = _last_number(name), tower["patch_size"]
+        size = last if last // patch == tower["image_size"] // patch else None
     if size is None:
         return {}
     return {"input_size" if tower["model_type"] == "dinov2" else "image_size": size}
