@@ -4,8 +4,8 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,13 +201,12 @@ def _curve(args: argparse.Namespace, save: Callable[..., None]) -> int:
     with replacing("--plot", args.plot) as put_page:
         _say(_heading(record["machine"]), width)
         try:
-            record["points"].extend(curve.run(choice, options, progress))
+            with _saving(record, "points", save, progress):
+                record["points"].extend(curve.run(choice, options, progress))
         except KeyboardInterrupt:
-            code, record["interrupted"] = 130, True
-        progress.clear()
+            code = 130
         if record["points"]:
             print(f"\n{shown.table(record['points'], choice.random, width)}")
-            save(record)
             put_page(shown.page(record).encode() if args.plot else b"")
     return code
 
@@ -223,22 +222,36 @@ def _cases(args: argparse.Namespace, save: Callable[..., None]) -> int:
         _say([why], width)
     code = 0
     try:
-        for case in cases.run(options, progress):
-            progress.clear()
-            record["cases"].append(case)
-            if options.usual:
-                last.remember(case, options.dtype)
-            print(f"\n{table.case(case, width)}", flush=True)
+        with _saving(record, "cases", save, progress):
+            for case in cases.run(options, progress):
+                progress.clear()
+                record["cases"].append(case)
+                if options.usual:
+                    last.remember(case, options.dtype)
+                print(f"\n{table.case(case, width)}", flush=True)
     except KeyboardInterrupt:
-        progress.clear()
-        code, record["interrupted"] = 130, True
+        code = 130
         print(f"stopped: {len(record['cases'])} of {options.count} cases measured", file=sys.stderr)
     if len(record["cases"]) > 1:
         print(f"\n{table.summary(record['cases'], width)}")
     if record["cases"]:
         print(f"\n{table.notes(width)}")
-        save(record)
     return code
+
+
+@contextmanager
+def _saving(
+    record: dict[str, Any], results: str, save: Callable[..., None], progress: Progress
+) -> Iterator[None]:
+    """Whatever ends the work, what was measured until then is saved; what is not all says so."""
+    record["interrupted"] = True
+    try:
+        yield
+        del record["interrupted"]
+    finally:
+        progress.clear()
+        if record[results]:
+            save(record)
 
 
 def _options(args: argparse.Namespace) -> "BenchOptions":
@@ -319,18 +332,17 @@ def _run_claims(
     _say([*_heading(record["machine"]), *([how] if timed else [])], width)
     timer = PartTimer(in_parts)
     try:
-        for index, claim in enumerate(wanted, 1):
-            label = f"{index} of {len(wanted)}, {claim.id}"
-            done = claim_run.run(claim, setting, timer, progress.under(label))
-            progress.clear()
-            record["claims"].append(done)
-            print(f"\n{claim_table.claim(done, width)}", flush=True)
+        with _saving(record, "claims", save, progress):
+            for index, claim in enumerate(wanted, 1):
+                label = f"{index} of {len(wanted)}, {claim.id}"
+                done = claim_run.run(claim, setting, timer, progress.under(label))
+                progress.clear()
+                record["claims"].append(done)
+                record["load_average"][1:] = [machine.load_average()]
+                print(f"\n{claim_table.claim(done, width)}", flush=True)
     except KeyboardInterrupt:
-        progress.clear()
-        code, record["interrupted"] = 130, True
+        code = 130
         print(f"stopped: {len(record['claims'])} of {len(wanted)} claims run", file=sys.stderr)
     if record["claims"]:
         print(f"\n{claim_table.summary(record['claims'], width)}")
-        record["load_average"].append(machine.load_average())
-        save(record)
     return code

@@ -1,11 +1,13 @@
 """`bench` as a user runs it, on the demo model."""
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import count
 
 import pytest
 from mlx_vlm_edge_bench.bench import cases, energy, table
@@ -58,6 +60,7 @@ def test_a_case_is_printed_and_saved(capsys, tmp_path, clean):
     assert first["generated"] == 3
     assert first["stages_add_up"]
     assert first["figures"]["ttft"]["median"] < first["figures"]["staged total"]["median"]
+    assert "interrupted" not in record
     assert record["machine"]["blas"]
     assert os.listdir(tmp_path) == ["out.json"]
 
@@ -123,6 +126,53 @@ def test_energy_that_cannot_be_measured_is_one_line(capsys, clean, monkeypatch):
     monkeypatch.setattr(energy, "unavailable", lambda: energy.ONLY_MACOS)
     assert main([*QUICK, "--no-cold", "--energy"]) == 0
     assert capsys.readouterr().out.count("energy:") == 1
+
+
+def test_energy_that_was_not_measured_costs_no_case(capsys, clean, monkeypatch, tmp_path):
+    def failed(*_):
+        raise energy.NotMeasuredError(energy.NOT_ENDED)
+
+    monkeypatch.setattr(energy, "unavailable", lambda: "")
+    monkeypatch.setattr(energy, "measure", failed)
+    path = tmp_path / "out.json"
+    assert main([*QUICK, "--no-cold", "--energy", "--json", str(path)]) == 0
+    assert "energy: not measured: powermetrics" in capsys.readouterr().out
+    (case,) = json.loads(path.read_text())["cases"]
+    assert (case["energy"], case["energy_note"]) == (None, energy.NOT_ENDED)
+
+
+@pytest.mark.parametrize(
+    ("owner", "measures", "results", "flags"),
+    [
+        ("mlx_vlm_edge_bench.bench.cases", "_case", "cases", ["--resolution", "128", "192"]),
+        ("mlx_vlm_edge_bench.curve.run", "_point", "points", ["--visual-tokens", "2"]),
+        ("mlx_vlm_edge_bench.claims.run", "run", "claims", []),
+    ],
+)
+def test_an_error_after_the_first_result_leaves_it(
+    owner, measures, results, flags, capsys, clean, monkeypatch, tmp_path
+):
+    module = importlib.import_module(owner)
+    once, calls = getattr(module, measures), count()
+
+    def second_fails(*given):
+        if next(calls):
+            raise UsageError("out of luck")
+        return once(*given)
+
+    monkeypatch.setattr(module, measures, second_fails)
+    monkeypatch.setattr("mlx_vlm_edge_bench.curve.questions.available", lambda: False)
+    path = tmp_path / "out.json"
+    asked = {
+        "cases": [*QUICK, "--no-cold"],
+        "points": ["bench", "--model", "demo", "--runs", "1"],
+        "claims": ["bench", "--claims", "tokens-fastvlm-1024", "params-ldpv2"],
+    }[results]
+    assert main([*asked, *flags, "--json", str(path)]) == 2
+    record = json.loads(path.read_text())
+    assert len(record[results]) == 1
+    assert record["interrupted"]
+    assert capsys.readouterr().err.strip().endswith("error: out of luck")
 
 
 def test_ctrl_c_ends_with_one_line_and_what_there_is(tmp_path):

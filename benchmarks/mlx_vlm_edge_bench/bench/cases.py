@@ -147,13 +147,10 @@ def _case(
         model, processor, question, options.runs,
         clock=clock, progress=lambda doing: progress(f"{label}: {doing}"),
     )  # fmt: skip
-    power = None
+    power: dict[str, Any] = {"energy": None}
     if options.energy and not energy.unavailable():
         progress(f"{label}: energy")
-        measured = energy.measure(
-            lambda: plain_run(model, processor, question, clock), options.runs
-        )
-        power = measured.record(options.runs)
+        power = _energy(lambda: plain_run(model, processor, question, clock), options.runs)
     if options.cold:
         command = cold.command(cold.spec(choice, resolution, text, picture))
         fresh, times = [], min(options.runs, COLD_RUNS) + 1
@@ -166,9 +163,17 @@ def _case(
         "image": options.image_name,
         "prompt": text,
         "load_average": [load_before, machine.load_average()],
-        "energy": power,
+        **power,
         **results(runs),
     }
+
+
+def _energy(answer: Callable[[], object], answers: int) -> dict[str, Any]:
+    """What a record says of it: the figures, or why there are none, which costs no case."""
+    try:
+        return {"energy": energy.measure(answer, answers).record(answers)}
+    except energy.NotMeasuredError as error:
+        return {"energy": None, "energy_note": str(error)}
 
 
 def _described(choice: Choice, resolution: int | None, dtype: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import platform
 import plistlib
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 from xml.parsers.expat import ExpatError
 
 INTERVAL = 100  # milliseconds between samples
+LONGEST = 600  # seconds, after which a sampler that could not be ended ends by itself
+PATIENCE = 20  # seconds that root's commands have
 COMMAND = (
     "powermetrics", "--samplers", "cpu_power,gpu_power,ane_power", "-f", "plist",
     "-i", str(INTERVAL),
@@ -21,6 +22,18 @@ ONLY_ROOT = (
     "`sudo -v` first lets it run without being asked"
 )
 ONLY_MACOS = "energy: not measured: only macOS tells it (powermetrics)"
+ENDED = (
+    "energy: not measured: powermetrics ended before the answers did; `sudo -v` first, and fewer "
+    f"--runs where they take longer than {LONGEST // 60} minutes"
+)
+NOT_ENDED = (
+    "energy: not measured: powermetrics, which is root's, could not be ended; it ends by itself "
+    f"within {LONGEST // 60} minutes. `sudo -v` first lets it be ended"
+)
+
+
+class NotMeasuredError(Exception):
+    """Why a sampler's figures are of no use, in one line."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def unavailable(system: str = platform.system(), may_run: Callable[[], bool] | N
 def _may_run() -> bool:
     try:
         asked = subprocess.run(
-            ["sudo", "-n", *COMMAND, "-n", "1"], capture_output=True, timeout=20, check=False
+            ["sudo", "-n", *COMMAND, "-n", "1"], capture_output=True, timeout=PATIENCE, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -79,16 +92,35 @@ def _may_run() -> bool:
 
 
 def measure(answer: Callable[[], object], answers: int) -> Energy:
-    """Sample while `answer` is called so many times. Call only where `unavailable` says nothing."""
+    """Sample while `answer` is called so many times. Call only where `unavailable` says nothing.
+
+    Raises NotMeasuredError after the answers, and whatever they raise.
+    """
+    samples = LONGEST * 1000 // INTERVAL
     with tempfile.TemporaryFile() as output:  # a pipe would fill up while nobody reads it
         sampler = subprocess.Popen(
-            ["sudo", "-n", *COMMAND], stdout=output, stderr=subprocess.DEVNULL
+            ["sudo", "-n", *COMMAND, "-n", str(samples)], stdout=output, stderr=subprocess.DEVNULL
         )
         try:
             for _ in range(answers):
                 answer()
+            whole = sampler.poll() is None
         finally:
-            sampler.send_signal(signal.SIGTERM)
-            sampler.wait()
+            ended = _end(sampler)
+        if not (whole and ended):
+            raise NotMeasuredError(NOT_ENDED if whole else ENDED)
         output.seek(0)
         return parse(output.read())
+
+
+def _end(sampler: "subprocess.Popen[bytes]") -> bool:
+    """Whether the sampler has ended. It is root's, whom only root may signal, and sudo passes on no
+    signal that comes from its own process group."""
+    kill = ["sudo", "-n", "kill", str(sampler.pid)]
+    try:
+        if sampler.poll() is None:
+            subprocess.run(kill, capture_output=True, timeout=PATIENCE, process_group=0, check=True)
+        sampler.wait(PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True

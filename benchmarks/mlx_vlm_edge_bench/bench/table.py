@@ -54,6 +54,7 @@ def case(record: Record, width: int = 80) -> str:
             f"energy: {power['joules_per_answer']:.2f} J per answer, {power['watts']:.1f} W "
             f"(powermetrics, mean of {power['answers']} answers)"
         )
+    lines += textwrap.wrap(record.get("energy_note", ""), width)
     return "\n".join(line.rstrip() for line in lines)
 
 
