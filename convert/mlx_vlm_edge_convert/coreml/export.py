@@ -184,7 +184,8 @@ def _parts(
     ids: int | None,
     forget: Callable[[], None],
 ) -> tuple[list[Part], dict[str, AppPixels]]:
-    """The parts to export, and how a picture becomes what each function of one tower takes.
+    """The parts to export, and how a picture becomes what each function of one tower takes; nothing
+    of that where it becomes tiles.
 
     ids: how many of the vocabulary's are tokens. forget: the decoder's.
     """
@@ -203,7 +204,8 @@ def _parts(
             for size in options.more_sizes:
                 sizes[sized_name(*size)] = encoder(model, size, options.strategy)
             built += _tower_parts(sizes, "vision", wanted, options, image, {})
-            pixels = {function: each.pixels for function, each in sizes.items()}
+            if not towers["vision"].notes.get("tiles"):  # each family's own way, not one resize
+                pixels = {function: each.pixels for function, each in sizes.items()}
     if "decoder" in wanted:
         built.append(DecoderPart(model.language_model, options, tokens=ids, forget=forget))
     return built, pixels

@@ -22,7 +22,7 @@ from mlx_vlm_edge.models.base import VisionLanguageModel
 from ..new_folder import new_folder
 from .check.verify import saved_and_checked
 from .names import FEATURES, IMAGE, MAIN, PACKAGE_SUFFIX, TOKENS
-from .part import Compute, Options, Precision, Say, Size
+from .part import Compute, Options, Precision, Say, Size, UnexportableError
 from .parts.encoders import encoder
 from .parts.pictures import drawn_cases
 from .parts.vision import Tower, VisionPart
@@ -69,7 +69,8 @@ class CoreMLFeatures:
         folder = self._folder(size)
         if not folder.is_dir():
             self.say(f"exporting the vision tower to Core ML at {size[1]}x{size[0]} (once)")
-            self._export(size, folder)
+            with _exporting(self.compute):
+                self._export(size, folder)
         with self._named(size):
             self._runners[size] = runner(folder / PACKAGE, self.compute, folder, self.say)
 
@@ -125,12 +126,25 @@ def attach(
     Raises UsageError for another setting and for a family that has no tower to export.
     """
     precision, compute = parse(setting)
-    usual = encoder(model, None, None).pixels.size
+    with _exporting(compute):
+        usual = encoder(model, None, None).pixels.size
     own: Any = weakref.proxy(model)  # which owns its encoder: no ring keeps gigabytes alive
     features = CoreMLFeatures(own, weights, precision, compute, say, label)
     model.encoder = features
     features.prepare(size or usual)
     return features
+
+
+@contextmanager
+def _exporting(compute: Compute) -> Iterator[None]:
+    """What cannot be exported is told with the flag that is there: `export` has others."""
+    try:
+        yield
+    except UnexportableError as error:
+        units = "" if compute == "cpu-ne" else f":{compute}"
+        wider = f"--vision-backend coreml:fp32{units}"
+        remedy = wider if error.wider else "leave the vision backend out"
+        raise UsageError(f"{error.cause}: {remedy}") from None
 
 
 def parse(setting: str) -> tuple[Precision, Compute]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mlx_vlm_edge.errors import UsageError
+
 from .parity import Check
 
 Precision = Literal["fp16", "fp32", "mixed"]
@@ -17,6 +19,15 @@ MINIMUM = {  # deployment target -> what the manifest says of it
     "iOS16": {"ios": "16.0", "macos": "13.0"},
     "iOS18": {"ios": "18.0", "macos": "15.0"},
 }
+
+
+class UnexportableError(UsageError):
+    """What cannot be exported as it was asked for: cause, and the remedy that `export` has. Who
+    exports for another verb words another one. wider: whether float32 is a remedy."""
+
+    def __init__(self, cause: str, remedy: str, *, wider: bool = False) -> None:
+        super().__init__(f"{cause}: {remedy}")
+        self.cause, self.wider = cause, wider
 
 
 @dataclass(frozen=True)

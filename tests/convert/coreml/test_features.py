@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml import features as backend
+from mlx_vlm_edge_convert.coreml.parity import Check
 from mlx_vlm_edge_convert.coreml.run import cache
 
 from mlx_vlm_edge import generate, load
@@ -102,12 +103,48 @@ def test_without_the_extra_one_line_names_it(native_folder, monkeypatch, capsys)
     ]
 
 
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [("coreml", "coreml:fp32"), ("coreml:cpu-gpu", "coreml:fp32:cpu-gpu")],
+)
+@pytest.mark.parametrize("leaves", ["an activation", "a weight"])
+def test_what_leaves_float16_is_told_with_the_flag_that_is_there(
+    native_folder, setting, flag, leaves, monkeypatch, capsys
+):
+    def refused(part, path, say):
+        if leaves == "a weight":
+            part._network().const(1e6)
+        part.repaired(Check((), {"a": np.inf}), {})
+
+    monkeypatch.setattr(backend, "saved_and_checked", refused)
+    monkeypatch.setattr(cache, "exporter", lambda: "none")
+    command = ["generate", "--model", str(native_folder), "--prompt", "Hi"]
+    assert main([*command, "--vision-backend", setting]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"): --vision-backend {flag}" if leaves == "an activation" else
+                         f"does not fit in float16: --vision-backend {flag}")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cambrian-8b", "has 4 vision towers, which no one package can be"),
+        ("moe-llava-phi2-2.7b-384", "its features fill no grid"),
+    ],
+)
+def test_a_tower_that_is_no_package_is_told_without_flags_of_export(name, said):
+    from mlx_vlm_edge_bench.random.weights import blueprint
+
+    with pytest.raises(UsageError, match=f"{said}: leave the vision backend out$"):
+        backend.attach(blueprint(name).model, "weights", "coreml", print)
+
+
 def test_a_family_without_a_tower_is_one_line():
     """Fuyu's shapes, nothing allocated."""
     from mlx_vlm_edge_bench.random.weights import blueprint
 
     model = blueprint("fuyu-8b").model
-    with pytest.raises(UsageError, match="fuyu has no vision tower"):
+    with pytest.raises(UsageError, match=r"fuyu has no vision tower that .*: leave the vision"):
         backend.attach(model, "weights", "coreml", print)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_edge.errors import UsageError
-
+from ..part import UnexportableError
 from .toolkit import tools
 
 SMALLEST = 2.0**-24  # of float16 above zero
@@ -58,15 +57,16 @@ class Network:
     sites: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def const(self, array: np.ndarray | float) -> np.ndarray:
-        """An array in the program's dtype. Raises UsageError when float16 cannot hold it."""
+        """An array in the program's dtype. Raises UnexportableError when float16 cannot hold it."""
         wide = np.asarray(array, np.float32)
         with np.errstate(over="ignore"):
             narrow = wide.astype(np.float16 if self.half else np.float32)
         if not np.isfinite(narrow).all():
             largest = float(np.abs(wide).max())
-            raise UsageError(
-                f"a weight of {largest:.3g} does not fit in float16: use --precision fp32"
-            )
+            raise UnexportableError(
+                f"a weight of {largest:.3g} does not fit in float16",
+                "use --precision fp32", wider=True,
+            )  # fmt: skip
         return narrow
 
     def value(self, var: Any, site: str | None = None, degree: int = 1) -> Value:

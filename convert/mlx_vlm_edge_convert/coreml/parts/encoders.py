@@ -32,7 +32,7 @@ from ..emit import convnext, eve, fastvit, several, vit
 from ..emit.network import Network, Value
 from ..emit.toolkit import tools
 from ..names import FEATURES, TOKENS
-from ..part import Size
+from ..part import Size, UnexportableError
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def encoder(model: VisionLanguageModel, size: Size | None, strategy: str | None)
             built: Encoder = make(model, size, strategy)
             return built
     name = type(model).__module__.rpartition(".")[2]
-    raise UsageError(f"{name} has no vision tower that can be exported: use --part decoder")
+    cause = f"{name} has no vision tower that can be exported"
+    raise UnexportableError(cause, "use --part decoder")
 
 
 def encoders(
@@ -112,9 +113,9 @@ def _one_of_several(model: cambrian.Model, index: int) -> Encoder:
 
 
 def _cambrian(model: cambrian.Model, size: Size | None, strategy: str | None) -> Encoder:
-    raise UsageError(
-        f"Cambrian-1 has {len(model.config.views)} vision towers, which no one package can be: "
-        "export --part vision writes each"
+    raise UnexportableError(
+        f"Cambrian-1 has {len(model.config.views)} vision towers, which no one package can be",
+        "export --part vision writes each",
     )
 
 
@@ -185,9 +186,9 @@ def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encod
 
 def _moe_llava(model: moe_llava.Model, size: Size | None, strategy: str | None) -> Encoder:
     if not model.config.vision.class_token:
-        raise UsageError(
-            "MoE-LLaVA leaves out SigLIP's first patch, so that its features fill no grid: its "
-            "tower cannot be exported"
+        raise UnexportableError(
+            "MoE-LLaVA leaves out SigLIP's first patch, so that its features fill no grid",
+            "its tower cannot be exported",
         )
     return _llava(model, size, strategy)
 

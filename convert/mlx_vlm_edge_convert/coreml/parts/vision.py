@@ -20,7 +20,7 @@ from ..emit.toolkit import tools
 from ..names import FEATURES, IMAGE, MAIN, TOKENS
 from ..package.save import save_arrays, save_package
 from ..parity import Check, Parity, distance
-from ..part import Function, Options
+from ..part import Function, Options, UnexportableError
 from .encoders import Encoder
 
 ARRAYS = "_arrays.safetensors"
@@ -298,17 +298,18 @@ class VisionPart:
 
         sites: of the twin that was checked.
 
-        Raises UsageError for what only float32 can hold, unless the precision is mixed.
+        Raises UnexportableError for what only float32 can hold, unless the precision is mixed.
         """
         if self.islands >= {*audit.leaving(audit.sums(check.ranges, check.summed))}:
             return None
         repair = audit.repair(check.ranges, sites, self.powers, check.summed)
         if repair.beyond and self.options.precision != "mixed":
             worst = max(repair.beyond, key=lambda name: check.ranges[name])
-            raise UsageError(
+            raise UnexportableError(
                 f"{self.name}: {len(repair.beyond)} operations leave float16 ({worst} reaches "
-                f"{check.ranges[worst]:.3g}): use --precision mixed or fp32"
-            )
+                f"{check.ranges[worst]:.3g})",
+                "use --precision mixed or fp32", wider=True,
+            )  # fmt: skip
         if repair.powers == self.powers and repair.beyond <= self.islands:
             return None  # sums at no site, which no power holds smaller
         return replace(self, powers=repair.powers, islands=self.islands | repair.beyond)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert.coreml import export as exporting
 from mlx_vlm_edge_convert.coreml import manifest
 from mlx_vlm_edge_convert.coreml.check import audit
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
@@ -24,6 +25,7 @@ from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import cost
 
+from .. import schema
 from ..planted import amplify
 
 GOLDEN = ("mobilevlm_v1", "mobilevlm_v2", "eve_tiny", "fastvlm_tiny", "moe_llava_stablelm")
@@ -266,6 +268,24 @@ def test_an_app_pads_with_the_processor_s_colour(name, folders):
     assert pixels[0, 0].tolist() == pixels[-1, -1].tolist() == entry["fill"]
     assert pixels[len(pixels) // 2, 0].tolist() == [255] * 3
     assert entry["strategy"] == "pad"
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "llava_onevision"])
+def test_how_a_picture_becomes_tiles_is_not_told_as_one_resize(name, folders):
+    """Idefics3 and SmolVLM resize with Lanczos, twice; a manifest has words for bicubic, once."""
+    model = model_of(folders(name))
+    (part,), pixels = exporting._parts(model, ("vision",), Options(), None, None, lambda: None)
+    assert part.describe()["tiles"]
+    assert pixels == {}
+
+
+def test_a_bundle_of_tiles_has_no_preprocessing(tools, folders, tmp_path):
+    out = tmp_path / "out"
+    exporting.export(folders("smolvlm"), out, parts=("vision",), verify=False)
+    content = manifest.read(out)
+    assert not {"preprocessing", "sizes"} & content.keys()
+    assert not (out / "preprocessing_vectors.json").exists()
+    assert schema.faults(content) == []
 
 
 def test_the_demo_model(tmp_path):
