@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_vlm_edge.checkpoint.adapter import Adapter, check_values, read_adapter
 from mlx_vlm_edge.checkpoint.adapter_choice import choices
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config, reading_values, says_tied
-from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG
+from mlx_vlm_edge.checkpoint.files import CONFIG, PREPROCESSOR_CONFIG, read_whole
 from mlx_vlm_edge.checkpoint.quantization import dequantized
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import expanded, obtain
@@ -17,6 +17,7 @@ from mlx_vlm_edge.models import family
 from mlx_vlm_edge.models.adapted import Adapted, adapt
 from mlx_vlm_edge.models.build import build, read_native
 from mlx_vlm_edge.text import saved_tokenizer
+from mlx_vlm_edge.wording import gigabytes
 
 from . import verify as verification
 from .adapters import native_names
@@ -114,6 +115,8 @@ def convert(
     def whole() -> tuple[dict[str, Any], Arrays]:
         return _with_adapters(*to_native(folder, read_config(folder)), adapters, bits)
 
+    if size := read_whole(folder):
+        say(f"PyTorch's files are read whole: they take {gigabytes(size)} of memory")
     config, weights = to_native(folder, read_config(folder))
     note = _requantised(config, bits)  # of the source: adapters may have it dequantised
     config, weights = _with_adapters(config, weights, adapters, bits)

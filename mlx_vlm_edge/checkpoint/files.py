@@ -110,6 +110,13 @@ def weight_files(folder: Path, formats: Sequence[Format] = FORMATS) -> list[Path
     return []
 
 
+def read_whole(folder: Path) -> int:
+    """Bytes of weights that take memory as soon as they are read, quantised or not: PyTorch's files
+    are copied, safetensors stay on the disk until they are used."""
+    paths = [path for path in weight_files(folder) if not path.name.endswith(SAFETENSORS.endings)]
+    return sum(path.stat().st_size for path in paths)
+
+
 @cache
 def _say(line: str) -> None:
     """A note on stderr, once."""

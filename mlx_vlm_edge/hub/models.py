@@ -51,6 +51,11 @@ ALIASES: dict[str, str] = {
     "cambrian-34b": "nyu-visionx/cambrian-34b",
     "llava-onevision-0.5b": "lmms-lab/llava-onevision-qwen2-0.5b-ov",
 }
+# Published in PyTorch's files alone, 16 bits a weight.
+PYTORCH = frozenset((
+    "convllava-7b-768", "convllava-7b-1024", "convllava-7b-1536",
+    "mobilevlm-3b", "mobilevlm-v2-1.7b", "mobilevlm-v2-7b",
+))  # fmt: skip
 DEMO = "demo"
 NAME_SHOWN = 80  # characters of a name that is not known
 _DEMO_FOLDER = Path(__file__).parents[1] / "demo"

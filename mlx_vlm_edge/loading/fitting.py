@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..checkpoint.files import weight_files
+from ..checkpoint.files import read_whole, weight_files
 from ..errors import UsageError
 from ..hub.cache import local_snapshot
-from ..hub.models import DEMO, expanded, obtain, repo_id
+from ..hub.models import ALIASES, DEMO, PYTORCH, expanded, obtain, repo_id
 from ..wording import gigabytes
 from .load import LoadOptions
 
@@ -63,6 +64,7 @@ def check_fits(
     from . import memory
 
     config = _config(name, options)
+    _check_reading(name, config, options, total)
     cost = _needed(config, options)
     wanted = cost.prompt_tokens + answer
     try:
@@ -81,6 +83,26 @@ def check_fits(
             f"--max-tokens {room - cost.prompt_tokens} fits"
         )
     return memory.rows(cost, total, wanted, rows, adapters)
+
+
+def _check_reading(name: str, config: dict[str, Any], options: LoadOptions, total: int) -> None:
+    """Raises UsageError where not even the files go into memory, as PyTorch's do before any weight
+    is quantised."""
+    from . import memory
+
+    folder = _folder(name, options)
+    if folder is not None:
+        size = read_whole(folder)
+    else:
+        published = name.lower() in PYTORCH
+        size = memory.needed(config, dtype="bfloat16").parameters if published else 0
+    if size and size + memory.PROGRAM > total:
+        raise UsageError(
+            f"{name} would take {gigabytes(size + memory.PROGRAM)} while it is read, at any --bits "
+            f"(PyTorch's files go into memory whole), and {gigabytes(total)} are there: "
+            f"`mlx-vlm-edge convert {name} -o DIR`, on a larger machine, makes a model that is "
+            "read in parts"
+        )
 
 
 def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterator[tuple[str, int]]:
@@ -177,14 +199,19 @@ def _weights(name: str, options: LoadOptions) -> float:
     """Bytes of a model's weights on the disk; infinite of one that is not here."""
     if name == DEMO:
         return 0
-    path = expanded(name)
-    folder = path if path.is_dir() else local_snapshot(repo_id(name), options.revision)
+    folder = _folder(name, options)
     if folder is None:
         return float("inf")
     try:
         return sum(file.stat().st_size for file in weight_files(folder))
     except (UsageError, OSError):  # which `load` tells
         return 0
+
+
+def _folder(name: str, options: LoadOptions) -> Path | None:
+    """Of a model that is here."""
+    path = obtain(name) if name == DEMO else expanded(name)
+    return path if path.is_dir() else local_snapshot(repo_id(name), options.revision)
 
 
 def _total() -> int | None:

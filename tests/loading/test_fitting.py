@@ -2,19 +2,24 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from PIL import Image
 
 from mlx_vlm_edge.checkpoint import configs
+from mlx_vlm_edge.checkpoint.files import read_whole
 from mlx_vlm_edge.cli import Parser, batch, flags, main, serve
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub.models import obtain
+from mlx_vlm_edge.hub.models import ALIASES, PYTORCH, obtain
 from mlx_vlm_edge.loading import cost, fitting, memory
 from mlx_vlm_edge.loading.load import LoadOptions
+
+from ..memory import Peak
 
 AS_IT_IS = LoadOptions(dtype="bfloat16")
 
@@ -120,6 +125,49 @@ def test_adapters_that_requests_name_count(monkeypatch):
     monkeypatch.setattr(fitting, "_total", lambda: 10**9)
     with pytest.raises(UsageError, match="900 MB adapters"):
         fitting.check_fits("demo", AS_IT_IS, None, 100, 9 * 10**8)
+
+
+def as_pytorch(folder):
+    """A model's weights in a file of PyTorch's."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
+def test_files_that_are_read_whole_count_before_they_are_quantised(tmp_path, golden):
+    """The arrays of PyTorch's are there at once, whatever becomes of them."""
+    from mlx_vlm_edge import load
+
+    source = golden.parent / "mobilevlm_v2"
+    folder = as_pytorch(Path(shutil.copytree(source, tmp_path / "torch")))
+    size = read_whole(folder)
+    assert size == (folder / "pytorch_model.bin").stat().st_size
+    assert read_whole(source) == 0
+    peaks = {}
+    for each in (folder, source):
+        peak = Peak()
+        load(str(each), bits=4, dtype="bfloat16")
+        peaks[each] = peak.bytes
+    assert size * 0.95 < peaks[folder] < size * 1.6, "what is quantised is let go"
+    assert peaks[source] < peaks[folder]
+    four = LoadOptions(dtype="bfloat16", bits=4)
+    limit = size + memory.PROGRAM
+    with pytest.raises(UsageError, match=r"while it is read, at any --bits \(PyTorch's files"):
+        fitting.check_fits(str(folder), four, limit - 1, 1)
+
+
+def test_a_model_of_pytorchs_files_is_refused_before_it_is_fetched():
+    four = LoadOptions(dtype="bfloat16", bits=4)
+    with pytest.raises(UsageError, match=r"would take 15\.\d+ GB while it is read") as refused:
+        fitting.check_fits("convllava-7b-768", four, 10**10, 256)
+    assert "`mlx-vlm-edge convert convllava-7b-768 -o DIR`" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    fitting.check_fits("convllava-7b-768", four, 16 * 10**9, 256)
+    assert ALIASES.keys() > PYTORCH
 
 
 def test_what_the_machine_has_is_the_limit_by_default(monkeypatch):
