@@ -96,9 +96,10 @@ def _check_reading(name: str, config: dict[str, Any], options: LoadOptions, tota
     else:
         published = name.lower() in PYTORCH
         size = memory.needed(config, dtype="bfloat16").parameters if published else 0
-    if size and size + memory.PROGRAM > total:
+    least = size + memory.PROGRAM
+    if size and least > total:
         raise UsageError(
-            f"{name} would take {gigabytes(size + memory.PROGRAM)} while it is read, at any --bits "
+            f"{name} would take {gigabytes(least)} or more while it is read, at any --bits "
             f"(PyTorch's files go into memory whole), and {gigabytes(total)} are there: "
             f"`mlx-vlm-edge convert {name} -o DIR`, on a larger machine, makes a model that is "
             "read in parts"

@@ -135,14 +135,15 @@ def as_pytorch(folder):
     weights = folder / "model.safetensors"
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     return folder
 
 
-def test_files_that_are_read_whole_count_before_they_are_quantised(tmp_path, golden):
+def test_files_that_are_read_whole_count_before_they_are_quantised(tmp_path):
     """The arrays of PyTorch's are there at once, whatever becomes of them."""
     from mlx_vlm_edge import load
 
-    source = golden.parent / "mobilevlm_v2"
+    source = obtain("demo")
     folder = as_pytorch(Path(shutil.copytree(source, tmp_path / "torch")))
     size = read_whole(folder)
     assert size == (folder / "pytorch_model.bin").stat().st_size
@@ -152,17 +153,17 @@ def test_files_that_are_read_whole_count_before_they_are_quantised(tmp_path, gol
         peak = Peak()
         load(str(each), bits=4, dtype="bfloat16")
         peaks[each] = peak.bytes
-    assert size * 0.95 < peaks[folder] < size * 1.6, "what is quantised is let go"
-    assert peaks[source] < peaks[folder]
+    assert peaks[folder] > 0.95 * size
+    assert peaks[source] < peaks[folder] - 0.5 * size
     four = LoadOptions(dtype="bfloat16", bits=4)
     limit = size + memory.PROGRAM
-    with pytest.raises(UsageError, match=r"while it is read, at any --bits \(PyTorch's files"):
+    with pytest.raises(UsageError, match=r"or more while it is read, at any --bits"):
         fitting.check_fits(str(folder), four, limit - 1, 1)
 
 
 def test_a_model_of_pytorchs_files_is_refused_before_it_is_fetched():
     four = LoadOptions(dtype="bfloat16", bits=4)
-    with pytest.raises(UsageError, match=r"would take 15\.\d+ GB while it is read") as refused:
+    with pytest.raises(UsageError, match=r"take 15\.\d+ GB or more while it is read") as refused:
         fitting.check_fits("convllava-7b-768", four, 10**10, 256)
     assert "`mlx-vlm-edge convert convllava-7b-768 -o DIR`" in str(refused.value)
     assert "\n" not in str(refused.value)
