@@ -94,8 +94,8 @@ def _check_reading(name: str, config: dict[str, Any], options: LoadOptions, tota
     if folder is not None:
         size = read_whole(folder)
     else:
-        published = name.lower() in PYTORCH
-        size = memory.needed(config, dtype="bfloat16").parameters if published else 0
+        alone = repo_id(name).lower() in {ALIASES[alias].lower() for alias in PYTORCH}
+        size = memory.needed(config, dtype="bfloat16").parameters if alone else 0
     least = size + memory.PROGRAM
     if size and least > total:
         raise UsageError(

@@ -163,6 +163,8 @@ def test_files_that_are_read_whole_count_before_they_are_quantised(tmp_path):
 
 def test_a_model_of_pytorchs_files_is_refused_before_it_is_fetched():
     four = LoadOptions(dtype="bfloat16", bits=4)
+    with pytest.raises(UsageError, match="while it is read"):
+        fitting.check_fits(ALIASES["convllava-7b-768"], four, 10**10, 256)
     with pytest.raises(UsageError, match=r"take 15\.\d+ GB or more while it is read") as refused:
         fitting.check_fits("convllava-7b-768", four, 10**10, 256)
     assert "`mlx-vlm-edge convert convllava-7b-768 -o DIR`" in str(refused.value)
