@@ -32,7 +32,7 @@ from .disk import DiskStore
 
 MAX_BYTES = 512 * 2**20
 Layers = Sequence[tuple[mx.array, ...]]  # keys and values; three arrays of each, where packed
-Packing = tuple[int, int]  # group size and bits of quantised ones
+Packing = tuple[int, int, int]  # of quantised ones: group size, bits, positions from which on
 
 
 def digest(pixels: Pixels, settings: str) -> bytes:
@@ -107,7 +107,7 @@ class PrefixCache:
     writes into copies. Models that are gone take what was kept for them along.
 
     Of a KV cache that was quantised, what is kept is quantised as well, in memory alone, and for
-    prompts that ask for the same bits.
+    prompts that ask for the same bits from the same position on, and share as much as that.
 
     disk: a folder, or a DiskStore, that remembers as well, for other processes and later ones; for
     models that were loaded from files.
@@ -169,8 +169,8 @@ class PrefixCache:
     ) -> int:
         """How many positions of a prompt memory knows."""
         with self._lock:
-            entries = self._prompts(model, packing)
-            return max((shared(entry.keys, keys) for _, entry in entries), default=0)
+            entries = self._prompts(model, keys, packing)
+            return max((length for _, _, length in entries), default=0)
 
     def take(self, model: VisionLanguageModel, keys: np.ndarray, cache: list[Cache]) -> int:
         """Put the longest known beginning into `cache`; the last position is always left."""
@@ -180,8 +180,8 @@ class PrefixCache:
             return 0
         length, longest = 0, None
         with self._lock:
-            for name, entry in self._prompts(model, _packing(cache)):
-                known = min(shared(entry.keys, keys), len(keys) - 1)
+            for name, entry, common in self._prompts(model, keys, _packing(cache)):
+                known = min(common, len(keys) - 1)
                 if 0 < known >= length:  # of equals the latest
                     length, longest, longest_name = known, entry, name
             if longest is not None:
@@ -189,21 +189,27 @@ class PrefixCache:
         if longest is not None:
             for index, arrays in enumerate(longest.layers):
                 if longest.packing is not None:
-                    cache[index] = QuantizedKVCache(*longest.packing)
+                    cache[index] = QuantizedKVCache(*longest.packing[:2])
                 _fill(cache[index], arrays, length)
         return length
 
     def _prompts(
-        self, model: VisionLanguageModel, packing: Packing | None
-    ) -> list[tuple[Any, _Prompt]]:
-        """Those of a model that caches of such a packing, None for plain ones, may begin with."""
-        return [
-            (name, entry)
-            for name, entry in self._entries.items()
-            if isinstance(entry, _Prompt)
-            and entry.model() is model
-            and entry.packing in (None, packing)
-        ]
+        self, model: VisionLanguageModel, keys: np.ndarray, packing: Packing | None
+    ) -> list[tuple[Any, _Prompt, int]]:
+        """Those of a model that a prompt with caches of such a packing, None for plain ones, may
+        begin with, and how many positions they share.
+
+        Quantised ones only where the caches would be quantised by then: what was asked before
+        decides nothing about an answer.
+        """
+        found = []
+        for name, entry in self._entries.items():
+            if isinstance(entry, _Prompt) and entry.model() is model:
+                length = shared(entry.keys, keys)
+                taken = min(length, len(keys) - 1)
+                if entry.packing is None or (entry.packing == packing and taken >= packing[2]):
+                    found.append((name, entry, length))
+        return found
 
     def _touch(self, names: Iterable[Any]) -> None:
         """Count images as used, so that they stay as long as the prompts they are in."""
@@ -241,7 +247,7 @@ class PrefixCache:
         layers: Layers,
         packing: Packing | None = None,
     ) -> None:
-        """Remember a prompt's keys and values; what it continues is dropped for it."""
+        """Remember a prompt's keys and values; what it continues, and can stand for, is dropped."""
         with self._lock:
             for key, entry in list(self._entries.items()):
                 if isinstance(entry, _Prompt) and entry.model() is model:
@@ -249,7 +255,7 @@ class PrefixCache:
                     if length == len(keys) and entry.packing in (None, packing):  # known already
                         self._entries.move_to_end(key)
                         return
-                    if length == len(entry.keys):
+                    if length == len(entry.keys) and packing in (None, entry.packing):
                         del self._entries[key]
         self._add(object(), _Prompt(weakref.ref(model), keys, layers, packing))
         if self.disk is not None and model.identity is not None and packing is None:
@@ -353,7 +359,9 @@ def _fits(layer: Cache, length: int) -> bool:
 
 def _packing(cache: Sequence[Cache]) -> Packing | None:
     """How a prompt's caches are quantised, once they are long enough; None for plain ones."""
-    return (cache.group_size, cache.bits) if isinstance(cache, QuantizingCaches) else None
+    if not isinstance(cache, QuantizingCaches):
+        return None
+    return cache.group_size, cache.bits, cache.start
 
 
 def _held(layer: Cache) -> tuple[mx.array, ...] | None:

@@ -352,6 +352,50 @@ def test_what_is_quantised_is_for_those_who_ask_for_that(ask_quantised):
     assert ask_quantised("Is it red?", **QUANTISED)[0].reused_tokens > 0  # in full is for all
 
 
+def test_a_prompt_that_never_reaches_the_start_takes_over_nothing_quantised(models, monkeypatch):
+    """Its answer would depend on what was asked before it."""
+    asker = Asker(*models("llava"), monkeypatch)
+    options = QUANTISED | {"kv_bits": 2}
+    length = asker("Is it?", picture(1), **options).length
+    asker.store.clear()
+    options["quantized_kv_start"] = length + 2 * TOKENS
+    longer = "Is it red, or is it of some other colour that one could name?"
+    assert asker(longer, picture(1), **options).length > options["quantized_kv_start"]
+    assert asker("Is it?", picture(1), **options).reused == 0
+    assert asker("Is it?", picture(1), **options).reused == length - 1  # its own, in full
+
+
+def test_what_was_quantised_is_for_prompts_of_the_same_start(ask_quantised):
+    started = [QUANTISED | {"quantized_kv_start": start} for start in (0, 1)]
+    for options in started:
+        assert ask_quantised("Is it red?", **options)[0].reused_tokens == 0
+    for options in started:
+        again = ask_quantised("Is it red?", **options)
+        assert again[0].reused_tokens == again[0].prompt_tokens - 1
+
+
+def test_what_is_quantised_leaves_the_full_keys_and_values_it_continues(ask_quantised):
+    """Those who want no less than them have no use for it."""
+    first = ask_quantised("Is it red?", max_tokens=1)[0]
+    ask_quantised("Is it red?", **QUANTISED)  # with its answer, which continues that
+    again = ask_quantised("Is it red?", max_tokens=1)[0]
+    assert again.reused_tokens == first.prompt_tokens - 1
+    assert ask_quantised("Is it red?", **QUANTISED | {"kv_bits": 4})[0].reused_tokens > 0
+
+
+def test_what_is_kept_replaces_only_what_it_can_stand_for(models):
+    model, _ = models("fastvlm")
+    layers = [(mx.zeros((1, 1, 4, 1)),) * 2]
+    short, long = key_of(1, 2), key_of(1, 2, 3)
+    kinds = [None, (32, 8, 0), (32, 4, 0), (32, 8, 1)]
+    for before in kinds:
+        for after in kinds:
+            store = PrefixCache()
+            store.keep(model, short, layers, before)
+            store.keep(model, long, layers, after)
+            assert len(store._entries) == (1 if after in (None, before) else 2)
+
+
 def test_a_quantised_cache_is_held_once_and_is_smaller(ask_quantised, models):
     """While it answers and after: of what was there in full nothing is left."""
     model, processor = models("llava")
