@@ -76,6 +76,7 @@ class Conversation:
         self.options = Options(**options)
         self.turns: list[Turn] = []
         self.dropped = 0
+        self._left_out = 0  # by the last answer, whatever was undone since
 
     def ask(self, text: str, images: Any = None, **options: Any) -> str:
         """The answer to one more question. Raises UsageError as `stream` does."""
@@ -116,7 +117,8 @@ class Conversation:
                 yield piece
         finally:
             if said or whole:
-                self.turns, self.dropped = [*asked, Turn("assistant", said)], dropped
+                self.turns = [*asked, Turn("assistant", said)]
+                self.dropped = self._left_out = dropped
 
     def _fitting(
         self, turns: list[Turn], options: Options, timer: Timer
@@ -125,7 +127,8 @@ class Conversation:
         and how many were left out.
 
         When they no longer fit, so many leave that half of the room is free: dropping a turn with
-        every question would have the rest prefilled again each time.
+        every question would have the rest prefilled again each time. Those that were left out
+        before stay so where their pictures can no longer be read.
         """
         context = self.model.config.context
         room = context - min(options.max_tokens, context // RESERVE)
@@ -135,7 +138,12 @@ class Conversation:
             preprocess = self.processor.preprocessor(sum(len(turn.images) for turn in asked))
             sources = [source for turn in asked for source in turn.sources(preprocess)]
             steps = self.processor.steps(self._messages(asked), sources, budget=options.budget)
-            inputs = timer.run(steps)
+            try:
+                inputs = timer.run(steps)
+            except UsageError:
+                if start < min(self._left_out, len(turns) - 2):
+                    continue
+                raise
             turns[start:] = _with_pixels(asked, inputs.pixels, preprocess)
             if inputs.input_ids.shape[1] <= enough:
                 break
@@ -166,12 +174,13 @@ class Conversation:
         other = Conversation(
             self.model, self.processor, system=self.system, prefix_cache=self.prefix_cache
         )
-        other.options, other.turns, other.dropped = self.options, list(self.turns), self.dropped
+        other.options, other.turns = self.options, list(self.turns)
+        other.dropped, other._left_out = self.dropped, self._left_out
         return other
 
     def clear(self) -> None:
         """Forget all turns and pictures; the system prompt stays."""
-        self.turns, self.dropped = [], 0
+        self.turns, self.dropped, self._left_out = [], 0, 0
         self.prefix_cache.clear()
 
     def save(self, path: str | Path) -> None:
@@ -203,12 +212,12 @@ class Conversation:
                 raise ValueError("system is no text")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
             raise UsageError(f"{path}: not a saved conversation ({error})") from None
         roles = [turn.role for turn in turns]
         if roles != ["user", "assistant"] * (len(turns) // 2):
             raise UsageError(f"{path}: not a saved conversation (its turns are out of order)")
-        self.system, self.turns, self.dropped = system, turns, 0
+        self.system, self.turns, self.dropped, self._left_out = system, turns, 0, 0
 
 
 def _with_pixels(

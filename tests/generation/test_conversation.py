@@ -127,6 +127,39 @@ def test_turns_that_were_left_out_are_back_where_there_is_room_again(fastvlm):  
         object.__setattr__(model.config, "context", 32768)
 
 
+def test_turns_whose_pictures_are_gone_stay_left_out(models, tmp_path):  # noqa: F811
+    from PIL import Image
+
+    model, processor = models("llava_onevision")  # which reads a lone picture anew beside another
+    for index in range(2):
+        Image.fromarray(picture(index)).save(tmp_path / f"{index}.png")
+    context = model.config.context
+    try:
+        chat = Conversation(model, processor, max_tokens=TOKENS)
+        chat.ask("What is this?", tmp_path / "0.png")
+        size = processor([chat.turns[0].message()], [picture(0)]).input_ids.shape[1]
+        object.__setattr__(model.config, "context", size + 100)
+        while not chat.dropped:
+            chat.ask("And what is its colour here?")
+        chat.ask("And this?", tmp_path / "1.png")
+        (tmp_path / "0.png").unlink()
+        chat.ask("And its colour?")
+        assert chat.undo()
+        assert chat.ask("And its size?")
+        assert chat.dropped
+        assert chat.undo()
+        with pytest.raises(UsageError, match=r"2\.png: no such file"):
+            chat.ask("And this?", tmp_path / "2.png")
+        (tmp_path / "1.png").unlink()
+        assert chat.rewind(2)
+        assert chat.ask("And now?")
+        assert chat.rewind(0)
+        with pytest.raises(UsageError, match=r"0\.png: no such file"):
+            chat.ask("What is this?", tmp_path / "0.png")
+    finally:
+        object.__setattr__(model.config, "context", context)
+
+
 def test_a_video_is_asked_about_as_without_a_conversation_and_saved_by_its_name(tmp_path):
     from PIL import Image
 
@@ -175,6 +208,10 @@ def test_a_conversation_is_saved_and_gone_on_with(fastvlm, tmp_path):  # noqa: F
     '"fps": 1}]}]}',
     '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [{"video": '
     '"x", "fps": true}]}]}',
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [{"video": '
+    '"x", "fps": 1' + "0" * 400 + "}]}]}",
+    '{"format": 1, "system": null, "turns": [{"role": "user", "text": "x", "images": [{"video": '
+    '"x", "fps": -1}]}]}',
 ])  # fmt: skip
 def test_a_damaged_file_is_one_line_and_changes_nothing(fastvlm, tmp_path, content):  # noqa: F811
     chat = Conversation(*fastvlm, max_tokens=TOKENS)

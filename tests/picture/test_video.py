@@ -152,7 +152,7 @@ def _written(path, content):
     return path
 
 
-@pytest.mark.parametrize("fps", [0, -1, 1000])
+@pytest.mark.parametrize("fps", [0, -1, 1000, 10**400, float("inf")])
 def test_a_rate_that_cannot_be_is_refused(fps):
     with pytest.raises(UsageError, match="fps"):
         Video("clip.gif", fps=fps)
