@@ -45,7 +45,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if self.fps is not None and not 0 < self.fps < 1000:
-            shown = self.fps if isinstance(self.fps, int) else f"{self.fps:g}"  # no float has 400 digits
+            shown = self.fps if isinstance(self.fps, int) else f"{self.fps:g}"
             raise UsageError(f"fps {shown}: give the frames per second, above 0 and below 1000")
 
 
