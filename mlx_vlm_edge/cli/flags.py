@@ -322,13 +322,15 @@ def fit_into_memory(
     """
     from ..loading.fitting import check_fits, limit_buffers
 
-    limit = memory_limit(args)
-    fitting = check_fits(name, options, limit, args.max_tokens, adapters, rows)
+    limit, caches = memory_limit(args), {name: getattr(args, name) for name in CACHE}
+    fitting, tokens = check_fits(name, options, limit, args.max_tokens, adapters, rows, caches)
     if fitting < rows:
+        least = (
+            f", of a picture and {tokens:,} tokens each; --max-tokens below that leave more room"
+        )
         print(
             f"note: {fitting} of {rows} are answered together: memory has no room for more KV "
-            f"caches, of a picture and {args.max_tokens:,} tokens each; fewer --max-tokens leave "
-            "room for more",
+            f"caches{least if tokens else ''}",
             file=sys.stderr,
         )
     limit_buffers(limit)

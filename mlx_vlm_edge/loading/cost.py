@@ -190,8 +190,9 @@ class Cost:
 
     tiles: pictures that the vision tower sees, or each of several towers. reduction: what choosing
     some of the visual tokens costs the device. parameters: bytes of all weights. cached: bytes that
-    one position takes in the KV cache. pixels: bytes of the pictures. layers: of the decoder.
-    whole: whether the prompt is prefilled in one part, however long.
+    one position takes in the KV cache. numbers: of which these are. context: positions that prompt
+    and answer may have. pixels: bytes of the pictures. layers: of the decoder. whole: whether the
+    prompt is prefilled in one part, however long.
     """
 
     tiles: int
@@ -204,6 +205,8 @@ class Cost:
     step: Work
     parameters: int
     cached: int
+    numbers: int
+    context: int
     pixels: int
     layers: int
     whole: bool
@@ -245,9 +248,10 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
         tokens = watched(model.encode(inputs.pixels), take)
         model.prefill(replace(inputs, tokens=tokens), cache, PREFILL_STEP)
         take("prefill")
-        cached = sum(_position_bytes(layer.state) for layer in cache)
         model.step(mx.zeros((1,), mx.int32), cache)
         step = counter.take()
+    # each layer's keys and values, [B, heads, positions, D]
+    kept = [array for layer in cache for array in layer.state if isinstance(array, mx.array)]
     data = [pixels.data for pixels in inputs.pixels]
     towers = len(getattr(model.tower, "towers", ())) or 1
     return Cost(
@@ -260,14 +264,10 @@ def cost(plan: Blueprint, inputs: Inputs) -> Cost:
         prefill=done["prefill"],
         step=step,
         parameters=plan.nbytes,
-        cached=cached,
+        cached=sum(array.nbytes // array.shape[2] for array in kept),
+        numbers=sum(array.size // array.shape[2] for array in kept),
+        context=plan.config.context,
         pixels=sum(array.nbytes for array in data),
         layers=len(cache),
         whole=not model.language_model.splits(length),
     )
-
-
-def _position_bytes(state: Any) -> int:
-    """Of a layer's keys and values, which are [B, heads, positions, D]."""
-    arrays = [array for array in state if isinstance(array, mx.array)]
-    return sum(array.nbytes // array.shape[2] for array in arrays)

@@ -4,7 +4,7 @@ Asked before anything is read, and before anything is fetched where the config i
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -48,27 +48,29 @@ def check_fits(
     answer: int,
     adapters: int = 0,
     rows: int = 1,
-) -> int:
+    caches: Mapping[str, Any] | None = None,
+) -> tuple[int, int]:
     """How many of `rows` questions about a picture, answered together in that many tokens each,
-    have room for their KV caches. Raises UsageError, with the setting that would fit, where not
-    even one has.
+    have room for their KV caches, and how many tokens the context leaves of these. Raises
+    UsageError, with the setting that would fit, where not even one has room.
 
     limit: bytes; None for what the machine has, which is not asked further where it is plainly
-    enough. adapters: bytes of those that requests name.
+    enough. adapters: bytes of those that requests name. caches: `generate`'s options of KV caches.
     """
     total = limit or _total()
     if total is None:
-        return rows
+        return rows, answer
     if limit is None and (_weights(name, options) + adapters) * PLAINLY * rows < total:
-        return rows
+        return rows, answer
     from . import memory
 
     config = _config(name, options)
     _check_reading(name, config, options, total)
     cost = _needed(config, options)
-    wanted = cost.prompt_tokens + answer
+    kept = memory.Caches(**(caches or {}))
+    wanted = kept.positions(cost, cost.prompt_tokens + answer)
     try:
-        room = memory.fit(name, cost, total, wanted, adapters)
+        room = memory.fit(name, cost, total, wanted, adapters, kept)
     except UsageError as error:
         least = cost.prompt_tokens + 1
         fitting = (
@@ -82,7 +84,8 @@ def check_fits(
             f"{name} in {gigabytes(total)} has room for {room:,} positions, {wanted:,} are wanted: "
             f"--max-tokens {room - cost.prompt_tokens} fits"
         )
-    return memory.rows(cost, total, wanted, rows, adapters)
+    tokens = max(0, wanted - cost.prompt_tokens)
+    return memory.rows(cost, total, wanted, rows, adapters, kept), tokens
 
 
 def _check_reading(name: str, config: dict[str, Any], options: LoadOptions, total: int) -> None:

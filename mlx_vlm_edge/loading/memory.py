@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,42 @@ PROGRAM = 300_000_000  # the interpreter, and the buffers that MLX keeps for reu
 ANSWER = 256  # positions that an answer takes
 PAGES = ("Pages free", "Pages inactive", "Pages speculative", "Pages purgeable")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True)
+class Caches:
+    """How KV caches are kept, as the options of `generate` say that are called so."""
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def positions(self, cost: Cost, wanted: int) -> int:
+        """How many of so many positions are ever in one."""
+        return min(wanted, cost.context, self.max_kv_size or wanted)
+
+    def each(self, cost: Cost) -> int:
+        """Bytes that a position takes once it is quantised, with its groups' scales and biases."""
+        if self.kv_bits is None:
+            return cost.cached
+        groups = 2 * (cost.numbers // self.kv_group_size) * (cost.cached // cost.numbers)
+        return cost.numbers * self.kv_bits // 8 + groups
+
+    def nbytes(self, cost: Cost, positions: int) -> int:
+        """Of one of so many positions, at its largest: all of it is quantised, once it begins."""
+        if self.kv_bits is None:
+            return positions * cost.cached
+        before = min(positions, self.quantized_kv_start)
+        return max(before * cost.cached, positions * self.each(cost))
+
+    def room(self, cost: Cost, nbytes: int) -> int:
+        """How many positions one may have in so many bytes."""
+        begins = self.quantized_kv_start * cost.cached <= nbytes
+        return nbytes // (self.each(cost) if begins else cost.cached)
+
+
+PLAIN = Caches()
 
 
 def needed(
@@ -46,7 +83,12 @@ def needed(
 
 
 def fit(
-    name: str, cost: Cost, limit: int | None, wanted: int | None = None, adapters: int = 0
+    name: str,
+    cost: Cost,
+    limit: int | None,
+    wanted: int | None = None,
+    adapters: int = 0,
+    caches: Caches = PLAIN,
 ) -> int:
     """How many positions the KV cache may have within `limit` bytes: `wanted`, or fewer.
 
@@ -60,14 +102,23 @@ def fit(
     least = cost.prompt_tokens + 1
     refuse_too_large(name, by_use(cost, min(least, wanted), adapters), limit)
     spare = limit - sum(by_use(cost, 0, adapters).values())
-    return min(wanted, spare // cost.cached)
+    return min(wanted, caches.room(cost, spare))
 
 
-def rows(cost: Cost, limit: int, positions: int, wanted: int, adapters: int = 0) -> int:
+def rows(
+    cost: Cost,
+    limit: int,
+    positions: int,
+    wanted: int,
+    adapters: int = 0,
+    caches: Caches = PLAIN,
+) -> int:
     """How many of `wanted` answers may be under way together within `limit` bytes, each with a KV
     cache of so many positions; 1 where not even that fits."""
     spare = limit - sum(by_use(cost, 0, adapters).values())
-    return max(1, min(wanted, spare // (positions * cost.cached)))
+    each = caches.nbytes(cost, positions)
+    prompt = min(positions, cost.prompt_tokens) * cost.cached  # one at a time is not quantised yet
+    return max(1, min(wanted, 1 + (spare - max(each, prompt)) // each))
 
 
 def by_use(cost: Cost, positions: int, adapters: int = 0) -> dict[str, int]:

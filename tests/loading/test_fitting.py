@@ -16,6 +16,7 @@ from mlx_vlm_edge.checkpoint.files import read_whole
 from mlx_vlm_edge.cli import Parser, batch, flags, main, serve
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub.models import ALIASES, PYTORCH, obtain
+from mlx_vlm_edge.language.cache import QuantizedKVCache
 from mlx_vlm_edge.loading import cost, fitting, memory
 from mlx_vlm_edge.loading.load import LoadOptions, read_checkpoint
 
@@ -70,16 +71,73 @@ def limit_of(rows, answer):
     return sum(memory.by_use(whole, 0).values()) + int((rows + 0.5) * each)
 
 
+def asked(limit, answer, **more):
+    """The flags of a verb that answers."""
+    usual = {name: flags.SAMPLING[name][1] for name in flags.CACHE}
+    return Namespace(**{"max_memory": str(limit), "max_tokens": answer} | usual | more)
+
+
 def test_as_many_are_answered_together_as_have_room_for_their_caches(capsys):
     limit = limit_of(3, 1000)
-    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=2) == 2
-    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=8) == 3
-    args = Namespace(max_memory=str(limit), max_tokens=1000)
+    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=2)[0] == 2
+    assert fitting.check_fits("fastvlm-0.5b", AS_IT_IS, limit, 1000, rows=8)[0] == 3
+    args = asked(limit, 1000)
     assert flags.fit_into_memory(args, "fastvlm-0.5b", AS_IT_IS, rows=8) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("note: 3 of 8 are answered together: ")
     assert flags.fit_into_memory(args, "fastvlm-0.5b", AS_IT_IS, rows=3) == 3
     assert not capsys.readouterr().err
+
+
+def test_no_cache_has_more_positions_than_the_context_or_than_it_may(capsys):
+    """MobileVLM's context is 2,048: the default of 4,096 tokens is cut there."""
+    four = LoadOptions(dtype="bfloat16", bits=4)
+    name, limit = "mobilevlm-v2-1.7b", 5 * 10**9
+    assert fitting.check_fits(name, four, limit, 4096, rows=8)[0] == 8
+    whole = memory.needed(configs.read(name), dtype="bfloat16")
+    assert whole.context == 2048
+    fixed = sum(memory.by_use(whole, 0).values())
+    limit = fixed + 3 * 2048 * whole.cached
+    assert flags.fit_into_memory(asked(limit, 4096), name, AS_IT_IS, rows=8) == 3
+    assert f" a picture and {2048 - whole.prompt_tokens:,} tokens each" in capsys.readouterr().err
+    rotating = asked(limit, 4096, max_kv_size=1024)
+    assert flags.fit_into_memory(rotating, name, AS_IT_IS, rows=8) == 6
+    capsys.readouterr()
+    none = asked(fixed + 3 * 208 * whole.cached, 4096, max_kv_size=208)
+    assert whole.prompt_tokens == 208
+    assert flags.fit_into_memory(none, name, AS_IT_IS, rows=8) == 3
+    assert "tokens" not in capsys.readouterr().err
+
+
+def test_quantised_caches_leave_room_for_more():
+    name, options = "fastvlm-0.5b", AS_IT_IS
+    whole = memory.needed(fitting._config(name, options), dtype="bfloat16")
+    positions, limit = whole.prompt_tokens + 1000, limit_of(3, 1000)
+
+    def rows(**caches):
+        return fitting.check_fits(name, options, limit, 1000, rows=99, caches=caches)[0]
+
+    assert rows(kv_bits=4, quantized_kv_start=positions) == rows() == 3
+    # 4.5 bits of 16, scales and biases of 64 among them, and a prompt that is not quantised yet
+    assert rows(kv_bits=4, quantized_kv_start=0) == 12
+    assert rows(kv_bits=4, quantized_kv_start=positions // 2) == 7
+    long = int(3.4 * positions)
+    with pytest.raises(UsageError, match="has room for"):
+        fitting.check_fits(name, options, limit_of(1, 1000), long)
+    fitting.check_fits(
+        name, options, limit_of(1, 1000), long, caches={"kv_bits": 4, "quantized_kv_start": 0}
+    )
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 32), (8, 64)])
+def test_a_quantised_position_takes_what_the_cache_has(bits, group):
+    cost = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    cache = QuantizedKVCache(group, bits)
+    keys = mx.zeros((1, 2, 256, 64), mx.bfloat16)  # of each of the 24 layers
+    cache.update_and_fetch(keys, keys)
+    held = sum(array.nbytes for part in cache.state[:2] for array in part)
+    caches = memory.Caches(kv_bits=bits, kv_group_size=group)
+    assert caches.each(cost) * 256 == 24 * held
 
 
 @pytest.mark.parametrize("verb", [serve, batch])
@@ -90,9 +148,7 @@ def test_the_engine_has_the_rows_that_fit(verb, monkeypatch):
     )
     for module in (flags, batch):
         monkeypatch.setattr(module, "load_whole", lambda *_: (None, None))
-    args = Namespace(
-        max_memory=str(limit_of(3, 1000)), max_tokens=1000, rows=8, cache_dir=None, ttft_budget=None
-    )  # fmt: skip
+    args = asked(limit_of(3, 1000), 1000, rows=8, cache_dir=None, ttft_budget=None)
     if verb is serve:
         limits = Namespace(rows=8, waiting=4)
         serve._engine(args, "fastvlm-0.5b", limits, {}, AS_IT_IS)
