@@ -1,12 +1,14 @@
 """`mlx-vlm-edge batch`: the same questions about many pictures, answers as JSON lines."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from . import streams
 from .flags import (
     add_model_group,
     add_picture_arguments,
@@ -116,8 +118,6 @@ def _engine(args: argparse.Namespace, name: str, loading: "LoadOptions") -> "Eng
 
 def _group() -> tuple[int, int]:
     """This process's rank and how many there are, as `mlx.launch` starts them."""
-    import os
-
     if not any(name in os.environ for name in ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK")):
         return 0, 1
     import mlx.core as mx
@@ -146,9 +146,9 @@ def _named(item: str) -> list[str]:
     import glob
 
     if item == "-":
-        if sys.stdin is None:
+        if streams.input_closed():
             raise UsageError("standard input is closed: there are no names to read")
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        return [os.fsdecode(line) for line in streams.piped().splitlines() if line.strip()]
     if "://" in item:
         return [item]
     path = Path(item).expanduser()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from . import streams
 from .flags import (
     add_model_group,
     add_picture_arguments,
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = sampling_options(args)
-    terminal = sys.stdin is not None and sys.stdin.isatty()
+    terminal = not streams.input_closed() and sys.stdin.isatty()
     ask = _prompter() if terminal else None
     question = None if terminal else _piped()
     chat = _conversation(args, options)
@@ -70,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _piped() -> str:
-    if sys.stdin is None:
+    if streams.input_closed():
         raise UsageError("standard input is closed: there is no question to read")
-    text = sys.stdin.read().strip()
+    text = streams.piped_text().strip()
     if not text:
         raise UsageError("standard input is empty: pipe a question in")
     if text.startswith("/"):

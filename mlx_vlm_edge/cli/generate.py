@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from . import streams
 from .cold import ColdTimer
 from .flags import (
     add_model_group,
@@ -79,12 +80,12 @@ def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
         raise UsageError("--prompt - and --image - cannot both read standard input")
     if args.image.count("-") > 1:
         raise UsageError("--image - can read standard input only once")
-    if sys.stdin is None and "-" in (args.prompt, *args.image):
+    if streams.input_closed() and "-" in (args.prompt, *args.image):
         raise UsageError("standard input is closed: name a file or a text instead of -")
     if "-" in args.image and sys.stdin.isatty():
         raise UsageError("--image - reads a picture from standard input: pipe or redirect one in")
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    images = [sys.stdin.buffer.read() if name == "-" else name for name in args.image]
+    text = streams.piped_text() if args.prompt == "-" else args.prompt
+    images = [streams.piped() if name == "-" else name for name in args.image]
     return text, _pages(images, args.page) if args.page else images
 
 

@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..hub.cache import cache_folder, cached_models, local_snapshot, remove, snapshot_folder
 from ..hub.models import ALIASES, DEMO, expanded, obtain, pull, repo_id
 from ..wording import gigabytes
+from . import streams
 
 INTERRUPTED = 130  # exit code
 SIZES = ("size", "download")  # facts that are bytes
@@ -372,4 +373,4 @@ def _remove(args: argparse.Namespace) -> int:
 
 def confirmed(question: str) -> bool:
     print(question, end="", file=sys.stderr, flush=True)
-    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")
+    return not streams.input_closed() and sys.stdin.readline().strip().lower() in ("y", "yes")

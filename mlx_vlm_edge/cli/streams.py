@@ -20,8 +20,9 @@ PATIENCE = 0.2  # seconds until that is said
 @contextmanager
 def safe() -> Iterator[None]:
     _occupy()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # names of files are of any bytes
-        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # an answer to a question may have any bytes
+        with suppress(OSError, ValueError):  # of a stream that is closed, or was read before
+            sys.stdin.reconfigure(errors="surrogateescape")
     stdout, stderr = sys.stdout, sys.stderr
     sys.stderr = _Notes(stderr)
     try:
@@ -33,6 +34,22 @@ def safe() -> Iterator[None]:
             yield
     finally:
         sys.stdout, sys.stderr = stdout, stderr
+
+
+def input_closed() -> bool:
+    return sys.stdin is None or sys.stdin.closed
+
+
+def piped() -> bytes:
+    """All of standard input, which is not closed, as it was sent: no locale's text."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        return sys.stdin.buffer.read()
+    return sys.stdin.read().encode(errors="surrogateescape")
+
+
+def piped_text() -> str:
+    """The same as the UTF-8 that it is in any locale; bytes that are none become surrogates."""
+    return piped().decode(errors="surrogateescape")
 
 
 def _occupy() -> None:

@@ -83,7 +83,8 @@ def test_each_picture_and_question_has_a_line_with_the_known_answer(batch, pictu
 
 def test_patterns_files_and_names_from_standard_input(batch, pictures, monkeypatch):
     assert len(batch(pictures / "t*.png", pictures / "text.png")[1]) == 2
-    monkeypatch.setattr(sys, "stdin", [f"{pictures / 'hello.png'}\n", "\n"])
+    names = f"{pictures / 'hello.png'}\r\n\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names)))
     assert len(batch("-")[1]) == 3
 
 

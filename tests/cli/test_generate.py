@@ -7,12 +7,14 @@ import pickle
 import shutil
 import sys
 import zipfile
+from argparse import Namespace
 
 import pytest
 from PIL import Image
 
 from mlx_vlm_edge import load, stream_generate
-from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.cli import chat, main
+from mlx_vlm_edge.cli import generate as verb
 from mlx_vlm_edge.generation import drafting
 from mlx_vlm_edge.loading import load as loading
 
@@ -77,6 +79,18 @@ def test_text_only(generate, native_folder):
 def test_the_prompt_from_standard_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is this?")))
     assert generate("--max-tokens", 5, prompt="-")[1] == generate("--max-tokens", 5)[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_question_is_utf8_in_any_locale(encoding, monkeypatch):
+    text = "Für wen\r\nist das ☃?"
+    for read in (
+        chat._piped,
+        lambda: verb._from_arguments(Namespace(prompt="-", question=None, image=[], page=[]))[0],
+    ):
+        stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding=encoding)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read() == text
 
 
 def test_an_image_from_standard_input(generate, monkeypatch, picture_file):

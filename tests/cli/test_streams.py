@@ -1,11 +1,14 @@
 """Streams that are closed or full, and Ctrl-C, in processes of their own."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from mlx_vlm_edge.cli import main
 
 PROGRAM = [sys.executable, "-m", "mlx_vlm_edge"]
 ASK = [*PROGRAM, "generate", "--model", "demo", "--prompt", "Hi", "--max-tokens", "2"]
@@ -29,6 +32,22 @@ def test_a_closed_standard_input_is_no_file_of_ours(answered):
     """The first file to be opened would have the number 0, which MLX takes for none."""
     assert answered[0] == 0
     assert run(ASK, "0<&-") == answered
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_program_may_have_closed_or_read_its_standard_input(closed, monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\ntwo\n"), encoding="utf-8")
+    stdin.readline()
+    if closed:
+        stdin.close()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out
+    if closed:
+        for ask in (["generate", "-"], ["generate", "Hi", "--image", "-"], ["chat"],
+                    ["batch", "-", "-p", "Hi", "-o", "out.jsonl"]):  # fmt: skip
+            assert main(ask) == 2
+            assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_notes_are_lost_where_standard_error_is_closed_or_full(answered):
