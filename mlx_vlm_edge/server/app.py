@@ -22,7 +22,7 @@ from .guards import Access, Guards
 from .limits import Limits
 from .messages_api import CountRequest, MessagesRequest
 from .metrics import Metrics
-from .requests import ChatRequest, CompletionRequest, parse
+from .requests import ChatRequest, CompletionRequest, check_count, parse
 from .responses_api import ResponsesRequest
 
 PAGE = Path(__file__).parent / "page"
@@ -51,9 +51,19 @@ class Served:
     engine: Engine | None = None
     failure: Exception | None = None
     on_failure: Callable[[], None] | None = None
-    answering: Answering | None = None
+    answering: Answering | None = field(default=None, init=False)
     metrics: Metrics = field(default_factory=Metrics)
     adapters: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.engine is not None:
+            self.answer_with(self.engine)
+
+    def answer_with(self, engine: Engine) -> None:
+        """From now on; what the engine lets go of when it closes is taken here, not by a request
+        that may come meanwhile."""
+        self.engine = engine
+        self.answering = Answering(engine, self.limits, self.remote_images)
 
     @property
     def models(self) -> dict[str, str | None]:
@@ -66,12 +76,10 @@ class Served:
         self.adapter(name)
         if self.failure is not None:
             raise ApiError(500, "the model could not be loaded", code="failed")
-        if self.engine is None:
-            raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
-        if self.engine.closing:
-            raise closing()
         if self.answering is None:
-            self.answering = Answering(self.engine, self.limits, self.remote_images)
+            raise ApiError(503, "the model is still being loaded", code="loading", retry_after=1)
+        if self.answering.engine.closing:
+            raise closing()
         return self.answering
 
     def adapter(self, name: str | None) -> str | None:
@@ -126,7 +134,7 @@ def application(served: Served, load: Callable[[], Engine] | None = None) -> Gua
 
 async def _load(served: Served, load: Callable[[], Engine]) -> None:
     try:
-        served.engine = await asyncio.to_thread(load)
+        served.answer_with(await asyncio.to_thread(load))
     except Exception as error:  # noqa: BLE001  (whoever started the server tells of it)
         served.failure = error
         if served.on_failure is not None:
@@ -172,8 +180,10 @@ async def _body(request: Request) -> Any:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
     if kind != "application/json":
         raise ApiError(415, "the body must be application/json", code="content_type")
+    body = await request.body()
+    check_count(body)
     try:
-        return json.loads(await request.body())
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise bad_request("the body is not valid JSON", code="invalid_json") from None
 

@@ -34,6 +34,7 @@ NEUTRAL: Mapping[str, Any] = {
     "tools": [], "functions": [],
 }  # fmt: skip
 MAX_STOPS = 16
+MAX_VALUES = 200_000  # more than any context has tokens; each takes about a microsecond
 MAX_NESTING = 200  # levels of objects and lists; schemas are compiled up to about 120
 WITH_TEXTS = (str, dict, list)  # what JSON has texts in
 SHOWN = 80  # characters of a field's path
@@ -254,6 +255,17 @@ class CompletionRequest(Sampling):
     @property
     def limit(self) -> int | None:
         return self.max_tokens
+
+
+def check_count(body: bytes) -> None:
+    """Raises ApiError 400 for a body of more values than any prompt needs, before they are made.
+
+    Each value but the first follows a comma, or what opens its list or object. Those inside texts
+    count as well: so bytes are counted, and nothing is parsed.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        told = f"at most {MAX_VALUES:,} commas and opening brackets are taken in one request"
+        raise bad_request(told, code="too_many_values")
 
 
 def parse(kind: type[Request], body: Any) -> Request:

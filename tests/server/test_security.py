@@ -24,7 +24,7 @@ from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.engine import Engine
 from mlx_vlm_edge.picture import fetch
-from mlx_vlm_edge.server import connections, openai, remote
+from mlx_vlm_edge.server import connections, openai, remote, requests
 from mlx_vlm_edge.server.answering import Answering, Asked
 from mlx_vlm_edge.server.app import Served, application
 from mlx_vlm_edge.server.errors import ApiError
@@ -255,15 +255,32 @@ def test_more_answers_than_may_ever_wait_are_refused_by_name(served):
 def test_an_engine_that_closes_is_no_full_line(demo):
     engine = Engine(*demo)
     answering = Answering(engine, Limits(), False)
+    served = Served("demo", engine=engine)
     engine.close()
     asked = Asked([{"role": "user", "content": "Hi"}], (), [Options()])
     with pytest.raises(ApiError) as refused:
         asyncio.run(answering.start(asked))
     assert (refused.value.status, refused.value.code) == (503, "closing")
-    with running(Served("demo", engine=engine)) as url:
+    with running(served) as url:
         response = httpx.post(url + CHAT, json=HELLO)
         assert refusal(response, 503)["code"] == "closing"
         assert "retry-after" in response.headers
+
+
+def test_the_first_request_may_come_while_the_engine_closes(demo):
+    """It finds the engine open, which meanwhile lets go of what it had."""
+
+    class Closing(Engine):
+        @property
+        def closing(self):
+            self.close()
+            return False
+
+    served = Served("demo", engine=Closing(*demo))
+    asked = Asked([{"role": "user", "content": "Hi"}], (), [Options()])
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(served.ready("demo").start(asked))
+    assert (refused.value.status, refused.value.code) == (503, "closing")
 
 
 def test_requests_whose_pictures_are_being_read_are_counted_as_well(monkeypatch):
@@ -428,6 +445,23 @@ def test_nesting_has_a_limit(client):
 
     assert asked(100).status_code == 200
     assert "at most 200 levels" in refusal(asked(300), 400)["message"]
+
+
+def test_values_have_a_limit_before_they_are_made(client, monkeypatch):
+    """Python looks at each one, in the event loop that serves the others."""
+    seen = []
+    look = requests._check_echoed
+    monkeypatch.setattr(
+        requests, "_check_echoed", lambda value, *path: (seen.append(1), look(value, *path))
+    )
+    headers = {"content-type": "application/json"}
+    many = b'{"x": [' + b"[]," * requests.MAX_VALUES + b"[]]}"
+    error = refusal(client.post(CHAT, content=many, headers=headers), 400)
+    assert (error["code"], seen) == ("too_many_values", [])
+    assert "200,000 commas" in error["message"]
+    few = b'{"messages": [' + b"[]," * 100 + b"[]]}"
+    refusal(client.post(CHAT, content=few, headers=headers), 400)
+    assert len(seen) == 104  # the lists, theirs, the body and its keys
 
 
 def health(connection):
