@@ -21,10 +21,11 @@ PLACES = ("left", "right", "top", "bottom", "center")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_COUNT = 9
 KINDS = ("text", "shapes", "position", "unknown")
-MIX = {"text": 0.7, "page": 0.05, "shapes": 0.14, "position": 0.03, "unknown": 0.08}
+MIX = {"text": 0.2, "page": 0.7, "shapes": 0.05, "position": 0.01, "unknown": 0.04}
 ASKED_MIX = {"text": 0.5, "shapes": 0.27, "position": 0.08, "unknown": 0.15}
 LENGTHS = (1.0, 1.0, 1.3, 1.5, 1.7, 2.0, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4)  # 1 ... 12 characters
 LEAST_EM = 0.055  # smaller print has under 15 pixels to a capital in the model's 384
+LEAST_PRINT, LARGEST_PRINT = 0.07, 0.3  # ems of a page
 SIDE_EM = 200  # pixels per em at which texts are measured
 
 Box = tuple[float, float, float, float]
@@ -268,24 +269,31 @@ def _painted(
 def page_scene(rng: Random) -> Scene:
     """Several lines of print, to teach the tower what characters look like; asked nothing."""
     width, height = extent(rng)
-    small = rng.random() < 0.5
-    em, font = rng.uniform(0.055, 0.1) if small else rng.uniform(0.1, 0.26), ""
-    base, lines, marks = em, [], []
-    while base < height - 0.2 * em:
+    em, font, base = 0.0, "", 0.0
+    lines: list[Line] = []
+    marks: list[Mark] = []
+    number = 1
+    while True:
         if not font or rng.random() < 0.4:
             font = fonts.choose(rng.getrandbits(24))
+            em = math.exp(rng.uniform(math.log(LEAST_PRINT), math.log(LARGEST_PRINT)))
+        base += em * rng.uniform(1.0, 1.5)
+        if base > height - 0.2 * em:
+            break
         x, row = rng.uniform(0.0, 0.08), ""
         face = fonts.face(font, SIDE_EM)
-        for _ in range(9):
+        misses = 0
+        while misses < 3:
             word = texts.piece(rng, rng.randint(1, 8))
             longer = f"{row} {word}" if row else word
             if x + em * face.getlength(longer) / SIDE_EM > width - 0.01:
-                continue
-            row = longer
+                misses += 1
+            else:
+                row = longer
         line = Line(row, font, em, x, base)
         lines.append(line)
-        marks += line_marks(line, 0)
-        base += em * rng.uniform(1.05, 1.5)
+        marks += line_marks(line, number)
+        number += len(row) + 1
     style = look(rng, True, width, height)
     return _painted(rng, "page", moved(marks, style, width, height), style, colours.TEXT_CONTRAST,
                     lines=tuple(lines), width=width, height=height)  # fmt: skip

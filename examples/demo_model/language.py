@@ -11,7 +11,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from changes import ASKED
+from changes import ASKED, Change
 from decoder import DemoModel
 from draw import Scene
 from network import Shape
@@ -64,11 +64,11 @@ def talk_row(one: Scene, rng: Random, prompter: Prompter) -> Row:
     return row(talk(one, rng), 1, prompter)
 
 
-def said_of_pair(said: str, rng: Random, prompter: Prompter) -> Row:
+def said_of_pair(told: Change, rng: Random, prompter: Prompter) -> Row:
     """The row of a pair; the texts in the answer are spelled too."""
     ids, targets = row([(rng.choice(ASKED), "", "")], 2, prompter)
     say: list[int] = []
-    for number, part in enumerate(said.split('"')):
+    for number, part in enumerate(told.said.split('"')):
         quote = prompter.ids('"') * (number > 0)
         spelled = [i for char in part for i in prompter.ids(char)]
         say += quote + (spelled if number % 2 else prompter.ids(part))

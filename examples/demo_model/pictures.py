@@ -24,7 +24,7 @@ from vision import SIDE, labels
 SMALLEST, LARGEST = 96, 640  # pixels of the longer side that pictures are drawn at
 LEGIBLE = 13  # pixels of an em, at least
 USUAL = {SIDE: 0.25, 256: 0.3}  # sides that pictures are often drawn at, and their shares
-PLAIN_OF_EIGHT = 2  # so many of eight pictures are plain ones
+PLAIN_OF_EIGHT = 1  # so many of eight pictures are plain ones
 WAITING = 400  # pictures that wait to be seen again
 ORDERS = [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]  # of red, green and blue
 Sample = dict[str, Any]  # pixels, labels, the row of a talk, and what is shown
@@ -59,12 +59,12 @@ def labelled(flat: plain.Scene) -> Scene:
     )  # fmt: skip
 
 
-def drawn(seed: str, number: int) -> tuple[Scene, np.ndarray]:
-    """Picture `number` of the training and its scene."""
+def drawn(seed: str, number: int, pages: bool = True) -> tuple[Scene, np.ndarray]:
+    """Picture `number` of the training and its scene; without `pages`, one that is asked about."""
     if number % 8 < PLAIN_OF_EIGHT:
         flat = plain.reading_scene(seed) if number % 3 else plain.scene(seed)
         return labelled(flat), pixels_of(plain.draw(flat, drawn_at(seed, flat.em or 1.0)))
-    one = scene(seed) if number % 2 else asked_scene(seed)
+    one = scene(seed) if pages and number % 2 else asked_scene(seed)
     em = min((line.em for line in one.lines), default=1.0)
     return one, pixels_of(draw(one, drawn_at(seed, em)))
 
@@ -86,8 +86,11 @@ def recoloured(one: Scene, order: list[int]) -> Scene:
 class Pictures(IterableDataset[Sample]):
     """Scenes `name-start`, `name-(start+1)`, ...; each is seen once more in other colours."""
 
-    def __init__(self, name: str, start: int, prompter: Prompter, again: bool = True) -> None:
-        self.name, self.start, self.prompter, self.again = name, start, prompter, again
+    def __init__(
+        self, name: str, start: int, prompter: Prompter, again: bool = True, pages: bool = True
+    ) -> None:
+        self.name, self.start, self.prompter = name, start, prompter
+        self.again, self.pages = again, pages
 
     def sample(self, one: Scene, pixels: np.ndarray, rng: Random) -> Sample:
         row = talk_row(one, rng, self.prompter)
@@ -97,7 +100,7 @@ class Pictures(IterableDataset[Sample]):
         rng, waiting = Random(f"{self.name}-{self.start}"), []
         index = self.start
         while True:
-            one, pixels = drawn(f"{self.name}-{index}", index)
+            one, pixels = drawn(f"{self.name}-{index}", index, self.pages)
             yield self.sample(one, pixels, rng)
             index += 1
             if not self.again:
@@ -115,19 +118,19 @@ class Pictures(IterableDataset[Sample]):
 class Pairs(IterableDataset[Sample]):
     """Two pictures each, and what has changed from the first to the second."""
 
-    def __init__(self, name: str, start: int, prompter: Prompter) -> None:
-        self.name, self.start, self.prompter = name, start, prompter
+    def __init__(self, name: str, start: int, prompter: Prompter, changed: bool = False) -> None:
+        self.name, self.start, self.prompter, self.changed = name, start, prompter, changed
 
     def __iter__(self) -> Iterator[Sample]:
         index = self.start
         while True:
             seed = f"{self.name}-pair-{index}"
-            one, other, said = pair(seed)
+            one, other, told = pair(seed, self.changed)
             em = min((line.em for line in (*one.lines, *other.lines)), default=1.0)
             side, rng = drawn_at(seed, em), Random(f"{seed}-asked")
             pixels = np.stack([pixels_of(draw(scene, side)) for scene in (one, other)])
-            row = said_of_pair(said, rng, self.prompter)
-            yield {"pixels": pixels, "row": row, "shown": said}
+            row = said_of_pair(told, rng, self.prompter)
+            yield {"pixels": pixels, "row": row, "shown": told}
             index += 1
 
 

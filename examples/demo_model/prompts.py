@@ -41,7 +41,7 @@ def corpus(scenes: int) -> list[str]:
             lines += [*phrase(category, one, rng)]
         lines += ["system\n", "You are a helpful assistant.", "user\n", "assistant\n"]
         if index % 4 == 0:
-            lines += [rng.choice(ASKED), pair(f"tokenizer-{index}")[2]]
+            lines += [rng.choice(ASKED), pair(f"tokenizer-{index}")[2].said]
     return lines
 
 

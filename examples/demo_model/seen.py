@@ -10,6 +10,7 @@ from collections import deque
 from random import Random
 
 import torch
+from changes import Change
 from language import padded_rows, said_of_pair, talk_row
 from pictures import Batch
 from prompts import Prompter
@@ -32,7 +33,7 @@ class Seen:
         """One of the batches, with new questions, and its map."""
         kept = self.rng.choice(self.batches)
         rows = [
-            said_of_pair(one, self.rng, self.prompter) if isinstance(one, str)
+            said_of_pair(one, self.rng, self.prompter) if isinstance(one, Change)
             else talk_row(one, self.rng, self.prompter)
             for one in kept["shown"]
         ]  # fmt: skip

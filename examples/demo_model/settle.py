@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
+from changes import Change
 from decoder import DemoModel
 from draw import Scene
 from language import Row, padded_rows, row, said_of_pair, talk_row
@@ -21,10 +22,11 @@ from torch import Tensor
 from vision import to_float
 
 POOL = 8  # batches of rows drawn together, of which those of like length go together
-PAIRS_EVERY = 10  # so many batches of single pictures for one of pairs
+PAIRED = 0.3  # share of the batches that ask what has changed
+UNCHANGED = 0.3  # how many of their rows show one picture twice
 SHAPES_WEIGHT, PLACED_WEIGHT = 2.0, 6.0  # how often shapes are asked about, for one text; the
 # second of a shape that has a place, of which there are few
-JUDGED = 0.4  # share of the batches that ask only for a yes or a no
+JUDGED = 0.4  # share of the others that ask only for a yes or a no
 SIMPLE = 0.2  # share of the stage in which none of them asks "is it not"
 NEGATED = 0.4  # how many of them ask it afterwards
 
@@ -35,7 +37,7 @@ class Store:
 
     scenes: list[Scene]
     features: Tensor  # [count, 1, C, 6, 6]
-    changes: list[str]
+    changes: list[Change]  # none of them nothing
     pair_features: Tensor  # [pairs, 2, C, 6, 6]
 
 
@@ -55,10 +57,13 @@ def encoded(model: DemoModel, source: Iterator[Batch], count: int) -> tuple[list
 
 
 def store(model: DemoModel, prompter: Prompter, count: int) -> Store:
-    """`count` pictures and an eighth as many pairs, seen by the tower as it is."""
+    """`count` pictures and a third as many pairs, seen by the tower as it is."""
     model.tower.eval()
-    scenes, features = encoded(model, batches(Pictures("settle", 0, prompter), 64), count)
-    changes, pairs = encoded(model, batches(Pairs("settle", 0, prompter), 32), count // 8)
+    scenes, features = encoded(
+        model, batches(Pictures("settle", 0, prompter, pages=False), 64), count
+    )
+    source = batches(Pairs("settle", 0, prompter, changed=True), 32, 2)
+    changes, pairs = encoded(model, source, count // 3)
     return Store(scenes, features, changes, pairs)  # type: ignore[arg-type]
 
 
@@ -81,6 +86,25 @@ def judged_batches(
         yield batch(stored.features, places, rows)
 
 
+def paired_batches(stored: Store, prompter: Prompter, size: int, seed: int) -> Iterator[Batch]:
+    """What has changed: the stored pairs in either order, and single pictures shown twice."""
+    rng = Random(f"paired-{seed}")
+    known = [i for i, one in enumerate(stored.scenes) if one.text or one.shape]
+    while True:
+        rows, features = [], []
+        for _ in range(size):
+            if rng.random() < UNCHANGED:
+                told, two = Change(), stored.features[rng.choice(known)].expand(2, -1, -1, -1)
+            else:
+                i = rng.randrange(len(stored.changes))
+                told, two = stored.changes[i], stored.pair_features[i]
+                if rng.random() < 0.5:
+                    told, two = told.undone, two.flip(0)
+            rows.append(said_of_pair(told, rng, prompter))
+            features.append(two)
+        yield batch(torch.stack(features), range(size), rows)
+
+
 def weight(one: Scene) -> float:
     """How often a scene is asked about; a page of print never."""
     if one.place:
@@ -96,8 +120,8 @@ def stored_batches(
     done: the share of the stage that is over."""
     rng = Random(f"settle-{seed}")
     judged = judged_batches(stored, prompter, size, seed, done)
+    paired = paired_batches(stored, prompter, size, seed)
     often = [weight(one) for one in stored.scenes]
-    number = 0
 
     while True:
         chosen = rng.choices(range(len(often)), often, k=POOL * size)
@@ -106,12 +130,9 @@ def stored_batches(
         ]
         pool.sort(key=lambda item: len(item[1][0]))
         for start in rng.sample(range(0, POOL * size, size), POOL):
-            places, rows = zip(*pool[start : start + size], strict=True)
+            while rng.random() < PAIRED:
+                yield next(paired)
             while rng.random() < JUDGED:
                 yield next(judged)
+            places, rows = zip(*pool[start : start + size], strict=True)
             yield batch(stored.features, places, rows)
-            number += 1
-            if number % PAIRS_EVERY == 0:
-                two = [rng.randrange(len(stored.changes)) for _ in range(size)]
-                rows = [said_of_pair(stored.changes[i], rng, prompter) for i in two]
-                yield batch(stored.pair_features, two, rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 import plain
-from changes import ASKED, NOTHING, pair
+from changes import ASKED, Change, pair
 from PIL import Image
 from questions import answers, phrase
 from render import draw
@@ -30,19 +30,19 @@ class Talk:
     groups: tuple[str, ...]
 
 
-def changed_group(said: str) -> str:
+def changed_group(told: Change) -> str:
     """The row of a pair."""
-    return f"two pictures, {'nothing' if said == NOTHING else 'something'} has changed"
+    return f"two pictures, {'something' if told.what else 'nothing'} has changed"
 
 
 def pairs(count: int, name: str) -> Iterator[Talk]:
     """Two pictures each, drawn at one size."""
     for index in range(count):
         seed = f"{name}-changed-{index}"
-        one, other, said = pair(seed)
+        one, other, told = pair(seed)
         pictures = draw(one, SIDE), draw(other, SIDE)
         asked = Random(f"{seed}-question").choice(ASKED)
-        yield Talk(pictures, (asked,), (said,), (changed_group(said),))
+        yield Talk(pictures, (asked,), (told.said,), (changed_group(told),))
 
 
 def three_turns(count: int, name: str) -> Iterator[Talk]:

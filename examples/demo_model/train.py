@@ -31,7 +31,6 @@ from vision import Heads, accuracy, fine_losses, losses, to_float, weighted
 
 PAIRS_EVERY = 8  # every eighth new batch has pairs of pictures, half as many
 HELD_OUT = 384  # pictures of a check
-AGAIN = 2  # batches seen before for a new one, while the lower part learns; afterwards one
 KEPT = 2000  # pictures of them while it learns: their maps go stale
 KEPT_FIXED = 24000  # pictures and pairs afterwards, 0.1 MB each
 SAVED_EVERY = 250  # batches of the last stage
@@ -71,11 +70,11 @@ class Training:
         self.model, self.heads = run.module["model"], run.module["heads"]
         start, size = run.step * args.batch, args.batch
         self.pictures = batches(Pictures("train", start, prompter), size)
+        self.asked = batches(Pictures("asked", start, prompter, pages=False), size)
         self.pairs = batches(Pairs("train", start, prompter), size // 2, 2)
         self.seen = Seen(prompter, start, KEPT // size)
         self.seen_pairs = Seen(prompter, start, KEPT_FIXED // size)
-        self.again = AGAIN
-        held_out = Pictures("held-out", 0, prompter, again=False)
+        held_out = Pictures("held-out", 0, prompter, again=False, pages=False)
         self.held_out = list(islice(batches(held_out, 64), HELD_OUT // 64))
 
     def loss_of_pairs(self, batch: Batch, fine: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -99,12 +98,11 @@ class Training:
         return loss, shown
 
     def learn(self, batch: Batch, seen: Seen, loss: Loss) -> None:
-        """A new batch, of pictures or of pairs, then batches seen before."""
+        """A new batch, of pictures or of pairs, then one seen before."""
         fine = self.model.tower.lower(to_float(batch["pixels"].flatten(0, -4)))
         self.run.update(*loss(batch, fine))
         seen.add(batch, fine)
-        for _ in range(self.again):
-            self.run.update(*loss(*seen.pick()))
+        self.run.update(*loss(*seen.pick()))
 
     def fix_lower(self) -> None:
         """From here on the lower part of the tower stands, at its averaged weights."""
@@ -115,7 +113,6 @@ class Training:
         lower.requires_grad_(False)
         lower.eval()
         self.seen = Seen(self.prompter, self.run.step, KEPT_FIXED // self.args.batch)
-        self.again = 1
 
     def to_the_end(self) -> None:
         run, args = self.run, self.args
@@ -129,8 +126,9 @@ class Training:
             if talking and turn % PAIRS_EVERY == 0:
                 self.learn(next(self.pairs), self.seen_pairs, self.loss_of_pairs)
             else:
-                pictures = partial(self.loss_of_pictures, talking=talking)
-                self.learn(next(self.pictures), self.seen, pictures)
+                pictures = self.asked if talking and turn % 2 else self.pictures
+                loss = partial(self.loss_of_pictures, talking=talking)
+                self.learn(next(pictures), self.seen, loss)
             over = run.over
             if run.step - checked >= args.check or over:
                 checked = run.step
@@ -181,7 +179,7 @@ def measure_and_export(
 ) -> None:
     """Write the checkpoint; where it talks, with its exact match on held-out scenes."""
     if talks:
-        scenes = [drawn(f"held-out-{i}", i) for i in range(args.test)]
+        scenes = [drawn(f"held-out-{i}", i, pages=False) for i in range(args.test)]
         pixels = [(one, to_float(torch.from_numpy(shown)[None])[0]) for one, shown in scenes]
         figures = exact_match(model, prompter, pixels)
         print_figures(f"exact match, {args.test} scenes:", figures)

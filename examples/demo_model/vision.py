@@ -63,10 +63,10 @@ def held(scene: Scene, grid: int = GRID) -> np.ndarray:
     """int64[36, 1 + 8]: of each visual token the number in the text of its first character (0:
     it has none), then its characters, a space before the one that follows it (0: none).
 
-    With the stride-32 map's grid int64[144, 1 + 4]."""
+    With the stride-32 map's grid int64[144, 1 + 4]. What holds more is not asked."""
     table = np.zeros((grid * grid, 1 + HELD[grid]), np.int64)
     filled, before = [0] * len(table), 0
-    for mark in sorted(scene.marks, key=lambda mark: mark.number):
+    for mark in scene.marks:
         left, top, right, bottom = bounds(mark, scene)
         column, row = (int(grid * c / 2) for c in (left + right, top + bottom))
         token = grid * min(grid - 1, max(0, row)) + min(grid - 1, max(0, column))
@@ -75,9 +75,10 @@ def held(scene: Scene, grid: int = GRID) -> np.ndarray:
         if not filled[token]:
             table[token, 0] = mark.number
         for character in characters:
-            if filled[token] < HELD[grid]:
-                filled[token] += 1
+            filled[token] += 1
+            if filled[token] <= HELD[grid]:
                 table[token, filled[token]] = CHARACTERS.index(character) + 1
+    table[np.array(filled) > HELD[grid], 1:] = NEVER
     return table
 
 
@@ -96,7 +97,7 @@ def facts(scene: Scene) -> np.ndarray:
 
 def labels(scene: Scene) -> Labels:
     """All that the heads are asked about a scene."""
-    read = scene if scene.text else replace(scene, marks=())
+    read = replace(scene, marks=()) if scene.shape else scene
     return {
         "cells": cells(scene),
         "facts": facts(scene),
@@ -150,7 +151,7 @@ def balanced(logits: Tensor, target: Tensor) -> Tensor:
 def spelled(logits: Tensor, table: Tensor) -> Tensor:
     """The loss of the characters that squares hold: logits[B, squares, slots, classes] and the
     table of `held`; what comes after the end of a square's characters hardly counts."""
-    slots, some = table[..., 1:], table[..., :1] > 0
+    slots, some = table[..., 1:], table[..., 1:2] > 0
     each = F.cross_entropy(logits.flatten(0, 2), slots.flatten(), reduction="none")
     asked = torch.cat([some, (slots[..., :-1] > 0) & some], -1)  # a character, or their end
     weight = torch.where(asked, 1.0, torch.where(some, 0.1, 0.02))
@@ -160,6 +161,11 @@ def spelled(logits: Tensor, table: Tensor) -> Tensor:
 def printed(batch: dict[str, Tensor]) -> Tensor:
     """bool[B]: the pictures of a text."""
     return batch["facts"][:, 2] == TEXT
+
+
+def lettered(batch: dict[str, Tensor]) -> Tensor:
+    """bool[B]: the pictures of characters, of a text or of a page of print."""
+    return (batch["held"][..., 1] > 0).any(1)
 
 
 def fine_losses(heads: Heads, fine: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,9 +190,11 @@ def losses(
     }
     some = printed(batch)
     if some.any():
-        table = batch["held"][some]
-        parts["first"] = balanced(first[some].flatten(0, 1), table[..., 0].flatten())
-        parts["text"] = spelled(text[some], table)
+        numbers = batch["held"][some][..., 0]
+        parts["first"] = balanced(first[some].flatten(0, 1), numbers.flatten())
+    some = lettered(batch)
+    if some.any():
+        parts["text"] = spelled(text[some], batch["held"][some])
         parts["parts"] = spelled(heads.of_middle(middle[some]), batch["parts"][some])
     return parts
 
@@ -200,7 +208,7 @@ def read(first: Tensor, text: Tensor) -> list[str]:
     result = []
     for numbers, tokens in zip(first.tolist(), text.tolist(), strict=True):
         order = sorted((number, i) for i, number in enumerate(numbers) if number)
-        said = "".join(CHARACTERS[c - 1] for _, i in order for c in tokens[i] if c)
+        said = "".join(CHARACTERS[c - 1] for _, i in order for c in tokens[i] if c > 0)
         result.append(said.strip())
     return result
 

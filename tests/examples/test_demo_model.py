@@ -97,16 +97,19 @@ def test_a_warp_takes_the_corners_where_it_says():
 
 
 def test_a_change_is_what_it_says():
-    from changes import NOTHING, change
+    from changes import NOTHING, change, pair
     from draw import shapes_scene
 
     for seed in range(12):
         rng = Random(seed)
         one = shapes_scene(rng)
-        other, said = change(one, rng)
-        assert (said == NOTHING) == (other == one)
-        if "number" in said:
-            assert f"from {one.count} to {other.count}" in said
+        other, told = change(one, rng)
+        assert (told.said == NOTHING) == (other == one)
+        if told.what == "number":
+            assert told.said == f"The number has changed from {one.count} to {other.count}."
+            assert told.undone.said == f"The number has changed from {other.count} to {one.count}."
+    assert not all(pair(f"any-{seed}")[2].what for seed in range(12))
+    assert all(pair(f"any-{seed}", changed=True)[2].what for seed in range(12))
 
 
 def test_a_stage_by_the_clock_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
@@ -224,6 +227,7 @@ def test_a_row_asks_for_its_answers_and_no_more():
 
 def test_what_has_changed_is_the_answer_about_a_pair():
     """Both pictures have their places in the row, and so have their tokens in the embeddings."""
+    from changes import Change
     from decoder import DemoModel
     from language import VISUAL, said_of_pair
     from network import Shape
@@ -233,7 +237,7 @@ def test_what_has_changed_is_the_answer_about_a_pair():
 
     prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
     said = 'The text has changed from "AB" to "CD".'
-    ids, targets = said_of_pair(said, Random(0), prompter)
+    ids, targets = said_of_pair(Change("text", "AB", "CD"), Random(0), prompter)
     assert len(ids) == len(targets)
     answer = [target for target in targets if target >= 0]
     assert prompter.tokenizer.decode(answer) == said
@@ -348,6 +352,7 @@ def test_the_lower_part_stands_once_everything_is_learned(tmp_path):
 
 def test_batches_seen_before_come_again_with_other_questions():
     """The latest ones, with their maps and labels; of pairs, what has changed."""
+    from changes import Change
     from prompts import Prompter
     from seen import Seen
     from tokenizers import Tokenizer
@@ -367,7 +372,7 @@ def test_batches_seen_before_come_again_with_other_questions():
         assert "pixels" not in batch
     assert len({batch["ids"].shape for batch, _ in picked}) > 1
     pairs = Seen(prompter, 0, most=1)
-    pairs.add({"shown": ["Nothing has changed."]}, torch.zeros(2, 4))
+    pairs.add({"shown": [Change()]}, torch.zeros(2, 4))
     batch, _ = pairs.pick()
     said = [target for target in batch["targets"][0].tolist() if target >= 0]
     assert prompter.tokenizer.decode(said) == "Nothing has changed."
@@ -394,3 +399,52 @@ def test_yes_and_no_are_learned_in_batches_of_their_own():
         for targets in batch["targets"]:
             said = [target for target in targets.tolist() if target >= 0]
             assert prompter.tokenizer.decode(said) in ("yes", "no")
+
+
+def test_a_pair_is_asked_in_either_order_and_a_picture_with_itself():
+    """Of a picture shown twice the answer is that nothing has changed."""
+    from changes import Change
+    from prompts import Prompter
+    from settle import Store, paired_batches
+    from tokenizers import Tokenizer
+
+    prompter = Prompter(Tokenizer.from_file(str(DEMO / "tokenizer.json")))
+    scenes = [a_text("AB", [(0.1, 0.1, 0.2, 0.2), (0.2, 0.1, 0.28, 0.2)])]
+    single, pair = torch.full((1, 1, 4, 1, 1), 7.0), torch.arange(2.0).view(1, 2, 1, 1, 1)
+    stored = Store(scenes, single, [Change("color", "red", "blue")], pair.expand(1, 2, 4, 1, 1))
+    batch = next(paired_batches(stored, prompter, 64, 0))
+    seen = set()
+    for two, targets in zip(
+        batch["features"][:, :, 0, 0, 0].tolist(), batch["targets"], strict=True
+    ):
+        said = prompter.tokenizer.decode([t for t in targets.tolist() if t >= 0])
+        seen.add((*two, said.removesuffix("<|im_end|>")))
+    assert seen == {
+        (0.0, 1.0, "The color has changed from red to blue."),
+        (1.0, 0.0, "The color has changed from blue to red."),
+        (7.0, 7.0, "Nothing has changed."),
+    }
+
+
+def test_a_page_is_asked_for_the_characters_of_each_square():
+    """In reading order, words apart; a square that holds more than is asked is left out."""
+    from draw import scene
+    from vision import CHARACTERS, GRID, HELD, NEVER, held, labels, lettered, printed, read
+
+    one = scene("a-page", "page")
+    table = held(one)
+    assert labels(one)["held"].tolist() == table.tolist()
+    batch = {name: torch.from_numpy(value)[None] for name, value in labels(one).items()}
+    assert lettered(batch).item()
+    assert not printed(batch).item()
+    said = "".join(CHARACTERS[c - 1] for row in table[:, 1:].tolist() for c in row if c > 0)
+    lines = " ".join(line.text for line in one.lines)
+    asked = table[:, 1] != NEVER
+    assert set(said) <= set(lines)
+    assert asked.all() == (len(said.replace(" ", "")) == len(lines.replace(" ", "")))
+    crowded = a_text(
+        "A" * 12, [(0.01 + 0.001 * i, 0.01, 0.012 + 0.001 * i, 0.1) for i in range(12)]
+    )
+    table = held(crowded)
+    assert table[0].tolist() == [1] + [NEVER] * HELD[GRID]
+    assert read(torch.from_numpy(table[None, :, 0]), torch.from_numpy(table[None, :, 1:])) == [""]
