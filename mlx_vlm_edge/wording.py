@@ -1,11 +1,19 @@
 """How names, sizes and the errors of others are put into a line for the user."""
 
 import re
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 # What moves a terminal's cursor, changes its state or turns text around.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _PROGRESS = re.compile(r"(\r|\x1b\[[KA])")  # of a line that changes: to its beginning, wiped, up
+
+
+@cache
+def say_once(note: str) -> None:
+    """A note on stderr, the first time that it is to be said."""
+    print(note, file=sys.stderr)
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -6,14 +6,13 @@ is missing. Hub, download, loader, converter, exporter and tokenizer ask here.
 
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import UsageError
+from ..wording import say_once
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -103,7 +102,7 @@ def weight_files(folder: Path, formats: Sequence[Format] = FORMATS) -> list[Path
         if absent := [name for name in shards if not (folder / name).is_file()]:
             if len(absent) < len(shards) or not any(_unlisted(folder, f) for f in FORMATS):
                 raise UsageError(f"{folder}: shard {absent[0]} is missing; download it again")
-            _say(f"{folder / form.index} names files that are not there: it is not used")
+            say_once(f"{folder / form.index} names files that are not there: it is not used")
             shards = []
         if paths := [folder / name for name in shards or _unlisted(folder, form)]:
             return paths
@@ -115,12 +114,6 @@ def read_whole(folder: Path) -> int:
     are copied, safetensors stay on the disk until they are used."""
     paths = [path for path in weight_files(folder) if not path.name.endswith(SAFETENSORS.endings)]
     return sum(path.stat().st_size for path in paths)
-
-
-@cache
-def _say(line: str) -> None:
-    """A note on stderr, once."""
-    print(line, file=sys.stderr)
 
 
 def _shards(index: Path) -> list[str]:

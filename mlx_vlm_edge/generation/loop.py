@@ -13,7 +13,13 @@ import mlx.core as mx
 
 from .. import forked
 from ..errors import UsageError, check_keywords
-from ..language.cache import Cache, QuantizingCaches, RotatingKVCache
+from ..language.cache import (
+    KV_GROUP_SIZE,
+    QUANTIZED_KV_START,
+    Cache,
+    QuantizingCaches,
+    RotatingKVCache,
+)
 from ..language.decoder import PREFILL_STEP
 from ..models.base import VisionLanguageModel
 from ..picture.token_budget import TokenBudget, token_budget
@@ -56,8 +62,8 @@ class Options(Sampling):
     skip_special_tokens: bool = True
     max_kv_size: int | None = None
     kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
+    kv_group_size: int = KV_GROUP_SIZE
+    quantized_kv_start: int = QUANTIZED_KV_START
     prefill_step_size: int = PREFILL_STEP
     schema: Mapping[str, Any] | str | None = None
     choices: Sequence[str] | None = None

@@ -13,6 +13,8 @@ from ..errors import UsageError
 
 Mask = mx.array | str | None
 STEP = 256  # positions a cache grows by
+KV_GROUP_SIZE = 64  # by default, where keys and values are quantised
+QUANTIZED_KV_START = 5000  # positions from which on they are
 
 
 class Cache(Protocol):

@@ -1,8 +1,6 @@
 """Adapters that a user named -> read, and taken up by a model's native weights."""
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import mlx.core as mx
 from ..checkpoint.adapter import Adapter, check_values, read_adapter
 from ..checkpoint.adapter_choice import AdapterChoice
 from ..models.adapted import Adapted, adapt
+from ..wording import say_once
 
 
 def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
@@ -22,14 +21,8 @@ def read_adapters(chosen: Sequence[AdapterChoice]) -> list[Adapter]:
     for adapter in adapters:
         check_values(adapter)
         if adapter.note:
-            _tell(adapter.note)
+            say_once(adapter.note)
     return adapters
-
-
-@cache
-def _tell(note: str) -> None:
-    """Once, however often the adapter is read."""
-    print(note, file=sys.stderr)
 
 
 def check_folders(chosen: Sequence[AdapterChoice]) -> None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..checkpoint.quantization import GROUP_SIZE
 from ..errors import UsageError
+from ..language.cache import KV_GROUP_SIZE, QUANTIZED_KV_START
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..wording import gigabytes
 from .cost import SQUARE, Cost, Size, blueprint, question
@@ -33,8 +34,8 @@ class Caches:
 
     max_kv_size: int | None = None
     kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
+    kv_group_size: int = KV_GROUP_SIZE
+    quantized_kv_start: int = QUANTIZED_KV_START
 
     def positions(self, cost: Cost, wanted: int) -> int:
         """How many of so many positions are ever in one."""

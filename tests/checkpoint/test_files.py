@@ -12,6 +12,7 @@ from mlx_vlm_edge.checkpoint import files
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, read_config
 from mlx_vlm_edge.checkpoint.files import SAFETENSORS, TORCH, lacking, needed, weight_files
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.wording import say_once
 
 from ..reference import torchvision_shim
 
@@ -21,7 +22,7 @@ TORCH_SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
 
 @pytest.fixture(autouse=True)
 def every_note_is_said():
-    files._say.cache_clear()
+    say_once.cache_clear()
 
 
 def fill(folder, *names, **contents):

@@ -240,16 +240,21 @@ def test_mlx_folders_give_the_same_model(folders, adapters, tmp_path, old):
     assert equal(theirs, load(str(folders["hub"]), adapter=folder)[0])
 
 
+def mlx_lms(kind, base, size):
+    """mlx-lm's layer around another, trained as it were, and its magnitude, where it is DoRA's."""
+    layer = kind.from_base(base, r=4, scale=1.7)
+    layer.lora_b = size * mx.random.normal(layer.lora_b.shape)
+    if "m" not in layer:
+        return layer, None
+    layer.m = layer.m * (1 + 0.2 * mx.random.uniform(shape=layer.m.shape))
+    return layer, layer.m
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_update_is_merged_as_mlx_lm_fuses_it(kind):
     mx.random.seed(3)
     linear = nn.Linear(64, 48)
-    theirs = {"lora": LoRALinear, "dora": DoRALinear}[kind].from_base(linear, r=4, scale=1.7)
-    theirs.lora_b = 0.1 * mx.random.normal((4, 48))
-    magnitude = None
-    if kind == "dora":
-        theirs.m = theirs.m * (1 + 0.2 * mx.random.uniform(shape=(48,)))
-        magnitude = theirs.m
+    theirs, magnitude = mlx_lms({"lora": LoRALinear, "dora": DoRALinear}[kind], linear, 0.1)
     ours = LowRank(theirs.lora_a.T, theirs.lora_b.T, 1.7, magnitude)
     assert mx.allclose(ours.merged(linear.weight), theirs.fuse().weight, atol=1e-6)
     quantised = nn.QuantizedLinear.from_linear(linear, 32, 4)
@@ -268,11 +273,7 @@ def test_a_table_and_a_head_tied_to_it_are_updated_as_mlx_lms(kind, quantised):
     """Unfused and fused: mlx-lm trains both with one update."""
     mx.random.seed(4)
     table = nn.Embedding(96, 64)
-    theirs = {"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind].from_base(table, r=4, scale=1.7)
-    theirs.lora_b = 0.2 * mx.random.normal((4, 64))
-    magnitude = None
-    if kind == "dora":
-        magnitude = theirs.m = theirs.m * (1 + 0.2 * mx.random.uniform(shape=(96,)))
+    theirs, magnitude = mlx_lms({"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind], table, 0.2)
     ours = LowRank(theirs.lora_a.T, theirs.lora_b.T, 1.7, magnitude, embedding=True, tied=True)
     assert mx.allclose(ours.merged(table.weight), theirs.fuse().weight, atol=1e-6)
     assert mx.allclose(ours.of_head.merged(table.weight), theirs.fuse().weight, atol=1e-6)
