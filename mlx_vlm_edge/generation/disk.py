@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import cast
@@ -163,4 +164,5 @@ def _content(content: bytes) -> str:
 
 def say(line: str) -> None:
     """Tell of what a cache could not do, which harms no answer."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody reads there any more
+        print(line, file=sys.stderr, flush=True)

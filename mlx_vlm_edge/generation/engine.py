@@ -48,8 +48,8 @@ class Ticket:
     """A prompt on its way; `cancel` gives its place free at the next step.
 
     deliver: called in the engine's thread with every piece of the answer, the last of which has a
-    finish reason, or with what went wrong. client: whose turn it is when several wait. model: which
-    of the engine's answers.
+    finish reason, or with what went wrong; where it raises, the prompt is cancelled. client: whose
+    turn it is when several wait. model: which of the engine's answers.
     """
 
     inputs: Inputs
@@ -61,6 +61,14 @@ class Ticket:
     model: VisionLanguageModel
     _cancelled: Event = field(default_factory=Event)
 
+    def tell(self, piece: GenerationResult | Exception) -> None:
+        """Deliver; one that cannot take it harms no other."""
+        try:
+            self.deliver(piece)
+        except Exception as error:  # noqa: BLE001  (whatever the one who asked has it raise)
+            self.cancel()
+            say(f"an answer is cancelled: it cannot be delivered ({type(error).__name__}: {error})")
+
     def cancel(self) -> None:
         self._cancelled.set()
 
@@ -70,17 +78,27 @@ class Ticket:
 
 
 class Line:
-    """Prompts that wait, taken from one client after the other."""
+    """Prompts that wait, taken from one client after the other; cancelled ones have no place."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._by_client: OrderedDict[str, deque[Ticket]] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(map(len, self._by_client.values()))
+        return sum(not ticket.cancelled for each in self._by_client.values() for ticket in each)
+
+    def drop_cancelled(self) -> None:
+        """Let go of prompts that nobody waits for, and of their pictures."""
+        for client, tickets in list(self._by_client.items()):
+            left = deque(ticket for ticket in tickets if not ticket.cancelled)
+            if left:
+                self._by_client[client] = left
+            else:
+                del self._by_client[client]
 
     def put(self, ticket: Ticket) -> None:
         """Raises BusyError when the line is full."""
+        self.drop_cancelled()
         if len(self) >= self.limit:
             raise BusyError
         self._by_client.setdefault(ticket.client, deque()).append(ticket)
@@ -130,11 +148,11 @@ class _Row:
         piece = self.answer.add(token, self.sample.told())
         self.said.append(token)
         self.left -= 1
-        self.ticket.deliver(piece)
-        if piece.finish_reason is not None:
+        self.ticket.tell(piece)
+        if piece.finish_reason is not None or self.ticket.cancelled:
             return False
         if not self.left:
-            self.ticket.deliver(self.answer.cut())
+            self.ticket.tell(self.answer.cut())
         return self.left > 0
 
     def remember(self) -> None:
@@ -221,21 +239,30 @@ class Engine:
         atexit.unregister(self.close)
 
     def _work(self) -> None:
-        while self._turn():
-            pass
-        for row in self._rows:
-            row.ticket.deliver(ClosingError())
-        while (ticket := self._line.take()) is not None:
-            ticket.deliver(ClosingError())
-        self._rows.clear()
-        del self.model, self.processor, self.prefix_cache, self.adapters
-        self._idle.set()
+        try:
+            while self._turn():
+                pass
+        finally:  # whatever ended it: `close` and the exit wait for that
+            self._end()
         Event().wait()
+
+    def _end(self) -> None:
+        try:
+            with self._changed:
+                self._closing = True
+            for row in self._rows:
+                row.ticket.tell(ClosingError())
+            while (ticket := self._line.take()) is not None:
+                ticket.tell(ClosingError())
+            self._rows.clear()
+            del self.model, self.processor, self.prefix_cache, self.adapters
+        finally:
+            self._idle.set()
 
     def _turn(self) -> bool:
         """Admit one prompt where there is a place, decode one token of each; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._rows or len(self._line))
+            self._changed.wait_for(self._asked)
             if self._closing:
                 return False
             ticket = self._line.take() if len(self._rows) < self.rows_limit else None
@@ -246,16 +273,21 @@ class Engine:
             self._step()
         except Exception as error:  # noqa: BLE001  (no row can go on; the next prompts may)
             for row in self._rows:
-                row.ticket.deliver(error)
+                row.ticket.tell(error)
             self._rows = []
         return True
+
+    def _asked(self) -> bool:
+        """Whether there is something to do, now that nothing is left of cancelled prompts."""
+        self._line.drop_cancelled()
+        return self._closing or bool(self._rows) or len(self._line) > 0
 
     def _admit(self, ticket: Ticket) -> None:
         """Prefill a prompt; its first token is under way when it joins the rows."""
         try:
             self._rows.append(self._prefilled(ticket))
         except Exception as error:  # noqa: BLE001  (told to the one whose prompt it is)
-            ticket.deliver(error)
+            ticket.tell(error)
 
     def _prefilled(self, ticket: Ticket) -> _Row:
         model, inputs, options, timer = ticket.model, ticket.inputs, ticket.options, ticket.timer
@@ -300,7 +332,7 @@ class Engine:
                 following[row] = row.sample(logits)
             except Exception as error:  # noqa: BLE001  (told to the one whose sampling it is)
                 row.ticket.cancel()
-                row.ticket.deliver(error)
+                row.ticket.tell(error)
         mx.async_eval(list(following.values()))
         return following
 

@@ -1,7 +1,8 @@
 """Many prompts at once: every answer is the one its prompt gets alone, whatever the others do."""
 
+import weakref
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Thread
 
 import mlx.core as mx
 import pytest
@@ -141,6 +142,26 @@ def test_a_cancelled_prompt_frees_its_place(fastvlm, start):  # noqa: F811
     assert engine.answering == 0
 
 
+def test_those_who_gave_up_keep_no_place_in_the_line_and_no_pictures(fastvlm, start):  # noqa: F811
+    model, processor = fastvlm
+    engine = start(model, processor, rows=1, waiting=2)
+    running, arrived = ask(engine, processor(QUESTIONS[0]), max_tokens=10_000)
+    arrived.get(timeout=60)
+    inputs = [processor(QUESTIONS[0], [picture(seed)]) for seed in range(2)]
+    held = [weakref.ref(each) for each in inputs]
+    gone = [ask(engine, each, client=str(each))[0] for each in inputs]
+    del inputs
+    for ticket in gone:
+        ticket.cancel()
+    assert engine.waiting == 0
+    _, other = ask(engine, processor(QUESTIONS[1]))
+    assert engine.waiting == 1
+    del gone, ticket
+    assert [each() for each in held] == [None, None]
+    running.cancel()
+    assert len(collected(other)) <= TOKENS + 1
+
+
 def test_a_full_line_is_refused_and_a_long_prompt_too(fastvlm, start):  # noqa: F811
     model, processor = fastvlm
     engine = start(model, processor, rows=1, waiting=1)
@@ -154,6 +175,70 @@ def test_a_full_line_is_refused_and_a_long_prompt_too(fastvlm, start):  # noqa: 
         ask(engine, too_long)
     for ticket in (waiting, running):
         ticket.cancel()
+
+
+class BrokenError(Exception):
+    """What a callback may raise."""
+
+
+def broken(piece):
+    raise BrokenError("the window is closed")
+
+
+@pytest.mark.parametrize("draft", [None, "prompt-lookup"])
+def test_one_that_cannot_be_told_harms_no_other(fastvlm, start, capfd, draft):  # noqa: F811
+    model, processor = fastvlm
+    want = alone(model, processor, QUESTIONS[0], [])
+    engine = start(model, processor, rows=2)
+    options = Options(max_tokens=10_000, draft=draft)
+    ticket = engine.submit(processor(QUESTIONS[1]), options, broken)
+    assert ids(collected(ask(engine, processor(QUESTIONS[0]))[1])) == want
+    assert ticket.cancelled
+    assert engine.answering == 0
+    told = "an answer is cancelled: it cannot be delivered (BrokenError: the window is closed)\n"
+    assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize("fails", ["prefilling", "step", "nothing"])
+def test_one_that_cannot_be_told_of_what_goes_wrong_either(fastvlm, start, monkeypatch, fails):  # noqa: F811
+    """Nor that the engine closes, which ends all the same."""
+    model, processor = fastvlm
+
+    def failing(*_):
+        raise RuntimeError("the device is lost")
+
+    engine = start(model, processor, rows=1)
+    with monkeypatch.context() as patch:
+        if fails != "nothing":
+            patch.setattr(type(model), fails, failing)
+            engine.submit(processor(QUESTIONS[0]), Options(), broken)
+            assert isinstance(collected(ask(engine, processor(QUESTIONS[1]))[1]), RuntimeError)
+    _, arrived = ask(engine, processor(QUESTIONS[0]), max_tokens=10_000)
+    assert arrived.get(timeout=60).token is not None
+    engine.submit(processor(QUESTIONS[1]), Options(), broken)
+    closing = Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert isinstance(collected(arrived), ClosingError)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_engine_s_thread_it_is_closed_then(fastvlm, monkeypatch):  # noqa: F811
+    model, processor = fastvlm
+
+    def ending(*_):
+        raise SystemExit
+
+    engine = Engine(model, processor)
+    monkeypatch.setattr(engine, "_admit", ending)
+    ask(engine, processor(QUESTIONS[0]))
+    _, other = ask(engine, processor(QUESTIONS[1]))
+    assert isinstance(collected(other), ClosingError)
+    engine._thread.join(60)
+    engine.close()
+    with pytest.raises(ClosingError):
+        ask(engine, processor(QUESTIONS[1]))
 
 
 def test_closing_tells_those_that_wait(fastvlm, start):  # noqa: F811
