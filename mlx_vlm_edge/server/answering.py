@@ -103,7 +103,11 @@ class Answering:
         self._under_way += 1
         try:
             async with self._preparing:
-                return await run_in_threadpool(self._prepare, asked)
+                work = asyncio.ensure_future(run_in_threadpool(self._prepare, asked))
+                try:
+                    return await asyncio.shield(work)
+                finally:  # cancelled or not, the thread goes on to its end, and has its place
+                    await asyncio.wait([work])
         finally:
             self._under_way -= 1
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -25,6 +25,7 @@ from .metrics import Metrics
 from .requests import ChatRequest, CompletionRequest, check_count, parse
 from .responses_api import ResponsesRequest
 
+T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -223,7 +224,8 @@ async def _messages(served: Served, request: Request) -> Response:
 async def _count_tokens(served: Served, request: Request) -> Response:
     sent = parse(CountRequest, await _body(request))
     asked = messages_api.asked(sent, served.limits)
-    return JSONResponse({"input_tokens": await served.ready(sent.model).count(asked)})
+    counting = served.ready(sent.model).count(asked)
+    return JSONResponse({"input_tokens": await _unless_gone(request, counting)})
 
 
 class Reply(Protocol):
@@ -247,10 +249,14 @@ class Sent(Protocol):
 async def _reply(
     served: Served, request: Request, sent: Sent, asked: Asked, reply: Reply
 ) -> Response:
-    answers = await served.ready(sent.model).start(asked, served.adapter(sent.model))
+    starting = served.ready(sent.model).start(asked, served.adapter(sent.model))
+    answers = await _unless_gone(request, starting)
     if sent.stream:
         return _Events(served, reply, answers)
-    whole = await _unless_gone(request, answers, reply.whole(answers))
+    try:
+        whole = await _unless_gone(request, reply.whole(answers))
+    finally:
+        answers.cancel()
     served.metrics.answered(reply.choices)
     return JSONResponse(whole, headers={"Cache-Control": "no-store"})
 
@@ -275,8 +281,8 @@ class _Events(StreamingResponse):
             self.served.metrics.answered(self.reply.choices)
 
 
-async def _unless_gone(request: Request, answers: Answers, work: Awaitable[Any]) -> Any:
-    """What `work` gives; a client that goes away meanwhile frees its place."""
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; of a client that goes away meanwhile it is ended."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -285,7 +291,6 @@ async def _unless_gone(request: Request, answers: Answers, work: Awaitable[Any])
             raise ApiError(400, "the client is gone")
         return task.result()
     finally:
-        answers.cancel()
         task.cancel()
         gone.cancel()
 

@@ -338,8 +338,8 @@ def test_limits_that_let_nothing_through_are_refused(flag, capsys):
     assert "must be above 0, not 0" in capsys.readouterr().err
 
 
-def leave_early(url, body):
-    """Send a request, and go away while it is answered."""
+def leave_early(url, body, when=None):
+    """Send a request, and go away while it is answered, or at a certain moment."""
     content = json.dumps(body).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -347,10 +347,20 @@ def leave_early(url, body):
     )
     with connect(url) as connection:
         connection.sendall(head.encode() + content)
-        if body["stream"]:
+        if when is not None:
+            when()
+        elif body["stream"]:
             assert connection.recv(100)
         else:
             time.sleep(0.05)
+
+
+def until(true):
+    """Wait for something that is to happen in another thread."""
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -358,11 +368,50 @@ def test_a_client_that_goes_away_frees_its_place(endless, stream):
     body = {**HELLO, "max_tokens": 2000, "stream": stream}
     with running(Served("demo", engine=endless)) as url:
         leave_early(url, body)
-        deadline = time.monotonic() + 20
-        while endless.answering and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert endless.answering == 0
+        until(lambda: not endless.answering)
         assert httpx.post(url + CHAT, json=HELLO, timeout=30).status_code == 200
+
+
+def test_clients_that_went_away_while_they_waited_keep_nobody_out(endless):
+    inputs, arrived = endless.processor("Describe the image."), SimpleQueue()
+    first = endless.submit(inputs, Options(max_tokens=2000), arrived.put)
+    arrived.get()
+    with running(Served("demo", Limits(rows=1, waiting=1), engine=endless)) as url:
+        for _ in range(2):
+            leave_early(url, {**HELLO, "stream": False}, lambda: until(lambda: endless.waiting))
+            until(lambda: not endless.waiting)
+        threading.Timer(0.2, first.cancel).start()
+        assert httpx.post(url + CHAT, json=HELLO, timeout=30).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_while_it_is_prepared_is_not_queued(demo, monkeypatch, stream):
+    """What is being read is read to its end, by the thread that has a place for that so long."""
+    engine, submitted, began = Engine(*demo), [], threading.Event()
+    submit, prepare, release = engine.submit, Answering._prepare, threading.Event()
+
+    def slow(*args):
+        began.set()
+        release.wait(20)
+        return prepare(*args)
+
+    def counted(*args, **more):
+        submitted.append(args)
+        return submit(*args, **more)
+
+    served, gone = Served("demo", engine=engine), threading.Event()
+    monkeypatch.setattr(engine, "submit", counted)
+    monkeypatch.setattr(Answering, "_prepare", slow)
+    monkeypatch.setattr(served.metrics, "refused", lambda status: gone.set())
+    with running(served) as url:
+        leave_early(url, {**HELLO, "stream": stream}, began.wait)
+        assert gone.wait(20)
+        assert served.answering._under_way == 1
+        release.set()
+        until(lambda: not served.answering._under_way)
+        assert httpx.post(url + CHAT, json=HELLO, timeout=30).status_code == 200
+    assert len(submitted) == 1
+    engine.close()
 
 
 @pytest.mark.parametrize("fails", ["at the first event", "before it"])
