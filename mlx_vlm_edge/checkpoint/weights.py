@@ -26,11 +26,12 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype as safetensors names it ("BF16"), shape, and the bytes it takes in the file."""
+    """dtype as safetensors names it ("BF16"), shape, and where in the file its bytes are."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -51,10 +52,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise UsageError(f"{path}: damaged safetensors header; download it again")
     header.pop("__metadata__", None)
-    return {name: _checked(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    return {name: _checked(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
-def _checked(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
+def _checked(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
+    """data: where in the file the tensors begin. size: the file's."""
     try:
         dtype, shape = str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
         begin, end = map(operator.index, entry["data_offsets"])
@@ -71,11 +73,10 @@ def _checked(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
         nbytes *= dim
     if end - begin != nbytes:
         raise UsageError(f"{path}: {name} says {shape} {dtype} but holds {end - begin} bytes")
-    if end > available:
-        raise UsageError(
-            f"{path}: truncated, {end - available:,} bytes are missing; download it again"
-        )
-    return TensorInfo(dtype, shape, nbytes)
+    if data + end > size:
+        missing = data + end - size
+        raise UsageError(f"{path}: truncated, {missing:,} bytes are missing; download it again")
+    return TensorInfo(dtype, shape, nbytes, data + begin)
 
 
 def read_safetensors(paths: Iterable[Path]) -> dict[str, mx.array]:

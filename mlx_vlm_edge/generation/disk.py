@@ -17,6 +17,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.weights import read_header
 from ..errors import UsageError
 from ..whole_file import remove_abandoned, write
 
@@ -37,11 +38,12 @@ class DiskStore:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            remove_abandoned(self.folder)
         except OSError as error:
             raise UsageError(
                 f"{self.folder}: cannot keep a cache there ({error.strerror})"
             ) from None
+        with suppress(OSError):  # one that cannot be written may be read
+            remove_abandoned(self.folder)
         self._prompt_keys: dict[Path, np.ndarray] = {}
 
     def image(self, model: str, name: bytes) -> mx.array | None:
@@ -58,14 +60,17 @@ class DiskStore:
             self._write(stem, {"tokens": tokens})
 
     def prompts(self, model: str) -> Iterator[tuple[Path, np.ndarray]]:
-        """Every prompt of a model: its file and its positions' keys, int64[L, 3]."""
+        """Every prompt of a model: its file and its positions' keys, int64[L, 3].
+
+        Of a file that is not known yet the keys alone are read; `layers` sees any other damage.
+        """
         for path in self.folder.glob(f"{_name(model, 'prompt')}-*{SUFFIX}"):
-            if path not in self._prompt_keys:
-                arrays = self._read(path)
-                if arrays is None:
-                    continue
-                self._prompt_keys[path] = np.array(arrays["keys"])
-            yield path, self._prompt_keys[path]
+            keys = self._prompt_keys.get(path)
+            if keys is None:
+                keys = self._read_keys(path)
+            if keys is not None:
+                self._prompt_keys[path] = keys
+                yield path, keys
 
     def layers(self, path: Path) -> Layers | None:
         """A prompt's keys and values, [1, heads, L, D] of each layer; None where it is gone."""
@@ -89,33 +94,53 @@ class DiskStore:
         arrays = {"keys": mx.array(keys)}
         for index, (k, v) in enumerate(layers):
             arrays |= {f"k{index}": k[..., :length, :], f"v{index}": v[..., :length, :]}
-        self._write(_name(model, "prompt"), arrays)
+        self._write(_name(model, "prompt"), arrays, keys)
         for path in covered:
             self._drop(path)
 
-    def _write(self, stem: str, arrays: dict[str, mx.array]) -> None:
-        """Add a file. A folder that cannot be written to is told of, and harms no answer."""
+    def _write(
+        self, stem: str, arrays: dict[str, mx.array], keys: np.ndarray | None = None
+    ) -> None:
+        """Add a file, a prompt's with its keys. A folder that cannot be written to is told of, and
+        harms no answer."""
         try:
             saved = io.BytesIO()
             mx.save_safetensors(saved, arrays)
             content = saved.getvalue()
-            write(self.folder / f"{stem}-{_content(content)}{SUFFIX}", content, mode=0o600)
+            path = self.folder / f"{stem}-{_content(content)}{SUFFIX}"
+            write(path, content, mode=0o600)
+            if keys is not None:
+                self._prompt_keys[path] = keys
             self._evict()
         except (OSError, RuntimeError) as error:
             say(f"{self.folder}: the cache cannot be written ({error})")
 
+    def _read_keys(self, path: Path) -> np.ndarray | None:
+        """A prompt's keys, for which no more of its file is read; None as `_read` has it."""
+        try:
+            info = read_header(path)["keys"]
+            with path.open("rb") as file:
+                file.seek(info.start)
+                content = file.read(info.nbytes)
+            return np.frombuffer(content, "<i8").reshape(-1, 3)
+        except OSError:
+            return None
+        except (UsageError, KeyError, ValueError):
+            self._drop_damaged(path)
+            return None
+
     def _read(self, path: Path) -> dict[str, mx.array] | None:
-        """A file's arrays, None where it is gone; one that is not what it was written as is
-        dropped."""
+        """A file's arrays, for use now, None where it is gone; one that is not what it was written
+        as is dropped."""
         try:
             content = path.read_bytes()
-            os.utime(path)
         except OSError:  # another process may have dropped it
             return None
         if _content(content) != path.stem.rpartition("-")[2]:
-            say(f"{path}: damaged, and dropped from the cache")
-            self._drop(path)
+            self._drop_damaged(path)
             return None
+        with suppress(OSError):  # where nothing can be written
+            os.utime(path)
         try:
             # By name: MLX's own threads read a Python file under Python's lock, which another
             # thread may hold while it waits for them (mx.clear_cache does).
@@ -125,9 +150,14 @@ class DiskStore:
         mx.eval(arrays)
         return arrays
 
+    def _drop_damaged(self, path: Path) -> None:
+        say(f"{path}: damaged, and dropped from the cache")
+        self._drop(path)
+
     def _drop(self, path: Path) -> None:
         self._prompt_keys.pop(path, None)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, it is met again
+            path.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         """Remove what was used longest ago until the rest fits."""

@@ -72,7 +72,8 @@ class VisionLanguageModel(nn.Module):
     tower_name = "vision_tower"
     connector_name: str | None = "mm_projector"
     encoder: Callable[[np.ndarray], mx.array] | None = None
-    identify: Callable[[], str] | None = None  # see `identity`
+    identify: Callable[[], str] | None = None  # asked once, see `identity`
+    _identity: str | None = None
     unread: Callable[[], Any] | None = None  # waits for weights that are still being read
     pass_costs: Mapping[int, float] | None = None  # see generation/drafting.py
     seen_by: Callable[[], "VisionLanguageModel"] | None = None  # see `eyes`
@@ -81,8 +82,13 @@ class VisionLanguageModel(nn.Module):
     @property
     def identity(self) -> str | None:
         """What stands for the weights and settings of a model that was read from files, for what
-        outlives the process; None for one that was not."""
-        return None if self.identify is None else self.identify()
+        outlives the process; None for one that was not. Files that are replaced later change
+        nothing of the model, nor of this."""
+        if self.identify is None:
+            return None
+        if self._identity is None:
+            self._identity = self.identify()
+        return self._identity
 
     @property
     def eyes(self) -> "VisionLanguageModel":

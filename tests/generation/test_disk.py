@@ -1,5 +1,6 @@
 """A prefix cache in a folder: the next process skips the picture, and damage is never believed."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -123,6 +124,88 @@ def test_a_longer_prompt_takes_the_place_of_what_it_continues(folder):
     assert k.shape == (1, 2, 30, 4)
     assert v.sum().item() == 240
     assert list(store.prompts("other")) == []
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """(what is done with a file, its name) from now on: read whole by us or MLX, or marked."""
+    done = []
+
+    def note(module, name):
+        own = getattr(module, name)
+
+        def noted(path, *args):
+            done.append((name, Path(path).name))
+            return own(path, *args)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for module, name in ((Path, "read_bytes"), (mx, "load"), (os, "utime")):
+        note(module, name)
+    return done
+
+
+def test_of_what_is_not_used_the_keys_alone_are_read(folder, used):
+    store, random = DiskStore(folder), np.random.default_rng(0)
+    prompts = [random.integers(-9, 9, (length, 3)) for length in (10, 20, 30)]
+    for keys in prompts:
+        store.keep_prompt("m", keys, [(mx.ones((1, 2, 32, 4)), mx.ones((1, 2, 32, 4)))])
+    assert len(list(store.prompts("m"))) == 3
+    known = dict(DiskStore(folder).prompts("m"))
+    assert used == []
+    assert sorted(map(len, known.values())) == [10, 20, 30]
+    for path, keys in known.items():
+        assert any(np.array_equal(keys, each) for each in prompts)
+        assert store.layers(path) is not None
+        assert used == [(do, path.name) for do in ("read_bytes", "utime", "load")]
+        used.clear()
+
+
+def test_a_process_reads_nothing_that_it_wrote_itself(demo, folder, used):
+    model, processor = demo
+    cache = PrefixCache(disk=folder)
+    for question in (DESCRIBE.question, COUNT.question, DESCRIBE.question + " Again, please."):
+        list(stream_generate(model, processor, question, [PICTURE], prefix_cache=cache))
+    assert [what for what, name in used if name.endswith(".safetensors")] == []
+
+
+def test_the_files_of_a_model_are_looked_at_once(demo, folder, monkeypatch):
+    asked, own = [], demo[0].identify
+    monkeypatch.setattr(demo[0], "identify", lambda: asked.append(1) or own())
+    monkeypatch.setattr(demo[0], "_identity", None)
+    for _ in range(2):
+        ask(demo, folder, DESCRIBE.question)
+    assert asked == [1]
+
+
+def test_the_next_best_is_taken_where_the_best_is_damaged(demo, folder):
+    model, _ = demo
+    ask(demo, folder, COUNT.question)
+    (shorter,) = [path for path, _ in DiskStore(folder).prompts(model.identity)]
+    ask(demo, folder, DESCRIBE.question)
+    (best,) = [path for path, _ in DiskStore(folder).prompts(model.identity) if path != shorter]
+    content = bytearray(best.read_bytes())
+    content[-5] ^= 1
+    best.write_bytes(content)
+    text, reused, _ = ask(demo, folder, DESCRIBE.question)
+    assert text == DESCRIBE.answer
+    assert reused > 4
+
+
+def test_a_cache_that_cannot_be_written_is_read(demo, folder, monkeypatch, capfd):
+    ask(demo, folder, DESCRIBE.question)
+    (folder / ".abc.999999999-0.partial").write_bytes(b"half")
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        for name in ("utime", "unlink", "mkdir"):
+            patch.setattr(os, name, refused)
+        text, reused, _ = ask(demo, folder, DESCRIBE.question)
+    assert text == DESCRIBE.answer
+    assert reused > 20
+    assert capfd.readouterr().err == ""
 
 
 def test_the_least_recently_used_leave_when_there_is_too_much(folder):
