@@ -37,6 +37,7 @@ from ..picture.image import open_image
 from ..picture.preprocessing import Preprocessing
 from ..picture.token_budget import TokenBudget, token_budget
 from ..text import saved_tokenizer
+from ..text.mapped_tokenizer import MappedTokenizer
 from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
 from .adapters import adapted, read_adapters
@@ -207,7 +208,8 @@ def start_loading(
         told("weights")
         tokenizer = parsing.wait()
         told("tokenizer")
-    Background(lambda: saved_tokenizer.remember(folder))  # for the next process
+    if not isinstance(tokenizer.backend, MappedTokenizer):
+        Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
     model.identify = partial(model_identity, folder, options, on_cpu(), changed)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)

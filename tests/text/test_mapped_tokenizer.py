@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from mlx_vlm_edge import load
 from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.loading.steps import Background
 from mlx_vlm_edge.text import mapped_file, mapped_tokenizer, saved_tokenizer, tiktoken
 from mlx_vlm_edge.text.detokenizer import byte_of
 from mlx_vlm_edge.text.tokenizer import Tokenizer
@@ -363,3 +365,14 @@ def test_a_published_tokenizer(name, tmp_path):
         same(ours, theirs, text)
 
     check()
+
+
+def test_what_came_from_the_cache_is_not_hashed_again_beside_the_first_prompt(monkeypatch):
+    hashed, own = [], mapped_file._digest
+    load("demo")
+    Background(lambda: None).wait()  # what was begun before it is done
+    monkeypatch.setattr(mapped_file, "_digest", lambda content: hashed.append(1) or own(content))
+    _, processor = load("demo")
+    assert isinstance(processor.tokenizer.backend, mapped_tokenizer.MappedTokenizer)
+    Background(lambda: None).wait()
+    assert len(hashed) == 2  # tokenizer.json, and the file of its arrays
