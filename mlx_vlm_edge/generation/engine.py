@@ -149,6 +149,8 @@ class _Row:
         self.said.append(token)
         self.left -= 1
         self.ticket.tell(piece)
+        if self.run is not None and len(self.said) == 1:
+            self.run.keep_images()
         if piece.finish_reason is not None or self.ticket.cancelled:
             return False
         if not self.left:
@@ -156,7 +158,7 @@ class _Row:
         return self.left > 0
 
     def remember(self) -> None:
-        if self.run is not None and self.said:
+        if self.run is not None:
             self.run.end(self.said)
 
 

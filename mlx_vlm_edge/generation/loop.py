@@ -236,9 +236,10 @@ def stream_inputs(
             if result.token is not None:
                 said.append(result.token)
             yield result
+            if len(said) == 1:
+                run.keep_images()
     finally:  # of a stream that is abandoned as well
-        if said:
-            run.end(said)
+        run.end(said)
 
 
 def prompt_logits(

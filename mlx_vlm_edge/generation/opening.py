@@ -40,6 +40,7 @@ class Begun(Protocol):
     def reused(self) -> int: ...
 
     def encode(self) -> Steps[Inputs]: ...
+    def keep_images(self) -> None: ...
     def end(self, generated: Sequence[int]) -> None: ...
 
 
@@ -174,10 +175,13 @@ class Opened:
         ids, visual = inputs.input_ids[:, self.start :], inputs.visual - self.start
         return replace(inputs, input_ids=ids, visual=visual, tokens=tokens)
 
+    def keep_images(self) -> None:
+        """Before an opening's end there are none."""
+
     def end(self, generated: Sequence[int]) -> None:
         """Remember the opening, where that was not all known and is all there, and of this model:
         a stream may be abandoned long before it is closed."""
-        if self.start == self.length or not _plain(self.cache):
+        if not generated or self.start == self.length or not _plain(self.cache):
             return
         if _unchanged(self.weights, _weights(self.model)):
             ids = self.inputs.input_ids[0, : self.length]

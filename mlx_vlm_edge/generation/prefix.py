@@ -8,7 +8,7 @@ an earlier one, answer included, and goes through the model from there on.
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -39,14 +39,14 @@ def digest(pixels: Pixels, settings: str) -> bytes:
     """16 bytes that stand for an image as a model sees it: all fields of its pixels, and settings
     (the model's configuration) that decide what is made of them."""
     whole = blake2b(settings.encode(), digest_size=16)
-    for field in fields(pixels):
-        value = getattr(pixels, field.name)
+    for part in fields(pixels):
+        value = getattr(pixels, part.name)
         if isinstance(value, np.ndarray | mx.array):
             value = np.asarray(value)
-            whole.update(f"|{field.name} {value.dtype} {value.shape}|".encode())
+            whole.update(f"|{part.name} {value.dtype} {value.shape}|".encode())
             whole.update(np.ascontiguousarray(value).data)
         else:
-            whole.update(f"|{field.name} {value!r}|".encode())
+            whole.update(f"|{part.name} {value!r}|".encode())
     return whole.digest()
 
 
@@ -157,12 +157,13 @@ class PrefixCache:
             return
         known = self.known(model, keys, packing)
         stored = [(shared(other, keys), path) for path, other in self.disk.prompts(model.identity)]
-        length, path = max(stored, default=(0, None), key=lambda pair: pair[0])
-        if path is None or length <= known:
-            return
-        layers = self.disk.layers(path)
-        if layers is not None:
-            self._add(object(), _Prompt(weakref.ref(model), keys[:length], layers))
+        for length, path in sorted(stored, key=lambda pair: pair[0], reverse=True):
+            if length <= known:
+                return
+            layers = self.disk.layers(path)
+            if layers is not None:  # not damaged, nor gone
+                self._add(object(), _Prompt(weakref.ref(model), keys[:length], layers))
+                return
 
     def known(
         self, model: VisionLanguageModel, keys: np.ndarray, packing: Packing | None = None
@@ -233,12 +234,15 @@ class PrefixCache:
         return tokens
 
     def keep_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
-        """Remember an image's visual tokens."""
+        """Remember an image's visual tokens, in memory."""
         model = model.eyes
         mx.eval(tokens)  # what is not computed yet is of use to this thread alone
         self._add((id(model), name), _Image(weakref.ref(model), tokens))
-        if self.disk is not None and model.identity is not None:
-            self.disk.keep_image(model.identity, name, tokens)
+
+    def write_image(self, model: VisionLanguageModel, name: bytes, tokens: mx.array) -> None:
+        """Remember them on the disk, where there is one; waits for it."""
+        if self.disk is not None and model.eyes.identity is not None:
+            self.disk.keep_image(model.eyes.identity, name, tokens)
 
     def keep(
         self,
@@ -280,7 +284,8 @@ class Run:
     """One prompt on its way through the model.
 
     start: positions that were known. digests and counts: of the prompt's images, what stands for
-    each and how many visual tokens it has.
+    each and how many visual tokens it has. encoded: those of images that were not known, which are
+    remembered later: before the first token nothing waits for the device or the disk.
     """
 
     store: PrefixCache
@@ -291,6 +296,7 @@ class Run:
     inputs: Inputs
     digests: list[bytes]
     counts: list[int]
+    encoded: dict[bytes, mx.array] = field(default_factory=dict)
 
     @property
     def reused(self) -> int:
@@ -306,18 +312,12 @@ class Run:
             for name, pixels, where in zip(self.digests, inputs.pixels, places, strict=True)
             if len(where) and where[-1] >= self.start
         ]
-        tokens: dict[bytes, mx.array] = {}
-        missing: dict[bytes, Pixels] = {}
-        for name, pixels, _ in images:
-            known = self.store.image(self.model, name)
-            if known is None:
-                missing[name] = pixels
-            else:
-                tokens[name] = known
+        known = {name: self.store.image(self.model, name) for name, _, _ in images}
+        tokens = {name: image for name, image in known.items() if image is not None}
+        missing = {name: pixels for name, pixels, _ in images if name not in tokens}
         encoded = yield from self.model.encode(list(missing.values()))
-        for name, image in zip(missing, encoded, strict=True):
-            self.store.keep_image(self.model, name, image)
-            tokens[name] = image
+        self.encoded.update(zip(missing, encoded, strict=True))
+        tokens |= self.encoded
         rest = [
             tokens[name][int(np.searchsorted(where, self.start)) :] for name, _, where in images
         ]
@@ -325,13 +325,21 @@ class Run:
         pictures = [pixels for _, pixels, _ in images]
         return Inputs(inputs.input_ids[:, self.start :], visual, pictures, rest)
 
-    def end(self, generated: Sequence[int]) -> None:
-        """Remember the prompt, and as much of the answer as went through the model.
+    def keep_images(self) -> None:
+        """Let others have the images that were encoded, once the first token is there."""
+        for name, tokens in self.encoded.items():
+            self.store.keep_image(self.model, name, tokens)
 
-        Nothing of a rotating cache that has begun to forget, nor of a prompt that would have come
-        out otherwise in parts.
+    def end(self, generated: Sequence[int]) -> None:
+        """Remember the images, the prompt, and as much of the answer as went through the model.
+
+        Of prompt and answer nothing where there is no token, where a rotating cache has begun to
+        forget, or where parts would have come out otherwise than the whole.
         """
-        if not self.model.language_model.splits(len(self.keys)):
+        self.keep_images()
+        while self.encoded:
+            self.store.write_image(self.model, *self.encoded.popitem())
+        if not generated or not self.model.language_model.splits(len(self.keys)):
             return
         answer = np.zeros((len(generated), 3), np.int64)
         answer[:, 0] = generated

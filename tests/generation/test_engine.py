@@ -177,6 +177,28 @@ def test_a_full_line_is_refused_and_a_long_prompt_too(fastvlm, start):  # noqa: 
         ticket.cancel()
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["under way", "gone before its first token"])
+def test_a_picture_is_encoded_once_for_all_that_wait(fastvlm, start, monkeypatch, gone):  # noqa: F811
+    model, processor = fastvlm
+    encoded, stages = [], type(model).stages
+    first, cancelled = SimpleQueue(), []
+
+    def counted(this, pixels):
+        encoded.append(1)
+        if gone:
+            cancelled[0].cancel()
+        return stages(this, pixels)
+
+    monkeypatch.setattr(type(model), "stages", counted)
+    engine = start(model, processor, rows=2, prefix_cache=PrefixCache())
+    with engine._changed:
+        for question in QUESTIONS[:2]:
+            inputs = processor(question, [picture(7)])
+            cancelled.append(engine.submit(inputs, Options(max_tokens=20), first.put))
+    assert len(collected(first)) > 1
+    assert encoded == [1]
+
+
 class BrokenError(Exception):
     """What a callback may raise."""
 

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_edge import generate, load, stream_generate
+from mlx_vlm_edge import generate, load, stream_generate, whole_file
 from mlx_vlm_edge.generation import prefix
 from mlx_vlm_edge.generation.prefix import PrefixCache, digest, position_keys, shared
 from mlx_vlm_edge.language.cache import KVCache, QuantizedKVCache
 from mlx_vlm_edge.loading.load import LoadOptions, start_loading
-from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.picture.image import Pixels, open_image
 from mlx_vlm_edge.picture.tiling import Tiles
 from mlx_vlm_edge.text.prompt import Inputs
 
@@ -509,6 +509,38 @@ def test_unknown_caches_are_bypassed(fastvlm, monkeypatch):
     layers = len(model.language_model.model.layers)
     asker("Is it red?", picture(1))
     assert asker("Is it red?", picture(1)).reused == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "memory", "disk"])
+def test_nothing_waits_for_the_device_or_the_disk_before_the_first_token(
+    fastvlm, kind, tmp_path, monkeypatch
+):
+    model, processor = fastvlm
+    store = {"none": None, "memory": PrefixCache(), "disk": PrefixCache(disk=tmp_path)}[kind]
+    waits, evaluate, settle = [], mx.eval, whole_file.settle
+    stream = stream_generate(
+        model, processor, "Are they red?", [picture(1), picture(2)], prefix_cache=store
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", lambda *x: (waits.append("device"), evaluate(*x))[1])
+        patch.setattr(whole_file, "settle", lambda *x: (waits.append("disk"), settle(*x))[1])
+        next(stream)
+        assert waits == []
+        next(stream)
+        assert "disk" not in waits
+    if store is not None:  # while the answer goes on others have the pictures
+        images = [store.image(model, name) for name in digests(model, processor, 1, 2)]
+        assert all(image is not None for image in images)
+        assert store.nbytes == sum(image.nbytes for image in images)
+    stream.close()
+    if kind == "disk":
+        assert len(list(tmp_path.iterdir())) == 3
+        later = PrefixCache(disk=tmp_path)
+        assert all(later.image(model, name) is not None for name in digests(model, processor, 1, 2))
+
+
+def digests(model, processor, *seeds):
+    return [digest(processor.preprocess(open_image(picture(s))), repr(model.config)) for s in seeds]
 
 
 def test_an_abandoned_answer_leaves_its_prompt(fastvlm):
