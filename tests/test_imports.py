@@ -22,7 +22,7 @@ LIST = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
 # What a conversion may use of the runtime; whatever is not here (a server, say) it may not.
 OF_THE_CONVERTER = {
     "checkpoint", "connectors", "errors", "hub", "kernels", "language", "models", "picture", "text",
-    "timings", "vision", "whole_file", "wording",
+    "system_files", "timings", "vision", "whole_file", "wording",
 }  # fmt: skip
 
 

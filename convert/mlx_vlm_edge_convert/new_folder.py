@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.system_files import of_the_system
 from mlx_vlm_edge.whole_file import settle_folder, settle_tree
 
 # A folder -> the files in it that we wrote, by a manifest of ours; none where it has none.
 Listed = Callable[[Path], Container[str]]
-_OF_THE_SYSTEM = ".DS_Store"  # Finder's, in any folder that was looked at
 _SWAP = 2  # RENAME_SWAP of macOS, RENAME_EXCHANGE of Linux
 _HERE = -100  # Linux's AT_FDCWD
 
@@ -40,18 +40,22 @@ def check_target(target: Path, *, overwrite: bool, listed: Listed) -> None:
 def _check(target: Path, *, overwrite: bool, listed: Listed) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file; name a folder to write to")
-    if not target.is_dir() or not any(target.iterdir()):
+    if not target.is_dir() or _is_empty(target):
         return
     if not overwrite:
         raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
     ours = listed(target)
     for path in sorted(target.rglob("*")):
         name = path.relative_to(target).as_posix()
-        if not path.is_dir() and path.name != _OF_THE_SYSTEM and name not in ours:
+        if not path.is_dir() and not of_the_system(path.name) and name not in ours:
             raise UsageError(
                 f"{target} has other things than a model of ours in it ({name}): move them away, "
                 "or name another folder"
             )
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(of_the_system(path.name) and path.is_file() for path in folder.iterdir())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_vlm_edge.checkpoint.files import SAFETENSORS, beside, read_json
 from mlx_vlm_edge.checkpoint.weights import not_finite
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.system_files import of_the_system
 from mlx_vlm_edge.wording import gigabytes
 
 from .rules import Arrays
@@ -55,7 +56,7 @@ def save_weights(
             report(f"writing {file} ({size / 1e6:,.1f} MB)")
         _save(folder / file, {name: weights.pop(name) for name in names})
         index |= dict.fromkeys(names, file)
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.iterdir() if not of_the_system(path.name))
     metadata = {"total_size": total, "files": files}
     content = {"metadata": metadata, "weight_map": dict(sorted(index.items()))}
     save_json(folder / SAFETENSORS.index, content)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..system_files import of_the_system
 
 MAX_SCALE = 1000.0
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
@@ -43,7 +44,8 @@ class AdapterChoice:
     def identity(self) -> str:
         """A name of what the folder's files hold, whatever they are called and however old."""
         digest = hashlib.sha256()
-        for path in sorted(path for path in self.path.iterdir() if path.is_file()):
+        ours = (path for path in self.path.iterdir() if not of_the_system(path.name))
+        for path in sorted(path for path in ours if path.is_file()):
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.name} {content}\n".encode())

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import UsageError
+from ..system_files import of_the_system
 from ..wording import say_once
 
 CONFIG = "config.json"
@@ -59,7 +60,7 @@ class Format:
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Of some names those of a model's weights: its own one file, its shards, or any."""
-        ours = sorted(n for n in names if n.endswith(self.endings) and not n.startswith(_FOREIGN))
+        ours = sorted(n for n in names if n.endswith(self.endings) and not _is_foreign(n))
         own = re.compile(rf"{self.stem}(-\d+-of-\d+)?\.\w+")
         return [self.single] * (self.single in ours) or list(filter(own.fullmatch, ours)) or ours
 
@@ -73,6 +74,10 @@ _FOREIGN = (
     "mm_projector",
 )  # fmt: skip
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(_FOREIGN) or of_the_system(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..system_files import of_the_system
 from . import streams
 from .flags import (
     add_model_group,
@@ -154,7 +155,8 @@ def _named(item: str) -> list[str]:
     path = Path(item).expanduser()
     if path.is_dir():
         below = sorted(path.rglob("*"))
-        return [str(file) for file in below if file.suffix.lower() in SUFFIXES]
+        named = [file for file in below if file.suffix.lower() in SUFFIXES]
+        return [str(file) for file in named if not of_the_system(file.name)]
     if path.is_file():
         return [str(path)]
     matching = sorted(glob.glob(str(path), recursive=True))

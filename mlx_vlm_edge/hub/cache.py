@@ -63,12 +63,13 @@ def snapshot_folder(repo: str, revision: str | None = None) -> Path:
 
 def whole_snapshot(repo: str) -> Path | None:
     """The newest snapshot of any revision that is complete."""
-    snapshots = sorted((repository_folder(repo) / "snapshots").glob("*"), key=_time, reverse=True)
-    return next(filter(is_complete, snapshots), None)
+    return next(filter(is_complete, reversed(_snapshots(repository_folder(repo)))), None)
 
 
-def _time(path: Path) -> float:
-    return path.stat().st_mtime
+def _snapshots(home: Path) -> list[Path]:
+    """A repository's snapshots, the newest last; a system puts files of its own beside them."""
+    folders = (path for path in (home / "snapshots").glob("*") if path.is_dir())
+    return sorted(folders, key=lambda path: path.stat().st_mtime)
 
 
 def is_complete(snapshot: Path) -> bool:
@@ -85,8 +86,7 @@ def cached_models(named: Container[str] = ()) -> Iterator[CachedModel]:
     cache = cache_folder()
     for home in sorted(cache.glob("models--*--*")) if cache.is_dir() else []:
         repo = home.name.removeprefix("models--").replace("--", "/", 1)
-        snapshots = sorted((home / "snapshots").glob("*"), key=_time)
-        latest = snapshots[-1] if snapshots else home / "snapshots" / "none"
+        latest = (_snapshots(home) or [home / "snapshots" / "none"])[-1]
         if not (published.recorded(home) or _supported(latest, repo in named)):
             continue
         blobs = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]

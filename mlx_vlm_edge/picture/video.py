@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import UsageError
+from ..system_files import of_the_system
 from .image import SHOWN, check_size, finding, open_image, reading
 from .rgb import to_rgb
 
@@ -117,6 +118,7 @@ def _head(path: Path) -> bytes:
 
 def _folder(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
     names = [item for item in path.iterdir() if item.suffix.lower() in FRAME_FILES]
+    names = [item for item in names if not of_the_system(item.name)]
     names.sort(key=lambda item: _by_number(item.name))
     if not names:
         raise UsageError(f"{path}: no frames in it; a folder as a video holds PNG or JPEG files")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_vlm_edge.checkpoint.files import read_json
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.system_files import of_the_system
 
 from ..save import save_json
 from .names import PACKAGE_SUFFIX, TOKENS
@@ -138,8 +139,8 @@ def listed(folder: Path) -> Collection[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in paths if path != folder / NAME)
+    paths = (path for path in folder.rglob("*") if not of_the_system(path.name))
+    return sorted(path for path in paths if path.is_file() and path != folder / NAME)
 
 
 def digest(path: Path) -> str:
