@@ -4,7 +4,9 @@ import base64
 import binascii
 import http.client
 import io
+import os
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -148,6 +150,20 @@ def _connect(
     raise failure
 
 
+def trusting() -> ssl.SSLContext:
+    """What checks https: by the authorities that OpenSSL finds or, where there are none, certifi's.
+
+    python.org's Python for macOS comes without any.
+    """
+    context = ssl.create_default_context()
+    folder = ssl.get_default_verify_paths().capath  # of which one is read when it is needed
+    if not context.cert_store_stats()["x509_ca"] and not (folder and any(os.scandir(folder))):
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
+
+
 class _Http(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, limits: Allowance) -> None:
         urllib.request.HTTPSHandler.__init__(self)
@@ -157,7 +173,8 @@ class _Http(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(partial(_connection, http.client.HTTPConnection, self._limits), req)
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(partial(_connection, http.client.HTTPSConnection, self._limits), req)
+        kind = partial(_connection, http.client.HTTPSConnection, self._limits)
+        return self.do_open(kind, req, context=trusting())
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -651,6 +652,30 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
         remote.download("https://name.example/x.png", "field", Limits())
     assert looked_up == ["name.example"]
     assert connected == [("8.8.8.8", 443)]
+
+
+@pytest.mark.parametrize("folder", ["nowhere", ""])
+def test_certificates_are_checked_where_python_came_without_authorities(
+    tmp_path, monkeypatch, folder
+):
+    """As python.org's for macOS does."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / folder))
+    assert ssl.create_default_context().cert_store_stats()["x509_ca"] == 0
+    allowance = fetch.Allowance("x", 15.0, 2**20)
+    monkeypatch.setattr(fetch._Http, "do_open", lambda *_, context: context)
+    own = fetch._Http(allowance).https_open(None)
+    for context in (own, remote._Connection("host", 443, allowance)._context):
+        assert context.cert_store_stats()["x509_ca"] > 50
+        assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+
+
+def test_authorities_that_someone_chose_are_the_only_ones(tmp_path, monkeypatch):
+    """A folder of them is read when a server's certificate is checked."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    (tmp_path / "5ed36f99.0").touch()
+    assert fetch.trusting().cert_store_stats()["x509_ca"] == 0
 
 
 @pytest.mark.parametrize("url", [
