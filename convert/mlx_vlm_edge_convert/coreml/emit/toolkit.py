@@ -63,4 +63,18 @@ def tools() -> Tools:
         if (error.name or "").partition(".")[0] != "coremltools":
             raise
         raise UsageError(MISSING) from None
+    require_library("libmilstoragepython")
     return Tools(ct, mil.Builder, types)
+
+
+def require_library(name: str) -> None:
+    """Raises UsageError where coremltools lacks a native library: pip built it from its sources."""
+    try:
+        with _without(_UNUSED):
+            import_module(f"coremltools.{name}")
+    except ImportError:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise UsageError(
+            f"coremltools came without its library {name}, as where it has no wheel for Python "
+            f"{version}: pip install --only-binary=:all: coremltools, with a Python that it knows"
+        ) from None

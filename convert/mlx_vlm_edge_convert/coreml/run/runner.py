@@ -18,7 +18,7 @@ from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.wording import first_line
 
 from ..check.interpreter import Package
-from ..emit.toolkit import tools
+from ..emit.toolkit import require_library, tools
 from ..names import COMPILED_SUFFIX
 from ..package.interface import interface
 from ..part import Say
@@ -59,9 +59,11 @@ def runner(package: Path, units: str, folder: Path, say: Say) -> Runner:
 
 
 def require_mac() -> None:
-    """Raises UsageError where there is no Core ML."""
+    """Raises UsageError where there is no Core ML, or nothing that reaches it."""
     if sys.platform != "darwin":
         raise UsageError("Core ML runs packages on a Mac only, and this is none")
+    tools()
+    require_library("libcoremlpython")
 
 
 def compiled(package: Path, folder: Path, say: Say = lambda _: None) -> Path:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
+from mlx_vlm_edge_convert.coreml.emit import toolkit
 from mlx_vlm_edge_convert.coreml.run import runner as running
 
 from mlx_vlm_edge.errors import UsageError
@@ -62,6 +63,7 @@ def mac(tools, monkeypatch):
     units = SimpleNamespace(ALL="all", CPU_ONLY="cpu", CPU_AND_NE="ne", CPU_AND_GPU="gpu")
     ct = SimpleNamespace(models=models, ComputeUnit=units)
     monkeypatch.setattr(running, "tools", lambda: SimpleNamespace(ct=ct))
+    monkeypatch.setattr(running, "require_library", lambda _: None)
     monkeypatch.setattr(sys, "platform", "darwin")
     return double
 
@@ -126,6 +128,20 @@ def test_elsewhere_the_interpreter_runs_it(package, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
     with pytest.raises(UsageError, match="on a Mac only"):
         running.compiled(package, tmp_path)
+
+
+def test_coremltools_without_what_reaches_core_ml_is_one_line(package, tmp_path, monkeypatch):
+    """As pip builds it of its sources; here, too, nothing of it reaches Core ML."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UsageError, match=r"its library libcoremlpython, .*--only-binary=:all: "):
+        running.runner(package, "cpu-ne", tmp_path, print)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_coremltools_that_cannot_write_weights_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "coremltools.libmilstoragepython", None)
+    with pytest.raises(UsageError, match="its library libmilstoragepython, as where"):
+        toolkit.tools.__wrapped__()
 
 
 def test_a_state_is_written_from_its_start(mac, package, tmp_path):
