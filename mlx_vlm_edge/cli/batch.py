@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from ..loading.load import LoadOptions
 
 HELP = "Ask the same questions about many pictures; answers go to a file of JSON lines."
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
-)  # fmt: skip
 EVERY = 5.0  # seconds between lines of progress where standard error is no terminal
 
 
@@ -154,6 +151,8 @@ def _named(item: str) -> list[str]:
         return [item]
     path = Path(item).expanduser()
     if path.is_dir():
+        from ..picture.image import SUFFIXES
+
         below = sorted(path.rglob("*"))
         named = [file for file in below if file.suffix.lower() in SUFFIXES]
         return [str(file) for file in named if not of_the_system(file.name)]

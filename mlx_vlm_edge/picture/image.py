@@ -36,6 +36,10 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"
 # program. The first are there at once, the others when Pillow imports all it has.
 COMMON = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 FORMATS = ("WEBP", "TIFF", "HEIF", "AVIF", "JPEG2000", "TGA", "ICO", "DIB", "PCX", "QOI", "SGI")
+# Of files that are taken for pictures where a folder holds others as well.
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import UsageError
 from ..system_files import of_the_system
-from .image import SHOWN, check_size, finding, open_image, reading
+from .image import SHOWN, SUFFIXES, check_size, finding, open_image, reading
 from .rgb import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FRAME_FILES = (".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_FRAMES = 100_000  # of a film that is looked at, not of those that are taken
 MAX_GIF = 1 << 30  # pixels of all frames, each of which is decoded to get at the next
 SKIPPED = 1.0  # seconds left out at both ends of a video too long for the frames allowed
@@ -117,7 +116,7 @@ def _head(path: Path) -> bytes:
 
 
 def _folder(path: Path, fps: float, limit: int, prepare: Prepare) -> Clip:
-    names = [item for item in path.iterdir() if item.suffix.lower() in FRAME_FILES]
+    names = [item for item in path.iterdir() if item.suffix.lower() in SUFFIXES]
     names = [item for item in names if not of_the_system(item.name)]
     names.sort(key=lambda item: _by_number(item.name))
     if not names:

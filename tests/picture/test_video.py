@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_edge import load
+from mlx_vlm_edge.cli import batch
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.picture.video import Video, chosen_frames, number_in_words, read_video
 
@@ -67,6 +68,21 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(folder):
     assert clip.times == [index / 2 for index in range(12)]
     assert clip.duration == 6
     assert numbers(read_video(Video(folder), 1.0, 4)) == [1, 4, 7, 11]  # not the first second
+
+
+def test_frames_have_the_names_that_pictures_of_a_batch_have(tmp_path):
+    """What a frame is, its content decides."""
+    for index, suffix in enumerate((".png", ".avif", ".HEIF", ".heic", ".jpeg")):
+        shade(index).save(tmp_path / f"{index}{suffix}", format="PNG")
+    (tmp_path / "5.txt").write_text("no picture")
+    assert numbers(read_video(Video(tmp_path, fps=1), 1.0, 64)) == list(range(5))
+    assert batch._named(str(tmp_path)) == [str(path) for path in sorted(tmp_path.iterdir())[:5]]
+
+
+def test_frames_of_a_gif_that_say_no_time_are_shown_as_viewers_show_them(tmp_path):
+    path = tmp_path / "clip.gif"
+    shade(0).save(path, save_all=True, append_images=[shade(index) for index in range(1, 20)])
+    assert read_video(Video(path), 1.0, 64).duration == pytest.approx(2.0)
 
 
 def test_a_gif_has_its_own_clock(gif):
