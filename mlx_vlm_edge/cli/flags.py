@@ -46,7 +46,8 @@ SAMPLING = {
     "quantized_kv_start": (int, 5000, "quantise the KV cache from this many positions on"),
     "prefill_step_size": (int, 2048, "prefill longer prompts in chunks of this size"),
 }
-CACHE = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")  # of KV caches
+# How KV caches are kept and filled.
+CACHE = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start", "prefill_step_size")
 
 
 def add_model_arguments(group: argparse._ArgumentGroup, named_adapters: bool = False) -> None:

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     remembers: Remembers | None = prefix_cache(args) if args.cache_dir else None
     ahead = None
     if images and remembers is None:
-        opening = Opening(model)
+        opening = Opening(model, options["prefill_step_size"])
         if ahead := opening.ahead(args.verbose, options.get("max_kv_size")):
             remembers = opening  # of a single prompt nothing is taken up but what was begun
     with shown() as line:

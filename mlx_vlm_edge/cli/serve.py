@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
     network.add_argument("--ssl-keyfile", metavar="FILE", help="and this key")
     _add_limits(parser.add_argument_group("limits"))
-    _add_cache(parser.add_argument_group("KV cache and drafts of each request"))
+    _add_cache(parser.add_argument_group("KV cache, prefill and drafts of each request"))
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:

@@ -182,7 +182,7 @@ def stream_generate(
     remembers: Remembers | None = prefix_cache or None
     more: dict[str, Any] = {}
     if prefix_cache is None and pictures:
-        remembers = opening = Opening(model)
+        remembers = opening = Opening(model, chosen.prefill_step_size)
         if ahead := opening.ahead(verbose, chosen.max_kv_size):
             more["opening"] = ahead
     if len(pictures) > 1 and not prefix_cache and not verbose:

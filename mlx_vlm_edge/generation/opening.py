@@ -111,10 +111,13 @@ def openings(model: VisionLanguageModel) -> Openings:
 
 
 class Opening:
-    """The opening of one prompt, taken from `model.openings` and remembered there."""
+    """The opening of one prompt, taken from `model.openings` and remembered there.
 
-    def __init__(self, model: VisionLanguageModel) -> None:
-        self.model = model
+    step: positions that are computed together, at most.
+    """
+
+    def __init__(self, model: VisionLanguageModel, step: int = PREFILL_STEP) -> None:
+        self.model, self.step = model, step
         self._ahead = False
 
     def ahead(
@@ -128,7 +131,7 @@ class Opening:
     def set_out(self, ids: Sequence[int]) -> None:
         """Begin what is not known while the picture is being read; waits for nothing."""
         model, opening = self.model, np.array(ids)
-        if worth_ahead(model, len(ids)) and not openings(model).knows(model, opening):
+        if worth_ahead(model, len(ids), self.step) and not openings(model).knows(model, opening):
             cache = model.make_cache()
             embeddings = model.language_model.embed(mx.array(opening)[None])
             model.language_model(embeddings, cache, last_only=True)
@@ -188,14 +191,14 @@ class Opened:
             openings(self.model).keep(self.model, ids, self.cache)
 
 
-def worth_ahead(model: VisionLanguageModel, length: int) -> bool:
+def worth_ahead(model: VisionLanguageModel, length: int, step: int = PREFILL_STEP) -> bool:
     """Whether an opening of so many positions is computed while its picture is being read.
 
     A CPU reads the picture with the cores that would compute, and reads all weights twice; CUDA's
     devices are held up by launches, which a second pass doubles.
     """
     width = model.language_model.config.hidden_size
-    if model.unread is not None or not idle_meanwhile() or length > PREFILL_STEP:
+    if model.unread is not None or not idle_meanwhile() or length > step:
         return False  # a longer one is prefilled in chunks
     return length * width**2 >= WORTH and model.language_model.splits(length)
 

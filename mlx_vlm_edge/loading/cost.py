@@ -211,13 +211,15 @@ class Cost:
     layers: int
     whole: bool
 
-    def memory(self, context: int) -> dict[str, int]:
+    def memory(self, context: int, step: int = PREFILL_STEP) -> dict[str, int]:
         """Bytes of weights, of a KV cache of `context` positions, of activations and pictures.
+
+        step: positions of a prompt that are computed together.
 
         Activations are a simple model: 8 times the widest pass of the vision tower or 1.5 times
         what a layer of the decoder passes on in one step of a prefill, whichever is more.
         """
-        together = 1.0 if self.whole else min(1.0, PREFILL_STEP / self.prompt_tokens)
+        together = 1.0 if self.whole else min(1.0, step / self.prompt_tokens)
         prefill = DECODER_HELD * together * self.prefill.activations / self.layers
         parts = {
             "weights": self.parameters,

@@ -55,7 +55,7 @@ def check_fits(
     UsageError, with the setting that would fit, where not even one has room.
 
     limit: bytes; None for what the machine has, which is not asked further where it is plainly
-    enough. adapters: bytes of those that requests name. caches: `generate`'s options of KV caches.
+    enough. adapters: bytes of those that requests name. caches: the options in `memory.Caches`.
     """
     total = limit or _total()
     if total is None:
@@ -75,7 +75,7 @@ def check_fits(
         least = cost.prompt_tokens + 1
         fitting = (
             f"{said} takes {gigabytes(size + adapters)}"
-            for said, size in _smaller(config, options, least)
+            for said, size in _smaller(config, options, least, kept.prefill_step_size)
             if size + adapters <= total
         )
         raise UsageError("; ".join([str(error), *list(fitting)[:1]])) from None
@@ -109,7 +109,9 @@ def _check_reading(name: str, config: dict[str, Any], options: LoadOptions, tota
         )
 
 
-def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterator[tuple[str, int]]:
+def _smaller(
+    config: dict[str, Any], options: LoadOptions, least: int, step: int
+) -> Iterator[tuple[str, int]]:
     """Settings that take less, from the one that changes least; bytes of each."""
     from . import memory
 
@@ -120,7 +122,7 @@ def _smaller(config: dict[str, Any], options: LoadOptions, least: int) -> Iterat
     for said, change in changes.items():
         if all(getattr(options, key) == value for key, value in change.items()):
             continue
-        parts = memory.by_use(_needed(config, replace(options, **change)), least)
+        parts = memory.by_use(_needed(config, replace(options, **change)), least, step=step)
         yield said, sum(parts.values())
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..checkpoint.quantization import GROUP_SIZE
 from ..errors import UsageError
 from ..language.cache import KV_GROUP_SIZE, QUANTIZED_KV_START
+from ..language.decoder import PREFILL_STEP
 from ..picture.preprocessing import AS_PUBLISHED, Preprocessing
 from ..wording import gigabytes
 from .cost import SQUARE, Cost, Size, blueprint, question
@@ -30,12 +31,13 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 @dataclass(frozen=True)
 class Caches:
-    """How KV caches are kept, as the options of `generate` say that are called so."""
+    """How KV caches are kept and filled, as the options of `generate` say that are called so."""
 
     max_kv_size: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = KV_GROUP_SIZE
     quantized_kv_start: int = QUANTIZED_KV_START
+    prefill_step_size: int = PREFILL_STEP
 
     def positions(self, cost: Cost, wanted: int) -> int:
         """How many of so many positions are ever in one."""
@@ -93,16 +95,16 @@ def fit(
 ) -> int:
     """How many positions the KV cache may have within `limit` bytes: `wanted`, or fewer.
 
-    wanted: by default the prompt and 256 more. limit: None where it is not known, so that all is
+    wanted: by default the prompt and ANSWER more. limit: None where it is not known, so that all is
     right. adapters: bytes of those that requests name. Raises UsageError with the figures where
     not even the prompt and one token fit.
     """
     wanted = cost.prompt_tokens + ANSWER if wanted is None else wanted
     if limit is None:
         return wanted
-    least = cost.prompt_tokens + 1
-    refuse_too_large(name, by_use(cost, min(least, wanted), adapters), limit)
-    spare = limit - sum(by_use(cost, 0, adapters).values())
+    least, step = cost.prompt_tokens + 1, caches.prefill_step_size
+    refuse_too_large(name, by_use(cost, min(least, wanted), adapters, step), limit)
+    spare = limit - sum(by_use(cost, 0, adapters, step).values())
     return min(wanted, caches.room(cost, spare))
 
 
@@ -116,16 +118,19 @@ def rows(
 ) -> int:
     """How many of `wanted` answers may be under way together within `limit` bytes, each with a KV
     cache of so many positions; 1 where not even that fits."""
-    spare = limit - sum(by_use(cost, 0, adapters).values())
+    spare = limit - sum(by_use(cost, 0, adapters, caches.prefill_step_size).values())
     each = caches.nbytes(cost, positions)
     prompt = min(positions, cost.prompt_tokens) * cost.cached  # one at a time is not quantised yet
     return max(1, min(wanted, 1 + (spare - max(each, prompt)) // each))
 
 
-def by_use(cost: Cost, positions: int, adapters: int = 0) -> dict[str, int]:
+def by_use(
+    cost: Cost, positions: int, adapters: int = 0, step: int = PREFILL_STEP
+) -> dict[str, int]:
     """Bytes by what they are for. positions: of the KV cache. adapters: bytes of those that
-    requests name. The activations' are an estimate."""
-    memory = cost.memory(positions)
+    requests name. step: positions of a prompt computed together. The activations' are an estimate.
+    """
+    memory = cost.memory(positions, step)
     return {
         "weights": memory["weights"],
         "adapters": adapters,

@@ -14,7 +14,7 @@ class Limits:
     tokens: that one answer may have. waiting: requests in the queue beside those being answered.
     rows: requests answered together. connections: open at once. body_seconds: for a request to
     arrive in. send_seconds: for a client to take a piece. image_seconds: for a remote picture.
-    cache: options of every request's KV cache, and its drafts, as `generate` takes them.
+    cache: options of every request's KV cache, prefill and drafts, as `generate` takes them.
     Raises UsageError for one that lets nothing through; images may be 0.
     """
 

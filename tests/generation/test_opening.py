@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mlx_vlm_edge import PrefixCache, UsageError, generate, load, stream_generate
+from mlx_vlm_edge.cli import main
 from mlx_vlm_edge.generation import loop, opening
 from mlx_vlm_edge.text import prompt
 
+from ..demo import IMAGES
 from ..language.test_cost import Waits, nodes
 from ..reference import moe_llava as theirs
 from .test_prefix import FAMILIES, family, models  # noqa: F401  (fixtures)
@@ -318,3 +320,15 @@ def test_it_is_begun_ahead_only_where_the_device_gains_more_than_the_graph_costs
     assert not opening.worth_ahead(model(896), 14)  # FastVLM-0.5B
     assert not opening.worth_ahead(model(4096, unread=lambda: None), 35)
     assert not opening.worth_ahead(model(4096), 2049)  # which is prefilled in chunks
+    assert not opening.worth_ahead(model(4096), 35, step=34)
+
+
+def test_nothing_is_begun_ahead_that_is_longer_than_a_step_of_the_prefill(
+    demo, idle, monkeypatch, capsys
+):
+    steps, picture = [], str(IMAGES / "shapes.png")
+    monkeypatch.setattr(opening, "worth_ahead", lambda model, length, step: steps.append(step))
+    generate(*demo, "What?", [picture], max_tokens=1, prefill_step_size=8)
+    asked = ["generate", "--model", "demo", "--image", picture, "-p", "What?"]
+    assert main([*asked, "--max-tokens", "1", "--prefill-step-size", "8"]) == 0
+    assert steps == [8, 8]

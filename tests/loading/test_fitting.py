@@ -129,6 +129,50 @@ def test_quantised_caches_leave_room_for_more():
     )
 
 
+def test_a_prompt_in_smaller_parts_takes_less():
+    """Fuyu has no encoder: of its activations the language model's are the most."""
+    name, steps = "fuyu-8b", {"prefill_step_size": 256}
+    config = fitting._config(name, AS_IT_IS)
+    whole = memory.needed(config, dtype="bfloat16")
+    each = (whole.prompt_tokens + 100) * whole.cached
+    limit = sum(memory.by_use(whole, whole.prompt_tokens + 100, step=256).values())
+    assert fitting.check_fits(name, AS_IT_IS, limit, 100, caches=steps)[0] == 1
+    with pytest.raises(UsageError, match="fuyu-8b would take"):
+        fitting.check_fits(name, AS_IT_IS, limit, 100)
+    more = limit + int(2.1 * each)
+    assert fitting.check_fits(name, AS_IT_IS, more, 100, rows=9, caches=steps)[0] == 3
+    assert fitting.check_fits(name, AS_IT_IS, more, 100, rows=9)[0] == 2
+    assert flags.fit_into_memory(asked(more, 100, **steps), name, AS_IT_IS, rows=9) == 3
+    eight = memory.needed(config, dtype="bfloat16", quantize=8)
+    least = sum(memory.by_use(eight, eight.prompt_tokens + 1, step=256).values())
+    with pytest.raises(UsageError, match="--bits 8 takes"):
+        fitting.check_fits(name, AS_IT_IS, least, 100, caches=steps)
+
+
+def test_a_prompt_of_full_numbers_has_room_before_it_is_quantised():
+    """The last one that comes is prefilled in full numbers beside the others."""
+    whole = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    caches, prompt = memory.Caches(kv_bits=4, quantized_kv_start=0), whole.prompt_tokens
+    fixed, each = sum(memory.by_use(whole, 0).values()), caches.nbytes(whole, prompt + 10)
+    full = prompt * whole.cached
+    assert full > 3 * each, "of a short answer"
+
+    def rows(spare):
+        return memory.rows(whole, fixed + spare, prompt + 10, 99, caches=caches)
+
+    assert rows(full) == rows(full + each - 1) == 1
+    assert rows(full + 5 * each) == 6
+
+
+def test_positions_before_the_first_that_is_quantised_are_full():
+    cost = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
+    caches = memory.Caches(kv_bits=4, quantized_kv_start=1000)
+    assert caches.room(cost, 999 * cost.cached) == 999
+    assert caches.room(cost, 1000 * cost.cached) == 1000 * cost.cached // caches.each(cost) > 3000
+    for positions in (10, 999, 5000):
+        assert caches.room(cost, caches.nbytes(cost, positions)) >= positions
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 32), (8, 64)])
 def test_a_quantised_position_takes_what_the_cache_has(bits, group):
     cost = memory.needed(fitting._config("fastvlm-0.5b", AS_IT_IS), dtype="bfloat16")
