@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..generation.loop import MAX_LOGPROBS
 from ..picture.token_budget import TokenBudget, token_budget
 from .errors import ApiError, bad_request
 
@@ -227,7 +228,7 @@ class ChatRequest(Sampling, Pictured):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")

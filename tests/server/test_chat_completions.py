@@ -6,7 +6,7 @@ from types import MappingProxyType
 import httpx
 import pytest
 
-from mlx_vlm_edge import Options, generate
+from mlx_vlm_edge import generate
 from mlx_vlm_edge.generation.engine import Engine
 from mlx_vlm_edge.server.app import Served
 from mlx_vlm_edge.server.limits import Limits
@@ -123,24 +123,6 @@ def test_n_answers_with_counted_up_seeds(ask, demo):
 def test_a_seed_repeats_an_answer(ask):
     settings = {"temperature": 2.0, "seed": -3, "top_k": 50, "top_p": 0.99, "min_p": 0.001}
     assert text_of(ask(**settings)) == text_of(ask(**settings))
-
-
-def test_sampling_settings_reach_the_sampler():
-    from mlx_vlm_edge.server.limits import Limits
-    from mlx_vlm_edge.server.openai import sampling_options
-    from mlx_vlm_edge.server.requests import ChatRequest, parse
-
-    asked = parse(ChatRequest, {
-        "messages": [{"role": "user", "content": "x"}], "temperature": 1, "top_p": 0.5, "top_k": 3,
-        "min_p": 0.1, "repetition_penalty": 1.2, "seed": 7, "stop": "x", "max_tokens": 9,
-        "presence_penalty": 0.5, "frequency_penalty": -0.5,
-    })  # fmt: skip
-    assert sampling_options(asked, asked.limit, Limits()) == [
-        Options(
-            temperature=1, top_p=0.5, top_k=3, min_p=0.1, repetition_penalty=1.2, seed=7,
-            stop=("x",), max_tokens=9, presence_penalty=0.5, frequency_penalty=-0.5,
-        )
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
