@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -13,6 +14,7 @@ import pytest
 
 from mlx_vlm_edge import PrefixCache, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation import disk
 from mlx_vlm_edge.generation.disk import DiskStore
 from mlx_vlm_edge.loading.load import model_identity
 
@@ -75,6 +77,26 @@ def test_numbers_of_another_device_are_not_taken_over(demo):
     assert model_identity(folder, options, cpu, adapters) == demo[0].identity
     assert model_identity(folder, options, not cpu, adapters) != demo[0].identity
     assert model_identity(folder, options, cpu, ["1 of another"]) != demo[0].identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bits": 4}, {"dtype": "bfloat16"}, {"vision_backend": "coreml"}],
+    ids=str,
+)
+def test_numbers_of_other_settings_are_not_taken_over(demo, change):
+    folder, options, *rest = demo[0].identify.args
+    assert model_identity(folder, replace(options, **change), *rest) != demo[0].identity
+
+
+def test_numbers_of_another_version_are_not_taken_over(folder, monkeypatch):
+    store = DiskStore(folder)
+    store.keep_image("m", b"x", mx.ones((2, 3)))
+    store.keep_prompt("m", np.eye(3, dtype=np.int64), [])
+    assert store.image("m", b"x") is not None
+    monkeypatch.setattr(disk, "FORMAT", disk.FORMAT + 1)
+    assert store.image("m", b"x") is None
+    assert list(store.prompts("m")) == []
 
 
 def test_a_model_without_files_keeps_nothing_there(demo, folder, monkeypatch):
