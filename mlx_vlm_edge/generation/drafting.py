@@ -192,13 +192,26 @@ def decode_drafted(
             token, left = following, left - 1
             continue
         said = drafts.said(token)
-        verifying = Pass(model, said, drafts.propose(min(left - 1, room(cache)) - 1), cache, sample)
+        verifying = verified_together(model, said, left, cache, sample, drafts)
         yield said
         right, token = verifying.outcome()
         drafts.verified(verifying.draft, len(right))
         for one in right:
             yield drafts.said(one)
         left -= 1 + len(right)
+
+
+def verified_together(
+    model: VisionLanguageModel,
+    said: int,
+    left: int,
+    cache: Sequence[Cache],
+    sample: TokenSampler,
+    drafts: PromptLookup,
+) -> "Pass":
+    """A token and as long a draft after it as may be, where `left` tokens may come with it."""
+    draft = drafts.propose(min(left - 1, room(cache)) - 1)
+    return Pass(model, said, draft, cache, sample)
 
 
 class Pass:

@@ -25,7 +25,7 @@ from ..timings import Timer
 from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
 from .disk import say
-from .drafting import Pass, PromptLookup, prompt_lookup, room
+from .drafting import PromptLookup, prompt_lookup, verified_together
 from .loop import Options, answer_to, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
 
@@ -347,12 +347,12 @@ class Engine:
         if isinstance(row.cache, QuantizingCaches):
             row.cache.quantize()
         said = row.known()
-        draft = drafts.propose(min(row.left - 1, room(row.cache)) - 1)
-        verifying = Pass(row.ticket.model, said, draft, row.cache, row.sample)
+        model, left = row.ticket.model, row.left
+        verifying = verified_together(model, said, left, row.cache, row.sample, drafts)
         if not row.deliver(said):
             return False
         right, row.token = verifying.outcome()
-        drafts.verified(draft, len(right))
+        drafts.verified(verifying.draft, len(right))
         return all(row.deliver(drafts.said(token)) for token in right)
 
     def _drop(self, is_over: Callable[[_Row], bool]) -> None:

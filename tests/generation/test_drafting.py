@@ -17,6 +17,7 @@ from mlx_vlm_edge.generation.drafting import PromptLookup, room
 from mlx_vlm_edge.generation.engine import Engine, pieces
 from mlx_vlm_edge.language.cache import KVCache, QuantizingCaches
 from mlx_vlm_edge.language.mixture import Mixture, MixtureConfig
+from mlx_vlm_edge.language.rows import RowCaches
 from mlx_vlm_edge.loading.load import LoadOptions
 from mlx_vlm_edge.text.prompt import Inputs
 
@@ -121,7 +122,7 @@ class Reader:
     def __init__(self, prompt, script, costs=FREE):
         self.prompt, self.script, self.pass_costs = prompt, script, costs
         self.config = SimpleNamespace(context=1000)
-        config = SimpleNamespace(head_dim=1)
+        config = SimpleNamespace(head_dim=64)
         self.language_model = SimpleNamespace(config=config, splits=lambda length: True)
         self.passes, self.cache = [], None
 
@@ -148,7 +149,8 @@ class Reader:
         return self._heard(mx.array(inputs.input_ids), cache)[:, -1]
 
     def step(self, token, cache):
-        return self.follow(token[:, None], cache)[:, -1]
+        one = [layer.rows[0] if isinstance(layer, RowCaches) else layer for layer in cache]
+        return self.follow(token[:, None], one)[:, -1]
 
     def follow(self, tokens, cache):
         self.passes.append(tokens.shape[1])
@@ -267,6 +269,33 @@ def test_caches_are_quantised_where_they_are_without_drafts(demo, beyond):
     want = generate(*demo, question, full=True, **options)
     got = generate(*demo, question, full=True, draft="prompt-lookup", **options)
     assert (got.text, got.finish_reason) == (want.text, want.finish_reason)
+
+
+@pytest.mark.parametrize("through", ["generate", "engine"])
+@pytest.mark.parametrize("beyond", [2, 7, 12, 23])
+def test_a_cache_has_as_many_positions_when_it_is_quantised_as_without_drafts(
+    read,
+    tokenizer,  # noqa: F811
+    monkeypatch,
+    through,
+    beyond,
+):
+    held, start = [], len(LINE) + beyond
+    monkeypatch.setattr(
+        KVCache, "to_quantized", lambda layer, *_: (held.append(layer.offset), layer)[1]
+    )
+    options = {"kv_bits": 8, "quantized_kv_start": start, "draft": "prompt-lookup"}
+    if through == "generate":
+        read(LINE, REPEATING, **options)
+    else:
+        model, prepared = Reader(LINE, REPEATING), Prepared(tokenizer, len(LINE), 0)
+        inputs = Inputs(np.array([LINE], np.int32), np.array([], np.int32), [])
+        engine = Engine(model, prepared)
+        try:
+            list(pieces(lambda deliver: engine.submit(inputs, Options(**options), deliver), 60))
+        finally:
+            engine.close()
+    assert held[0] == start
 
 
 def test_no_pass_goes_beyond_where_a_cache_is_quantised():
