@@ -5,6 +5,7 @@ bundles that were exported just now, in both directions.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,8 @@ import pytest
 
 pytest.importorskip("tree_sitter_swift", reason="Swift is parsed with tree-sitter's grammar")
 
-from mlx_vlm_edge.picture.image import Strategy
+from mlx_vlm_edge.generation.conversation import RESERVE
+from mlx_vlm_edge.picture.image import MAX_PIXELS, Strategy
 
 from . import swift
 
@@ -48,6 +50,14 @@ def test_the_files_are_those_that_the_readme_names():
     for folder, sources in ((PACKAGE, "Sources"), (APP, "Logic/Sources")):
         told, files = (folder / "README.md").read_text(), (folder / sources).rglob("*.swift")
         assert [path.name for path in files if path.name not in told] == []
+
+
+@pytest.mark.parametrize(("file", "name", "python"), [
+    ("PromptPlan.swift", "reserve", RESERVE), ("Pictures/Picture.swift", "mostPixels", MAX_PIXELS),
+])  # fmt: skip
+def test_limits_are_those_of_the_python_package(file, name, python):
+    (number,) = re.findall(rf"static let {name} = ([\d_]+)", (LIBRARY / file).read_text())
+    assert int(number) == python
 
 
 def test_every_file_says_what_it_is_for():

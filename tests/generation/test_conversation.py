@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from mlx_vlm_edge import Conversation, generate
+from mlx_vlm_edge import Conversation, Options, generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.conversation import Turn
+from mlx_vlm_edge.timings import Timer
 
 from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
 
@@ -103,6 +104,26 @@ def test_the_oldest_turns_leave_when_the_context_is_full(fastvlm, monkeypatch): 
         with pytest.raises(UsageError, match="more than the context"):
             chat.ask("word " * 300)
         assert len(chat.turns) == 24
+    finally:
+        object.__setattr__(model.config, "context", 32768)
+
+
+@pytest.mark.parametrize(("length", "left_out"), [(225, 0), (226, 2)])
+def test_a_quarter_of_the_context_is_left_for_an_answer(fastvlm, length, left_out):  # noqa: F811
+    """And no more, however long an answer may be."""
+    model, processor = fastvlm
+    chat = Conversation(model, processor)
+    turns = [Turn("user", ""), Turn("assistant", "A"), Turn("user", "What?")]
+    object.__setattr__(model.config, "context", 300)
+    try:
+        for count in range(300):
+            turns[0] = Turn("user", "?!" * (count // 2) + "?" * (count % 2))
+            asked = processor([turn.message() for turn in turns], [])
+            if asked.input_ids.shape[1] == length:
+                break
+        else:
+            pytest.fail("no text of that length")
+        assert chat._fitting(turns, Options(max_tokens=1000), Timer())[2] == left_out
     finally:
         object.__setattr__(model.config, "context", 32768)
 

@@ -12,10 +12,14 @@ import pytest
 
 from mlx_vlm_edge import Options, generate, stream_generate
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.answer import Answer
 from mlx_vlm_edge.generation.keywords import OptionKeywords
+from mlx_vlm_edge.generation.loop import make_cache
 from mlx_vlm_edge.language.cache import KVCache, RotatingKVCache
+from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.text.prompt import Inputs
 from mlx_vlm_edge.text.tokenizer import Tokenizer
+from mlx_vlm_edge.timings import Timer
 
 from ..reference import tokenizer as tiny
 
@@ -281,6 +285,27 @@ def test_pieces_may_be_taken_by_different_threads(run, tokenizer, options):
     assert [piece.token for piece in pieces] == want
 
 
+def test_the_figures_of_an_answer(tokenizer, monkeypatch):
+    """Ten tokens in 2 s to the first one, then two more in 1 s; pictures of 40 x 30."""
+    now = [10.0]
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 2_500_000_000)
+    shapes = (30, 40, 3), (2, 30, 40, 3)  # the second in tiles
+    pixels = [Pixels(np.zeros(shape, np.uint8), (80, 60)) for shape in shapes]
+    inputs = Inputs(np.zeros((1, 10), np.int32), np.arange(2, 6, dtype=np.int32), pixels)
+    answer = Answer(Prepared(tokenizer), inputs, (), Timer(clock=lambda: now[0]), 8.0, reused=3)
+    first = answer.add(65)
+    now[0] = 11.0
+    answer.add(66)
+    last = answer.add(67)
+    for piece in (first, last):
+        assert (piece.ttft_e2e, piece.prompt_tps) == (2.0, 5.0)
+        assert (piece.prompt_tokens, piece.visual_tokens, piece.reused_tokens) == (10, 4, 3)
+        assert piece.peak_memory == 2.5
+        assert piece.picture_sizes == ((40, 30), (40, 30))
+    assert (first.generation_tokens, first.generation_tps) == (1, 0.0)
+    assert (last.generation_tokens, last.generation_tps) == (3, 2.0)
+
+
 def test_stages_are_measured_only_when_asked_for(run):
     assert run("abc")[0][-1].stages is None
     assert "first sample" in run("abc", verbose=True)[0][-1].stages
@@ -292,6 +317,12 @@ def test_a_rotating_cache_keeps_the_visual_tokens(run):
     assert isinstance(cache, RotatingKVCache)
     assert cache.keep == 6  # two ids, then four visual tokens
     assert cache.keys.shape[2] == 16
+
+
+def test_a_rotating_cache_keeps_four_positions_of_a_text_as_mlx_lm():
+    inputs = Inputs(np.zeros((1, 10), np.int32), np.array([], np.int32), [])
+    (cache,) = make_cache(Scripted([]), inputs, Options(max_kv_size=16))
+    assert cache.keep == 4
 
 
 def test_a_rotating_cache_too_small_for_the_visual_tokens_is_refused(run):

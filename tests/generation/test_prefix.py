@@ -569,6 +569,17 @@ def test_memory_is_bounded_and_the_oldest_goes_first(fastvlm, monkeypatch):
     assert asker.store.nbytes == 0
 
 
+def test_pictures_that_are_asked_about_again_stay_longest(fastvlm):
+    store = PrefixCache()
+    for seed in (1, 2, 1):
+        list(stream_generate(*fastvlm, f"Is {seed} red?", [picture(seed)], max_tokens=1,
+                             prefix_cache=store))  # fmt: skip
+    names = [name for name in store._entries if isinstance(name, tuple)]
+    model, processor = fastvlm
+    pixels = processor("x", [picture(2), picture(1)]).pixels
+    assert [name for _, name in names] == [digest(each, repr(model.config)) for each in pixels]
+
+
 def test_a_continued_conversation_is_held_once(ask_fastvlm):
     ask_fastvlm("Is it red?", picture(1))
     one = ask_fastvlm.store.nbytes

@@ -314,6 +314,13 @@ def test_a_prompt_longer_than_any_context_is_not_taken_to_pieces(chatml):
             chatml(long, raw=raw)
 
 
+def test_a_prompt_of_the_longest_tokens_is_taken(chatml):
+    """Qwen2 has a token of 128 spaces; a context has 1,000 tokens here."""
+    chatml._check_length([" " * 127_000, " " * 1000])
+    with pytest.raises(UsageError, match="128,001 characters"):
+        chatml._check_length([" " * 128_001])
+
+
 def test_a_chat_token_that_the_vocabulary_lacks(tokenizer, chatml):
     chatml.check_tokens()
     backend = tiny.build()
