@@ -16,9 +16,9 @@ PHONES = {  # GB
     "iphone-15-pro": 8, "iphone-16": 8, "iphone-16-pro": 8, "iphone-16e": 8, "iphone-17": 8,
     "iphone-air": 12, "iphone-17-pro": 12,
 }  # fmt: skip
-# Of the memory: what developers measured that an iPhone lets an app have; of a Mac what Metal
-# recommends at the most; and what is left of that for all that an app has beside the model.
-PHONE, MAC, MODEL = 0.5, 0.67, 0.8
+# Of a Mac's memory, what Metal recommends at the most; and what is left of that, or of what an
+# iPhone lets an app have, for all that an app has beside the model.
+MAC, MODEL = 0.67, 0.8
 BITS = (16, 8, 4)
 CONTEXTS = (2048, 1024, 512)
 # Bytes of a number, and of a group's scale and offset: of the embeddings beside the decoder.
@@ -46,7 +46,9 @@ def room(device: str) -> int:
     """
     name = device.strip().lower().replace(" ", "-")
     if name in PHONES:
-        return int(PHONES[name] * 1e9 * PHONE * MODEL)
+        from mlx_vlm_edge_convert.coreml.phones import USUAL
+
+        return int(PHONES[name] * 1e9 * USUAL * MODEL)
     from mlx_vlm_edge_bench.estimate import chips
 
     try:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 PACKAGE = "mlx-vlm-edge"
 PYTHON = (3, 11)
 ROOM = 2e9  # bytes of disk below which the smallest real model does not come
-DEVELOPERS = ("demo", "dev")  # extras that using a model never asks for
 EXTRAS = {
     "coreai": "export to Core AI",
     "chat": "`chat` at a terminal",

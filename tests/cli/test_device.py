@@ -1,6 +1,7 @@
 """export --device: what fits a device's memory, by the estimate, or one line."""
 
 import pytest
+from mlx_vlm_edge_convert.coreml import phones
 
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.cli import device, main
@@ -20,6 +21,7 @@ def test_the_most_precise_weights_that_fit_are_chosen(model, name, bits):
 
 def test_every_phone_and_mac_has_room_by_its_memory():
     assert device.room("iphone-13") == 1_600_000_000
+    assert {*device.PHONES.values()} == {*phones.MEMORY}, "of which a bundle's manifest tells"
     assert device.room("iphone-17-pro") == 3 * device.room("iphone-13")
     assert device.room("m1") == int(8e9 * device.MAC * device.MODEL)
 

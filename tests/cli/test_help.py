@@ -2,12 +2,18 @@
 
 import re
 import tomllib
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from mlx_vlm_edge import cli
+from mlx_vlm_edge import Options, cli
+from mlx_vlm_edge.checkpoint.quantization import GROUP_SIZE
+from mlx_vlm_edge.cli import convert, flags, serve
+from mlx_vlm_edge.generation import disk, engine, prefix
+from mlx_vlm_edge.loading import cost, memory
+from mlx_vlm_edge.loading.load import LoadOptions
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("mlx_vlm_edge", "convert", "benchmarks/mlx_vlm_edge_bench")
@@ -43,3 +49,47 @@ def test_hints_name_packages_that_pypi_has():
         packages = {re.split("[=.[]", word)[0].replace("_", "-") for word in words
                     if not word.startswith("-")}  # fmt: skip
         assert packages - {""} <= known - {"mlx-vlm-edge"}, name
+
+
+REQUIRED = {"batch": ["a.png", "--prompt", "x", "--output", "x.jsonl"]}
+
+
+def parsed(verb, *arguments):
+    parser = cli.Parser(prog=verb)
+    import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
+    return parser.parse_args([*arguments, *REQUIRED.get(verb, [])])
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "batch"])
+def test_what_no_flag_says_is_as_in_python(verb):
+    """A parser imports nothing that has an option's default, so these are written twice."""
+    args = parsed(verb)
+    assert Options(**flags.sampling_options(args)) == Options()
+    assert flags.load_options(args) == LoadOptions()
+
+
+def test_what_no_flag_says_of_a_server_is_as_in_python():
+    args = parsed("serve")
+    assert Options(**serve._cache(args)) == Options()
+    assert flags.load_options(args) == LoadOptions()
+    assert (args.max_rows, args.max_waiting) == (engine.ROWS, engine.WAITING)
+    assert parsed("batch").rows == engine.ROWS
+
+
+def test_flags_of_kv_caches_and_prefill_are_counted_in_memory():
+    assert {field.name for field in fields(memory.Caches)} == {*flags.CACHE}
+    assert memory.Caches(**{name: getattr(Options(), name) for name in flags.CACHE}) == memory.PLAIN
+
+
+def test_figures_in_help_and_documents_are_those_of_the_code():
+    assert flags.sides("--image-size", parsed("estimate").image_size, "WxH") == cost.SQUARE
+    assert convert._GROUP_SIZE == GROUP_SIZE
+    for verb, words in {
+        "estimate": f"the prompt and {memory.ANSWER} more",
+        "generate": f"up to {disk.MAX_BYTES >> 30} GiB",
+        "serve": f"up to {disk.MAX_BYTES >> 30} GiB",
+    }.items():
+        parser = cli.Parser(prog=verb)
+        import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
+        assert words in " ".join(parser.format_help().split())
+    assert f"`PrefixCache` (up to {prefix.MAX_BYTES >> 20} MiB" in (ROOT / "README.md").read_text()

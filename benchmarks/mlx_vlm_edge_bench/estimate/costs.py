@@ -10,7 +10,7 @@ from typing import Any
 from mlx_vlm_edge.checkpoint.quantization import GROUP_SIZE
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading import cost
-from mlx_vlm_edge.loading.cost import Blueprint, Cost, Size
+from mlx_vlm_edge.loading.cost import SQUARE, Blueprint, Cost, Size
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
 from mlx_vlm_edge.picture.token_budget import TokenBudget
 
@@ -19,7 +19,6 @@ from ..random.weights import processor_of
 
 Config = Mapping[str, Any]
 BITS = (2, 3, 4, 5, 6, 8, 16)
-SQUARE = (1024, 1024)  # pixels of the picture where nothing else is said
 
 
 def plan_of(
@@ -67,8 +66,8 @@ def visual_tokens(config: Config, resolution: int | None = None, *, image: Size 
 
 def memory_bytes(
     config: Config,
-    bits: int | None = None,
-    context: int | None = None,
+    bits: int | None,
+    context: int,
     *,
     dtype: str = "bfloat16",
     resolution: int | None = None,
@@ -76,7 +75,6 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes of "weights", "cache", "activations" and their "total" for a question about a picture.
 
-    context: positions of the KV cache; by default the prompt and 512 more.
+    context: positions of the KV cache.
     """
-    counted = prompt_cost(plan_of(config, bits, dtype, resolution), image)
-    return counted.memory(counted.prompt_tokens + 512 if context is None else context)
+    return prompt_cost(plan_of(config, bits, dtype, resolution), image).memory(context)

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.loading.cost import Blueprint, Cost
+from mlx_vlm_edge.loading.memory import ANSWER
 
 from . import roofline
 from .calibration import engine_vision_ms
@@ -80,10 +81,10 @@ def outlook(
 ) -> Outlook:
     """What to expect of a prompt on a chip, all on the GPU.
 
-    context: positions of the cache that memory is asked of; by default the prompt and 256 more.
+    context: positions of the cache that memory is asked of; by default the prompt and ANSWER more.
     Raises UsageError for fewer than the prompt has.
     """
-    positions = cost.prompt_tokens + 256 if context is None else context
+    positions = cost.prompt_tokens + ANSWER if context is None else context
     if positions < cost.prompt_tokens:
         raise UsageError(
             f"--context {positions}: the prompt alone has {cost.prompt_tokens:,} positions; give "

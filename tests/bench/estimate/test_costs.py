@@ -166,6 +166,6 @@ def test_memory_is_the_sum_and_the_cache_is_the_contexts():
     assert needed["total"] == sum(needed[part] for part in ("weights", "cache", "activations"))
     assert needed["weights"] == plan_of(config, 4).nbytes
     with pytest.raises(UsageError, match="bits 7: 2, 3, 4, 5, 6, 8 or 16 are known"):
-        memory_bytes(config, 7)
+        memory_bytes(config, 7, 1000)
     with pytest.raises(UsageError, match="dtype 'int8' is not one of"):
         plan_of(config, dtype="int8")

@@ -26,7 +26,6 @@ from ..run.host import DecoderHost
 from .decoder_reference import (
     Exported,
     as_loaded,
-    loaded_products,
     logits_of,
     matrices_of,
     pairs,
@@ -86,15 +85,6 @@ def check_context(part: Exported, path: Path) -> list[Parity]:
         Parity(part.name, what + note, distance(prompt.run(path, mode)[0], prompt.reference), limit)
         for mode, (note, limit) in modes.items()
     ]
-
-
-def weights_error(part: Exported) -> float:
-    """The largest relative error of a matrix that is exported, against MLX's own."""
-    products = loaded_products(part)
-    for product in products:
-        for _ in product.weights():
-            pass
-    return max(product.error for product in products)
 
 
 def vectors_error(part: Exported) -> float:
