@@ -7,13 +7,17 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from mlx_vlm_edge_bench.estimate import costs
+from mlx_vlm_edge_convert import quantize
 
 from mlx_vlm_edge import Options, cli
 from mlx_vlm_edge.checkpoint.quantization import GROUP_SIZE
+from mlx_vlm_edge.checkpoint.weights import DTYPES
 from mlx_vlm_edge.cli import convert, flags, serve
-from mlx_vlm_edge.generation import disk, engine, prefix
+from mlx_vlm_edge.generation import disk, drafting, engine, loop, prefix
 from mlx_vlm_edge.loading import cost, memory
 from mlx_vlm_edge.loading.load import LoadOptions
+from mlx_vlm_edge.picture.token_budget import METHODS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("mlx_vlm_edge", "convert", "benchmarks/mlx_vlm_edge_bench")
@@ -54,10 +58,30 @@ def test_hints_name_packages_that_pypi_has():
 REQUIRED = {"batch": ["a.png", "--prompt", "x", "--output", "x.jsonl"]}
 
 
-def parsed(verb, *arguments):
+def parser_of(verb):
     parser = cli.Parser(prog=verb)
     import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
-    return parser.parse_args([*arguments, *REQUIRED.get(verb, [])])
+    return parser
+
+
+def parsed(verb, *arguments):
+    return parser_of(verb).parse_args([*arguments, *REQUIRED.get(verb, [])])
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "taken"),
+    [
+        ("convert", "bits", quantize.BITS),
+        ("convert", "group_size", quantize.GROUP_SIZES),
+        ("convert", "dtype", DTYPES),
+        ("estimate", "bits", costs.BITS),
+        ("generate", "dtype", DTYPES),
+        ("generate", "draft", drafting.DRAFTS[1:]),
+    ],
+)
+def test_a_flag_offers_what_is_taken(verb, name, taken):
+    (action,) = (action for action in parser_of(verb)._actions if action.dest == name)
+    assert sorted(action.choices) == sorted(taken)
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "batch"])
@@ -85,12 +109,12 @@ def test_flags_of_kv_caches_and_prefill_are_counted_in_memory():
 def test_figures_in_help_and_documents_are_those_of_the_code():
     assert flags.sides("--image-size", parsed("estimate").image_size, "WxH") == cost.SQUARE
     assert convert._GROUP_SIZE == GROUP_SIZE
-    for verb, words in {
-        "estimate": f"the prompt and {memory.ANSWER} more",
-        "generate": f"up to {disk.MAX_BYTES >> 30} GiB",
-        "serve": f"up to {disk.MAX_BYTES >> 30} GiB",
-    }.items():
-        parser = cli.Parser(prog=verb)
-        import_module(f"mlx_vlm_edge.cli.{verb}").add_arguments(parser)
-        assert words in " ".join(parser.format_help().split())
+    first, *others, last = METHODS
+    for verb, words in (
+        ("estimate", f"the prompt and {memory.ANSWER} more"),
+        ("serve", f"up to {disk.MAX_BYTES >> 30} GiB"),
+        ("generate", f"{', '.join(map(str, loop.KV_BITS[1:-1]))} or {loop.KV_BITS[-1]} bits"),
+        ("generate", f"{first} (the default), {', '.join(others)} or {last}; "),
+    ):
+        assert words in " ".join(parser_of(verb).format_help().split())
     assert f"`PrefixCache` (up to {prefix.MAX_BYTES >> 20} MiB" in (ROOT / "README.md").read_text()
