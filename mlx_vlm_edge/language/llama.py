@@ -21,6 +21,13 @@ from .cache import Cache, Mask
 from .fuse import fuse
 
 _BIASES = {"llama": False, "qwen2": True}  # q/k/v biases where the config does not say
+# All that `TextConfig.from_dict` reads, but for the tie of the output head, which families settle.
+KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "attention_bias", "mlp_bias",
+    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ ROPE = 10000.0
 # What the code of each base model knows alone; a config may leave it out.
 ONLY: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False},
-    "phi": {"hidden_act": "gelu_new", "qk_layernorm": False, "rope_scaling": None},
+    "phi": {"hidden_act": "gelu_new", "qk_layernorm": False},
     "qwen": {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True},
 }
+NONE = ("rope_scaling", "rope_parameters")  # which none of the three has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TextConfig(llama.TextConfig):
     def of(cls, config: Said, base: str) -> "TextConfig":
         """Read the flat config of a MoE-LLaVA. Raises UsageError for a missing key or an unknown
         value."""
-        for key, known in ONLY[base].items():
+        for key, known in {**ONLY[base], **dict.fromkeys(NONE)}.items():
             if (value := config.get(key, known)) != known:
                 raise UsageError(f"config.json: {key} {value!r} is not known in MoE-LLaVA")
         try:

@@ -21,6 +21,7 @@ from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.checkpoint.files import CONFIG, read_json
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.llama import KEYS
 from mlx_vlm_edge.models.cambrian import is_native
 from mlx_vlm_edge.models.cambrian_config import Config
 from mlx_vlm_edge.picture.image import Pixels
@@ -53,11 +54,6 @@ RULES = (
         rf"model\.(vision_sampler_layers\.\d+\.{_SAMPLER})", r"language_model.model.\1"
     ),
     *decoder_rules("model."),
-)  # fmt: skip
-_TEXT_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "max_position_embeddings", "hidden_act", "attention_bias",
 )  # fmt: skip
 
 
@@ -296,7 +292,7 @@ def _translated(config: Mapping[str, Any]) -> Native:
     """The native words, the towers aside; a native config stays as it is."""
     if config.get("text_config") is not None:
         return dict(config)
-    text = {key: config[key] for key in _TEXT_KEYS if key in config}
+    text = {key: config[key] for key in KEYS if key in config}
     return {
         "tie_word_embeddings": False,
         "image_token_index": -200,

@@ -15,6 +15,7 @@ from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.llama import KEYS
 from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, is_native
 from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD
 from mlx_vlm_edge.wording import some
@@ -32,11 +33,6 @@ Config = dict[str, Any]
 ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
 _PROJECTORS = ("mlp2x_gelu",)
 _WB = r"(?:weight|bias)"
-_TEXT_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "max_position_embeddings", "hidden_act", "attention_bias",
-)  # fmt: skip
 
 
 def original_rules(tower: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -119,7 +115,7 @@ def from_original(config: Mapping[str, Any]) -> Config:
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in KEEPS_CLASS_TOKEN:
         raise UsageError(f"config.json: mm_vision_select_feature {feature!r} is not known")
-    text = {key: config[key] for key in _TEXT_KEYS if key in config}
+    text = {key: config[key] for key in KEYS if key in config}
     return {
         "eos_token_id": 2,
         "tie_word_embeddings": False,

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.language.llama import KEYS
 from mlx_vlm_edge.models.llava_onevision import (
     PATCHES,
     SIGLIP,
@@ -38,12 +39,7 @@ TOWER_NAME = "siglip-so400m-patch14-384"
 _WB = "(?:weight|bias)"
 _NEWLINE = Rule(r"(?:model\.)?image_newline", "image_newline")
 # Fields of a flat config that are the decoder's; the rest stays at the root.
-_TEXT = (
-    "attention_dropout", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
-    "max_position_embeddings", "max_window_layers", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_theta", "sliding_window",
-    "use_sliding_window", "vocab_size",
-)  # fmt: skip
+_TEXT = (*KEYS, "attention_dropout", "initializer_range")
 _FLAT = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
