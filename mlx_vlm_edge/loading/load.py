@@ -42,6 +42,7 @@ from ..text.prompt import Processor
 from ..text.tokenizer import Tokenizer
 from .adapters import adapted, read_adapters
 from .steps import Background, Steps, stop_if_exiting
+from .unapplied import tell_unapplied
 
 BUILT, ENCODES, WHOLE = range(3)  # how far a model has been read
 MAX_RESOLUTION = 8192  # pixels of a side that any model might be asked for
@@ -211,6 +212,7 @@ def start_loading(
     if not isinstance(tokenizer.backend, MappedTokenizer):
         Background(lambda: saved_tokenizer.remember(folder))  # for the next process
     tokenizer.check_rows(model.config.text.vocab_size)
+    tell_unapplied(folder, tokenizer.special_ids)
     model.identify = partial(model_identity, folder, options, on_cpu(), changed)
     processor = kind.Processor(model.config, tokenizer, options.preprocessing)
     processor.check_tokens()
