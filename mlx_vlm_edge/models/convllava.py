@@ -30,7 +30,7 @@ from ..picture.resize import Levels
 from ..picture.token_budget import OF_TOKENS, Block
 from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.convnext import fold as fold_vision
-from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
+from ..vision.pixels import CLIP, Normal, normalized
 from . import llava
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
@@ -58,16 +58,22 @@ class Config:
             raise UsageError("config.json lacks 'vision_config'")
         text = {**LLAMA, **(config.get("text_config") or {})}
         tied = config.get("tie_word_embeddings", False)
+        vision = ConvNeXtConfig.from_dict(config["vision_config"])
         return cls(
             text=TextConfig.from_dict({**text, "tie_word_embeddings": tied}, "llama"),
-            vision=ConvNeXtConfig.from_dict(config["vision_config"]),
-            image_strategy=image_strategy(config),
+            vision=vision,
+            image_strategy=image_strategy(config, vision.image_size, *CLIP[:2]),
             image_token_index=config.get("image_token_index", -200),
             bos_token_id=first(config.get("bos_token_id"), llava.BOS),
             eos_token_ids=eos_ids(config),
             context=text["max_position_embeddings"],
             source=config,
         )
+
+    @property
+    def normal(self) -> Normal:
+        """How pixels are normalised, and pictures padded."""
+        return CLIP
 
     @property
     def image_size(self) -> int:
@@ -106,7 +112,7 @@ class Model(VisionLanguageModel):
     def features(self, pictures: Levels) -> mx.array:
         """uint8 [B, H, W, 3] -> image features [B, H/64 * W/64, C]."""
         dtype = self.vision_tower.norm.weight.dtype
-        features: mx.array = self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))
+        features: mx.array = self.vision_tower(normalized(pictures, dtype, *CLIP[:2]))
         return features
 
 

@@ -31,7 +31,7 @@ from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
-from ..vision.pixels import normalized
+from ..vision.pixels import PLAIN, normalized
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
 
@@ -73,11 +73,12 @@ class Config:
         if not isinstance(config.get("vision_config"), Mapping):
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.from_dict(config, "qwen2")
+        side = config["vision_config"].get("image_size", 1024)
         return cls(
             text=text,
             vision=_vision(config["vision_config"]),
-            image_size=config["vision_config"].get("image_size", 1024),
-            image_strategy=image_strategy(config),
+            image_size=side,
+            image_strategy=image_strategy(config, side, *PLAIN[:2]),
             image_token_index=config.get("image_token_index", -200),
             eos_token_ids=eos_ids(config),
             context=text.max_position_embeddings,
@@ -132,7 +133,8 @@ class Model(VisionLanguageModel):
 
 
 class Processor(prompt.Processor):
-    """The qwen_2 prompt: no BOS, every turn between <|im_start|> and <|im_end|>."""
+    """The qwen_2 prompt: no BOS, every turn between <|im_start|> and <|im_end|>; a fine-tuned
+    model's own where the folder's chat template writes another."""
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     chooses_side = True

@@ -22,7 +22,12 @@ from ..checkpoint.weights import Weights
 from ..errors import UsageError
 from ..language.persimmon import LanguageModel, TextConfig
 from ..picture.image import Pixels
-from ..picture.preprocessing import AS_PUBLISHED, Preprocessing, refuse_max_tiles
+from ..picture.preprocessing import (
+    AS_PUBLISHED,
+    Preprocessing,
+    check_settings,
+    refuse_max_tiles,
+)
 from ..picture.resize import Picture, levels, padded, resized
 from ..picture.tiling import fit_within
 from ..picture.token_budget import Block, bounds
@@ -108,6 +113,7 @@ def _geometry(config: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
     Raises UsageError for what Fuyu's patches cannot be, and for settings that it does not have.
     """
     pixels = config.get(PREPROCESSOR) or {}
+    check_settings(pixels, {})
     for key, value in FIXED.items():
         said = pixels.get(key, value)
         if any(one != value for one in (said if isinstance(said, list) else [said])):

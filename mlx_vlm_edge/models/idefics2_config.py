@@ -9,7 +9,7 @@ from ..checkpoint.configs.defaults import IDEFICS2_VISION, MISTRAL
 from ..connectors.perceiver import PerceiverConfig
 from ..errors import UsageError
 from ..language.llama import TextConfig
-from ..picture.preprocessing import Preprocessing
+from ..picture.preprocessing import Preprocessing, check_settings
 from ..vision.vit import ViTConfig
 from .base import eos_ids
 
@@ -59,13 +59,11 @@ class Config:
             if not isinstance(config.get(part), Mapping):
                 raise UsageError(f"config.json lacks {part!r}")
         processor = config.get("preprocessor_config") or {}
-        for key, value in FIXED.items():
-            if processor.get(key, value) != value:
-                raise UsageError(f"preprocessor_config.json: {key} {processor[key]!r} is not known")
+        check_settings(processor, FIXED)
         for key in ("image_mean", "image_std"):
             if processor.get(key, HALVES) != HALVES:
                 raise UsageError(f"preprocessor_config.json: {key} {processor[key]} is not known")
-        size = {**EDGES, **(processor.get("size") or {})}
+        size = _edges(processor.get("size") or {})
         own = {**MISTRAL, **config["text_config"]}
         text = _text(own, config.get("tie_word_embeddings", False))
         window = first(own["sliding_window"], text.max_position_embeddings)
@@ -103,6 +101,13 @@ class Config:
         strategy = first(asked.strategy, self.strategy)
         whole = asked.max_tiles is not None and asked.max_tiles < PIECES
         return replace(self, strategy="whole" if whole else strategy, longest_edge=edge)
+
+
+def _edges(said: Any) -> dict[str, Any]:
+    """What a preprocessor's `size` says of EDGES, and these. Raises UsageError for other words."""
+    if not isinstance(said, Mapping) or not said.keys() <= EDGES.keys():
+        raise UsageError(f"preprocessor_config.json: size cannot be {said!r}")
+    return {**EDGES, **said}
 
 
 def _text(text: Mapping[str, Any], tied: bool) -> TextConfig:

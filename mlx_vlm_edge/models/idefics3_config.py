@@ -8,7 +8,7 @@ from ..checkpoint.config import check
 from ..checkpoint.configs.defaults import IDEFICS3_VISION, LLAMA
 from ..errors import UsageError
 from ..language.llama import TextConfig
-from ..picture.preprocessing import Preprocessing
+from ..picture.preprocessing import Preprocessing, check_settings
 from ..vision.vit import ViTConfig
 from .base import eos_ids
 
@@ -72,9 +72,7 @@ class Config:
             if not isinstance(config.get(part), Mapping):
                 raise UsageError(f"config.json lacks {part!r}")
         own, processor = config["vision_config"], _object(config, "preprocessor_config")
-        for key, value in FIXED.items():
-            if processor.get(key, value) != value:
-                raise UsageError(f"preprocessor_config.json: {key} {processor[key]!r} is not known")
+        check_settings(processor, FIXED)
         text, vision = _text(config), _vision(own)
         tile = _edge(processor, "max_image_size", _edge(own, "max_image_size", vision.image_size))
         return cls(
@@ -147,10 +145,12 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _edge(config: Mapping[str, Any], key: str, default: int) -> int:
-    """The pixels of {"longest_edge": ...} under `key`, or the default without one."""
-    edge = _object(config, key).get("longest_edge") or default
+    """The pixels of {"longest_edge": ...} under `key`, or the default where it is not there."""
+    said = _object(config, key)
+    edge = said.get("longest_edge") if said else default
     if type(edge) is not int or edge < 1:
-        raise UsageError(f"{key}: longest_edge cannot be {edge!r}")
+        wrong = f"{key}: longest_edge cannot be {edge!r}"
+        raise UsageError(wrong if "longest_edge" in said else f"{key} cannot be {dict(said)}")
     return edge
 
 

@@ -2,7 +2,8 @@
 
 The base case: features of the last layer but one, without the class token. The original pads a
 picture to a square with its mean colour, transformers' conversions crop its centre; which of them a
-checkpoint wants stands in its config (`image_aspect_ratio`).
+checkpoint wants stands in its config (`image_aspect_ratio`) or in its preprocessor's file.
+Fine-tunes have SigLIP in CLIP's place: what would leave out a class token leaves out a patch there.
 Native layout: mlx-vlm's (`vision_tower.vision_model.*`, `multi_modal_projector.linear_1|2.*`,
 `language_model.*`).
 Source: haotian-liu/LLaVA, llava/model/llava_arch.py, conversation.py (vicuna_v1), mm_utils.py.
@@ -31,17 +32,16 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import METHODS, Block
+from ..picture.token_budget import METHODS, OF_TOKENS, Block
 from ..text import prompt
 from ..text.tokenizer import Tokenizer
-from ..vision.pixels import CLIP_MEAN, CLIP_STD, normalized
+from ..vision.pixels import CLIP, SIGLIP, Normal, normalized
 from ..vision.vit import ViT, ViTConfig
 from ..vision.vit import fold as fold_vision
 from .base import VisionLanguageModel, eos_ids, with_tower
 from .contract import Family
 
 VISION = "vision_tower.vision_model."
-FILL = (122, 116, 104)  # CLIP's mean in uint8
 BOS = 1
 VICUNA = "ASSISTANT:"  # what its answers begin with
 SYSTEM = (
@@ -78,12 +78,12 @@ class Config:
         if (kind := text.get("model_type", "llama")) != "llama":
             raise UsageError(f"config.json: a text model of type {kind!r} is not known in LLaVA")
         tied = config.get("tie_word_embeddings", False)
+        layer = config.get("vision_feature_layer", -2)
+        vision = ViTConfig.from_dict(config["vision_config"], layer)
         return cls(
             text=TextConfig.from_dict({**text, "tie_word_embeddings": tied}, "llama"),
-            vision=ViTConfig.from_dict(
-                config["vision_config"], config.get("vision_feature_layer", -2)
-            ),
-            image_strategy=image_strategy(config),
+            vision=vision,
+            image_strategy=image_strategy(config, vision.image_size, *normal(vision)[:2]),
             image_token_index=config.get("image_token_index", 32000),
             bos_token_id=first(config.get("bos_token_id"), text.get("bos_token_id"), BOS),
             eos_token_ids=eos_ids(text if config.get("eos_token_id") is None else config),
@@ -98,12 +98,12 @@ class Config:
     @classmethod
     def flat(cls, config: Mapping[str, Any], text: Any, projector: str) -> Self:
         """The config of a family that keeps LLaVA's own words beside its text's fields."""
+        layer = config.get("mm_vision_select_layer", -2)
+        vision = ViTConfig.from_dict(config["vision_config"], layer)
         return cls(
             text=text,
-            vision=ViTConfig.from_dict(
-                config["vision_config"], config.get("mm_vision_select_layer", -2)
-            ),
-            image_strategy=image_strategy(config),
+            vision=vision,
+            image_strategy=image_strategy(config, vision.image_size, *normal(vision)[:2]),
             image_token_index=config.get("image_token_index", -200),
             bos_token_id=first(config.get("bos_token_id"), BOS),
             eos_token_ids=eos_ids(config),
@@ -113,6 +113,11 @@ class Config:
             source=config,
         )
 
+    @property
+    def normal(self) -> Normal:
+        """How the tower has pixels normalised, and pictures padded."""
+        return normal(self.vision)
+
     def adapted(self, asked: Preprocessing) -> Self:
         """The same with the user's preprocessing. Raises UsageError for values that cannot be."""
         refuse_max_tiles(asked)
@@ -120,6 +125,11 @@ class Config:
         if asked.resolution not in (None, side):
             raise UsageError(f"image size {asked.resolution}: this vision tower takes {side} only")
         return replace(self, image_strategy=chosen_strategy(asked, self.image_strategy))
+
+
+def normal(vision: ViTConfig) -> Normal:
+    """How a tower has pixels normalised: SigLIP has no class token."""
+    return CLIP if vision.class_token else SIGLIP
 
 
 def keeps_class_token(feature: str) -> bool:
@@ -161,17 +171,18 @@ class Model(VisionLanguageModel):
         return MLP(config.vision.hidden_size, config.text.hidden_size)
 
     def features(self, pictures: Levels) -> mx.array:
-        """uint8 [B, H, W, 3] -> image features [B, N, C]."""
-        dtype = self.vision_tower.position_embedding.dtype
-        features = self.vision_tower(normalized(pictures, dtype, CLIP_MEAN, CLIP_STD))
+        """uint8 [B, H, W, 3] -> image features [B, N, C], the first row left out with either tower
+        where the class token is not to be kept."""
+        dtype, (mean, std, _) = self.vision_tower.position_embedding.dtype, self.config.normal
+        features = self.vision_tower(normalized(pictures, dtype, mean, std))
         return features if self.config.keeps_class_token else features[:, 1:]
 
 
 class Processor(prompt.Processor):
     """The v1 prompt of Vicuna: one line, BOS once at its start, </s> after each answer.
 
-    own_template: whether a folder whose chat template doesn't speak Vicuna's words is taken at its
-    word, as xtuner's with Llama 3 have to be.
+    own_template: whether a folder whose chat template writes other words is taken at its word, as
+    xtuner's with Llama 3 have to be. transformers' own leaves the system text out.
     """
 
     stop_tokens: tuple[str, ...] = ("</s>",)
@@ -183,15 +194,18 @@ class Processor(prompt.Processor):
         self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
     ) -> None:
         super().__init__(config, tokenizer, asked)
+        if isinstance(config, Config) and not config.vision.class_token:
+            # The others need one, or squares.
+            self.token_methods = OF_TOKENS - (set() if config.keeps_class_token else {"pool"})
         tokenizer.begin_each_text()
 
     def draft_side(self) -> int:
         return self.config.vision.image_size
 
     def preprocess(self, image: Picture) -> Pixels:
-        """uint8 [side, side, 3], by the checkpoint's strategy; padded with CLIP's mean colour."""
-        side = self.config.vision.image_size
-        fitted = fit(image, (side, side), self.config.image_strategy, FILL)
+        """uint8 [side, side, 3], by the checkpoint's strategy; padded with the tower's mean."""
+        side, fill = self.config.vision.image_size, self.config.normal.fill
+        fitted = fit(image, (side, side), self.config.image_strategy, fill)
         return Pixels(levels(fitted), image.size)
 
     def render(self, messages: list[prompt.Message]) -> str:
@@ -211,8 +225,11 @@ class Processor(prompt.Processor):
         return text + "ASSISTANT:"
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
-        side = self.config.vision.grid
-        return (Block(side, side, before=int(self.config.keeps_class_token)),)
+        """A square, or of SigLIP what is left of one without its first patch."""
+        vision, whole = self.config.vision, self.config.keeps_class_token
+        if vision.class_token:
+            return (Block(vision.grid, vision.grid, before=int(whole)),)
+        return (Block(vision.grid, vision.grid) if whole else Block(1, vision.grid**2 - 1),)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """BOS, then the segments, each tokenised by itself: the one after an image begins with

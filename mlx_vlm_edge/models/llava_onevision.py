@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.config import PREPROCESSOR
 from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..kernels import resize_bilinear
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
-from ..picture.preprocessing import Preprocessing
+from ..picture.preprocessing import Preprocessing, check_normalised, check_settings
 from ..picture.resize import Levels, Picture, levels
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..picture.token_budget import OF_TOKENS, Block
@@ -59,6 +60,7 @@ FIXED = {
     "use_image_newline_parameter": True,
     "multimodal_projector_bias": True,
 }
+PIXELS = {"do_resize": True, "do_rescale": True, "resample": 3}  # of preprocessor_config.json
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,12 @@ class Config:
             raise UsageError(f"config.json: vision_feature_layer {layer!r} is not known")
         vision = {**SIGLIP, **(config.get("vision_config") or {})}
         parsed = TextConfig.from_dict(text, "qwen2")
+        resolutions = _resolutions(config.get("image_grid_pinpoints"), vision["image_size"])
+        _check_pixels(config.get(PREPROCESSOR) or {}, vision["image_size"], resolutions)
         return cls(
             text=parsed,
             vision=ViTConfig.from_dict(vision, layer),
-            resolutions=_resolutions(config.get("image_grid_pinpoints"), vision["image_size"]),
+            resolutions=resolutions,
             max_tiles=_max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
             image_token_index=config.get("image_token_index", 151646),
             eos_token_ids=eos_ids(text if config.get("eos_token_id") is None else config),
@@ -155,6 +159,18 @@ def _resolutions(pinpoints: Any, side: int) -> tuple[Size, ...]:
     if any(length < side or length % side for pair in pinpoints for length in pair):
         raise UsageError(f"config.json: image_grid_pinpoints are no multiples of {side}")
     return tuple((width, height) for height, width in pinpoints)
+
+
+def _check_pixels(file: Mapping[str, Any], side: int, resolutions: tuple[Size, ...]) -> None:
+    """Raises UsageError when preprocessor_config.json asks for other pixels than ours."""
+    check_settings(file, PIXELS)
+    check_normalised(file, HALF, HALF)
+    size, grids = file.get("size") or side, file.get("image_grid_pinpoints")
+    lengths = size.values() if isinstance(size, Mapping) else [size]
+    if any(length not in (side, None) for length in lengths):
+        raise UsageError(f"preprocessor_config.json: size {size}, but tiles are {side} pixels wide")
+    if grids is not None and _resolutions(grids, side) != resolutions:
+        raise UsageError("preprocessor_config.json: image_grid_pinpoints are not config.json's")
 
 
 def _is_pair(item: Any) -> bool:
@@ -266,7 +282,9 @@ class Model(VisionLanguageModel):
 
 
 class Processor(prompt.Processor):
-    """The qwen_1_5 prompt, with the system turn that the model was trained with."""
+    """The qwen_1_5 prompt, with the system turn that the model was trained with and transformers'
+    template leaves out; a fine-tuned model's own where the folder's chat template writes another.
+    """
 
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     token_methods = OF_TOKENS | {"hiprune"}

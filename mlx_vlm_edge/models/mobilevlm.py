@@ -58,7 +58,10 @@ class Config(llava.Config):
         if "vision_config" not in config:
             raise UsageError("config.json lacks 'vision_config'")
         text = TextConfig.from_dict(config, "llama")
-        return cls.flat(config, text, projector)
+        read = cls.flat(config, text, projector)
+        if not read.vision.class_token:
+            raise UsageError("vision_config: a tower without a class token is not MobileVLM's")
+        return read
 
 
 def rename(name: str) -> str:

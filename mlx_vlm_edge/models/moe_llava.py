@@ -20,11 +20,8 @@ from ..checkpoint.weights import Weights
 from ..connectors.mlp import MLP
 from ..errors import UsageError
 from ..language.moe_llava import LanguageModel, TextConfig
-from ..picture.image import Pixels, fit
-from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import OF_TOKENS, Block, TokenBudget, check_method
+from ..picture.image import Pixels
 from ..text import prompt
-from ..vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
 from ..vision.vit import ViT
 from . import llava
 from .base import VisionLanguageModel
@@ -32,7 +29,6 @@ from .contract import Family
 
 BASES = {f"moe_llava_{base}": base for base in ("stablelm", "qwen", "phi")}
 PROJECTOR = "mlp2x_gelu"
-GREY = (127, 127, 127)  # SigLIP's mean in uint8, cut off
 LANGUAGE = "language_model."
 # Published names -> parameters', after another, wherever they are in a name.
 RENAMES = tuple(
@@ -95,14 +91,6 @@ class Model(llava.Model):
         self.mm_projector = MLP(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = LanguageModel(config.text)
 
-    def features(self, pictures: Levels) -> mx.array:
-        """uint8 [B, H, W, 3] -> image features [B, N, C], the first row left out with either
-        tower."""
-        clip, dtype = self.config.vision.class_token, self.vision_tower.position_embedding.dtype
-        mean, std = (CLIP_MEAN, CLIP_STD) if clip else (HALF, HALF)
-        features = self.vision_tower(normalized(pictures, dtype, mean, std))
-        return features if self.config.keeps_class_token else features[:, 1:]
-
 
 class Processor(llava.Processor):
     """Vicuna's words with no BOS, and <|endoftext|> after each answer, for all three bases."""
@@ -110,25 +98,6 @@ class Processor(llava.Processor):
     config: Config
     stop_tokens = ("<|endoftext|>",)
     answer_end = "<|endoftext|>"
-
-    def preprocess(self, image: Picture) -> Pixels:
-        """uint8 [side, side, 3], by the checkpoint's strategy; padded with the tower's mean."""
-        vision = self.config.vision
-        fill = llava.FILL if vision.class_token else GREY
-        fitted = fit(image, (vision.image_size,) * 2, self.config.image_strategy, fill)
-        return Pixels(levels(fitted), image.size)
-
-    def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
-        """A square, or of SigLIP what is left of one without its first patch."""
-        vision, whole = self.config.vision, self.config.keeps_class_token
-        if vision.class_token:
-            return (Block(vision.grid, vision.grid, before=int(whole)),)
-        return (Block(vision.grid, vision.grid) if whole else Block(1, vision.grid**2 - 1),)
-
-    def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
-        if budget is not None and not self.config.vision.class_token:
-            check_method(budget.method, OF_TOKENS - {"pool"})  # which need a class token or squares
-        return super().within(pixels, budget)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """Each segment is tokenised by itself, and none has a BOS before it."""

@@ -4,6 +4,7 @@ In bfloat16 1/255 is 0.39 % too large, and so would every pixel be.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -15,6 +16,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Normal(NamedTuple):
+    """By what pixels in 0..1 are normalised. fill: the mean as bytes, cut off, which pictures are
+    padded with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fill: tuple[int, int, int]
+
+
+CLIP = Normal(CLIP_MEAN, CLIP_STD, (122, 116, 104))
+SIGLIP = Normal(HALF, HALF, (127, 127, 127))
+PLAIN = Normal((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0, 0, 0))
 
 
 def normalized(

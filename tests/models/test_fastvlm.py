@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert import convert
 from PIL import Image
 
 from mlx_vlm_edge import kernels, load, stream_generate
@@ -92,6 +93,25 @@ def test_pixels_of_an_oblong_picture_are_padded_then_resized(native, picture):
     pixels = native[1](QUESTION, images=[image]).pixels[0]
     assert np.array_equal(pixels.data, want)
     assert pixels.size == (301, 173)
+
+
+def test_the_preprocessors_file_counts_in_either_layout(native_folder, hf_folder, tmp_path):
+    """Its mean was never looked at, though pixels are as they are; nor anything in the native
+    layout, where config.json alone had a word."""
+    side = {"height": 192, "width": 192}
+    for source in (native_folder, hf_folder):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({"crop_size": side, "image_mean": [0.48, 0.46, 0.41]}))
+        with pytest.raises(UsageError, match="image_mean"):
+            load(str(folder))
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("image_aspect_ratio", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        path.write_text(json.dumps({"crop_size": side, "size": side}))
+        assert load(str(folder))[0].config.image_strategy == "stretch"
+        out = convert(folder, tmp_path / f"{source.name} again")
+        assert load(str(out))[0].config.image_strategy == "stretch"
 
 
 def test_visual_tokens(loaded, reference, picture):

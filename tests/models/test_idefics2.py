@@ -222,6 +222,9 @@ def test_the_context_ends_where_mistrals_layers_see_no_further():
         ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}, "image_mean"),
         ("preprocessor_config.json", {"resample": 3}, "resample 3"),
         ("preprocessor_config.json", {"size": {"longest_edge": 7}}, "cannot be"),
+        ("preprocessor_config.json", {"size": 980}, "size cannot be 980"),
+        ("preprocessor_config.json", {"size": {"height": 98, "width": 98}}, "size cannot be {'hei"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor cannot be 1.0"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder, tmp_path, name, changes, says):

@@ -93,6 +93,9 @@ def test_no_value_of_a_config_is_a_traceback():
         (("preprocessor_config", "do_resize"), False, "do_resize False"),
         (("preprocessor_config", "resample"), 3, "resample 3"),
         (("preprocessor_config", "size"), {"longest_edge": "x"}, "longest_edge cannot be 'x'"),
+        (("preprocessor_config", "size"), {"height": 64, "width": 64}, "size cannot be {'height'"),
+        (("preprocessor_config", "max_image_size"), {"shortest_edge": 64}, "max_image_size cannot"),
+        (("preprocessor_config", "rescale_factor"), 1.0, "rescale_factor cannot be 1.0"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(path, value, message):

@@ -423,6 +423,42 @@ def test_a_config_that_cannot_be_run_is_refused(folders, tmp_path, layout, chang
         load(str(folder))
 
 
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_siglip_in_clips_place(strategy, tmp_path):
+    """In the native layout it loaded and could answer no picture, in transformers' it did not."""
+    reference = theirs.build(theirs.SIGLIP, strategy)
+    said = {"vision_config": theirs.SIGLIP, "vision_feature_select_strategy": strategy}
+    folder = theirs.save(reference, "hub", tmp_path / "hub", **said)
+    side, half = {"height": 58, "width": 58}, [0.5] * 3
+    pixels = {"do_center_crop": False, "size": side, "image_mean": half, "image_std": half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    native = convert(folder, tmp_path / "native", verify=True)
+    for loaded_from in (folder, native):
+        model, processor = load(str(loaded_from))
+        inputs = processor(QUESTION, images=[picture()])
+        assert len(inputs.visual) == 16 - (strategy == "default")
+        shown = inputs.pixels[0].data
+        assert np.array_equal(
+            shown, np.asarray(picture().resize((58, 58), Image.Resampling.BICUBIC))
+        )
+        tokens = reference.tokens(shown / 127.5 - 1)
+        assert distance(model.encode_image(inputs.pixels[0]), tokens[0]) < FLOAT32
+        want = reference.logits(inputs.input_ids[0].tolist(), inputs.visual, tokens)
+        assert distance(model(inputs)[0], want) < FLOAT32
+    processor = load(str(native), image_strategy="pad")[1]
+    assert processor.preprocess(Image.new("RGB", (112, 56))).data[0, 0].tolist() == [127] * 3
+    told = json.loads((native / "processor_config.json").read_text())
+    assert told["num_additional_image_tokens"] == 0
+    with pytest.raises(UsageError, match="visionzip"):
+        load(str(native), visual_tokens=4, token_method="visionzip")[1](QUESTION, [picture()])
+
+
+def test_a_tower_of_a_kind_that_nothing_tells_is_refused(tmp_path):
+    folder = theirs.save(theirs.build(theirs.SIGLIP, "full"), "original", tmp_path / "original")
+    with pytest.raises(UsageError, match="no class token"):
+        load(str(folder))
+
+
 def test_an_image_processor_that_is_not_clips_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders["hub"], tmp_path / "copy")
     path = folder / "preprocessor_config.json"
@@ -431,6 +467,11 @@ def test_an_image_processor_that_is_not_clips_is_refused(folders, tmp_path):
         load(str(folder))
     path.write_text(json.dumps({"do_pad": True, "image_mean": list(CLIP_MEAN)}))
     assert load(str(folder))[0].config.image_strategy == "pad"
+    native = convert(folder, tmp_path / "native")
+    assert load(str(native))[0].config.image_strategy == "pad"
+    (native / "preprocessor_config.json").write_text(json.dumps({"resample": 2}))
+    with pytest.raises(UsageError, match="resample 2"):
+        load(str(native))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

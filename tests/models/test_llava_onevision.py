@@ -477,13 +477,23 @@ def test_an_original_config_that_cannot_be_run_is_refused(theirs, weights, chang
         converter.to_native(theirs.original_config() | change, arrays)
 
 
-@pytest.mark.parametrize("key", ["image_mean", "size", "image_grid_pinpoints"])
-def test_a_preprocessor_of_another_kind_is_refused(theirs, weights, tmp_path, key):
-    other = {"image_mean": [0.48, 0.46, 0.41], "size": {"shortest_edge": 336}}.get(key, [[44, 44]])
-    folder = theirs.save(weights, tmp_path, "hub")
-    (folder / "preprocessor_config.json").write_text(json.dumps({key: other}))
-    with pytest.raises(UsageError, match=key):
-        load(str(folder))
+OTHER = {
+    "image_mean": [0.48, 0.46, 0.41], "size": {"shortest_edge": 336}, "resample": 2,
+    "image_grid_pinpoints": [[44, 44]], "rescale_factor": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["hub", "native"])
+def test_a_preprocessor_of_another_kind_is_refused(theirs, weights, tmp_path, layout):
+    folder = theirs.save(weights, tmp_path / "hub", "hub")
+    if layout == "native":
+        from mlx_vlm_edge_convert import convert
+
+        folder = convert(folder, tmp_path / "native")
+    for key, value in OTHER.items():
+        (folder / "preprocessor_config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(UsageError, match=key):
+            load(str(folder))
 
 
 def test_a_grid_is_height_before_width_in_the_native_config(theirs, weights, tmp_path):

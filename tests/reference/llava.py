@@ -27,6 +27,8 @@ from transformers import (  # noqa: E402
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mobilevlm_v1"
@@ -42,6 +44,7 @@ VISION = {
     "patch_size": 14,
     "projection_dim": 32,
 }
+SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": SIDE + 2}  # and a rest
 TEXT = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -76,14 +79,16 @@ ORIGINAL = {
 class Reference:
     model: nn.Module
     tower: nn.Module
+    strategy: str = "default"
 
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> torch.Tensor:
-        """[1, 16, 128] of normalised pixels [H, W, 3]: the last layer but one, no class token."""
+        """[1, N, 128] of normalised pixels [H, W, 3]: the last layer but one, without the first
+        token unless the strategy is "full"."""
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
         states = self.tower(pixel_values=x, output_hidden_states=True).hidden_states
         assert len(states) == VISION["num_hidden_layers"] + 1
-        return states[-2][:, 1:]
+        return states[-2][:, int(self.strategy == "default") :]
 
     @torch.no_grad()
     def tokens(self, pixels: np.ndarray) -> torch.Tensor:
@@ -106,30 +111,33 @@ class Reference:
         return ids[-count:]
 
 
-def build() -> Reference:
+def build(vision: dict[str, Any] = VISION, strategy: str = "default") -> Reference:
     """A model with variance-preserving random weights, float64, in eval mode."""
     torch.manual_seed(0)
+    clip, side = vision["model_type"] == "clip_vision_model", vision["image_size"]
+    count = TOKENS + clip - (strategy == "default")
     config = LlavaConfig(
-        vision_config=VISION,
+        vision_config=vision,
         text_config=TEXT,
         image_token_index=IMAGE,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=TOKENS,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=count,
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config).float().eval()
     model.set_attn_implementation("eager")
-    ids = torch.tensor([[1, 40, 41, *[IMAGE] * TOKENS, *range(60, 90)]])
-    x = torch.randn(1, 3, SIDE, SIDE)
+    ids = torch.tensor([[1, 40, 41, *[IMAGE] * count, *range(60, 90)]])
+    x = torch.randn(1, 3, side, side)
     randomise(model, lambda: model(input_ids=ids, pixel_values=x), 0, spread)
     for name, parameter in model.named_parameters():
         if name.endswith(("position_embedding.weight", "class_embedding")):
             parameter.data.mul_(0.5 / parameter.data.std())
-    tower = CLIPVisionModel(CLIPVisionConfig(**VISION)).eval()
+    made = (CLIPVisionModel, CLIPVisionConfig) if clip else (SiglipVisionModel, SiglipVisionConfig)
+    tower = made[0](made[1](**vision)).eval()
     tower.load_state_dict(model.model.vision_tower.state_dict())
     tower.set_attn_implementation("eager")
-    return Reference(model.double(), tower.double())
+    return Reference(model.double(), tower.double(), strategy)
 
 
 def weights(reference: Reference, layout: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
-"""CLIP towers for the LLaVA families: inside a checkpoint, or a repository of their own."""
+"""CLIP and SigLIP towers for the LLaVA families: inside a checkpoint, or CLIP's in a repository of
+their own."""
 
 import math
 from collections.abc import Mapping
@@ -25,12 +26,8 @@ _VIT_L_336 = (  # OpenAI's, and the two that ShareGPT4V trained on from it
     "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12",
     "Lin-Chen/ShareGPT4V-13B_Pretrained_vit-large336-l12",
 )
-_KIND = "clip_vision_model"
-_CONSTANTS = {
-    "model_type": _KIND,
-    "hidden_act": KINDS[_KIND].hidden_act,
-    "layer_norm_eps": KINDS[_KIND].layer_norm_eps,
-}
+_CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
+_SIGLIP_HEADS = 12  # transformers' default, which it leaves out
 NOT_VISION = Rule(
     r"(?:text_model|text_projection|visual_projection|logit_scale)\b.*",
     None,
@@ -89,7 +86,8 @@ def repository(name: str) -> Path | None:
 def complete(
     given: Mapping[str, Any], weights: Arrays, name: str, prefix: str = TOWER
 ) -> dict[str, Any]:
-    """A native `vision_config`: what a source says, the geometry of the weights, CLIP's constants.
+    """A native `vision_config`: what a source says, the geometry of the weights, CLIP's or SigLIP's
+    constants.
 
     name: of the tower's repository. prefix: of the weights. Raises UsageError where the two
     disagree, and for a tower that is not OpenAI's, whose activation nothing says.
@@ -105,18 +103,29 @@ def complete(
     while f"{prefix}encoder.layers.{layers}.mlp.fc1.bias" in weights:
         layers += 1
     width, side = patch.shape[0], patch.shape[1]
+    kind = _CLIP if f"{prefix}embeddings.class_embedding" in weights else _SIGLIP
+    if kind == _SIGLIP and given.get("model_type") != kind:
+        raise UsageError("the vision tower has no class token, and its config does not say SigLIP")
+    clip = KINDS[kind].class_token
+    grid = math.isqrt(positions.shape[0] - clip)
+    size = given.get("image_size", grid * side)
     derived = {
         "hidden_size": width,
         "intermediate_size": inner.size,
         "num_hidden_layers": layers,
         "patch_size": side,
-        "image_size": math.isqrt(positions.shape[0] - 1) * side,
+        "image_size": size if size // side == grid else grid * side,  # a rest is cut off
     }
     for key, value in derived.items():
         if given.get(key, value) != value:
             raise UsageError(f"vision_config says {key} {given[key]}, but the weights have {value}")
-    heads = {"num_attention_heads": max(width // HEAD_WIDTH, 1), "num_channels": 3}
-    return {**_CONSTANTS, **heads, **given, **derived, "model_type": "clip_vision_model"}
+    constants = {
+        "hidden_act": KINDS[kind].hidden_act,
+        "layer_norm_eps": KINDS[kind].layer_norm_eps,
+        "num_attention_heads": max(width // HEAD_WIDTH, 1) if clip else _SIGLIP_HEADS,
+        "num_channels": 3,
+    }
+    return {**constants, **given, **derived, "model_type": kind}
 
 
 def probe(config: Mapping[str, Any]) -> Pixels:

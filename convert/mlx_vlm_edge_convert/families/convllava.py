@@ -25,7 +25,7 @@ from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
 from .clip import tower_folder
 from .decoder import settle_head
-from .llava import check_pixels, from_original, original_rules
+from .llava import from_original, original_rules
 from .vit import TOWER
 
 Config = dict[str, Any]
@@ -80,15 +80,14 @@ def to_native(
 
     Raises UsageError when names, shapes and config disagree.
     """
-    pixels = preprocessor or {}
     native = dict(weights) if is_native(weights) else apply(rules(), weights, "ConvLLaVA's layout")
-    check_pixels(pixels)
-    translated = _translated(config)
+    translated, pixels = _translated(config), preprocessor or {}
     vision = dict(config.get("vision_config") or {})
     if not any(name.startswith(TOWER) for name in native):
         own, beside_it, tower = _fetch_tower(config)
         native |= tower
-        vision, pixels = {**own, **vision}, pixels or beside_it
+        vision = {**own, **vision}
+        pixels = translated[PREPROCESSOR] = pixels or beside_it
     translated["vision_config"] = {
         **geometry(vision, native, TOWER),
         "image_size": image_size(config, vision, pixels),
@@ -145,9 +144,7 @@ def _fetch_tower(config: Mapping[str, Any]) -> tuple[Config, Mapping[str, Any], 
     name, folder = tower_folder(config)
     weights = apply(tower_rules(""), read_checkpoint(folder), f"{name}, a ConvNeXt")
     read = read_config(folder)
-    preprocessor = read.pop(PREPROCESSOR)
-    check_pixels(preprocessor)
-    return read, preprocessor, weights
+    return read, read.pop(PREPROCESSOR), weights
 
 
 def geometry(said: Mapping[str, Any], weights: Mapping[str, mx.array], prefix: str) -> Config:

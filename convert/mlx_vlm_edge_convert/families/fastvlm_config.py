@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.picture.preprocessing import clip_strategy
 from mlx_vlm_edge.vision.fastvit import STRIDE
 
 Config = dict[str, Any]
@@ -172,22 +173,23 @@ def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
         native["mm_hidden_size"] = features
     geometry = {key: arguments[key] for key in ("layers", "embed_dims") if key in arguments}
     tower.pop("num_classes", None)
+    side = _image_size(config, preprocessor)
     native["vision_config"] = {
         **tower,
         **{key: list(value) for key, value in geometry.items()},
         "model_type": "llava_qwen2",
-        "image_size": _image_size(config, preprocessor),
+        "image_size": side,
     }
     # mlx-vlm and mlx-swift-lm put -200 for an image whatever the config says.
     native["image_token_id"] = config.get("image_token_index", config.get("image_token_id", 151646))
     native["image_token_index"] = -200
-    native.setdefault("image_aspect_ratio", _aspect_ratio(preprocessor))
+    native.setdefault("image_aspect_ratio", clip_strategy(preprocessor, side))
     return native
 
 
 def _image_size(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> int:
     """The side of a preprocessed image: of the crop, else of the visual tokens, else published."""
-    for key in ("crop_size", "size"):
+    for key in ("crop_size", "size") if preprocessor.get("do_center_crop", True) else ("size",):
         size: Any = preprocessor.get(key)
         if isinstance(size, int):
             return int(size)
@@ -197,14 +199,3 @@ def _image_size(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> i
     if tokens and math.isqrt(tokens) ** 2 == tokens:
         return math.isqrt(tokens) * STRIDE
     return _PUBLISHED_SIZE
-
-
-def _aspect_ratio(preprocessor: Mapping[str, Any]) -> str:
-    """What a CLIP-style image processor does to a non-square image."""
-    if preprocessor.get("do_pad"):
-        return "pad"
-    if preprocessor.get("do_center_crop", True):
-        return "center_crop"
-    if "height" in (preprocessor.get("size") or {}):
-        return "stretch"
-    raise UsageError("preprocessor_config.json makes images that are not square; ours are square")

@@ -11,13 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_vlm_edge.checkpoint.config import PREPROCESSOR, says_tied
+from mlx_vlm_edge.checkpoint.config import says_tied
 from mlx_vlm_edge.checkpoint.configs.defaults import LLAMA
 from mlx_vlm_edge.checkpoint.files import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.language.llama import KEYS
 from mlx_vlm_edge.models.llava import KEEPS_CLASS_TOKEN, is_native
-from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD
+from mlx_vlm_edge.vision.pixels import CLIP, SIGLIP
+from mlx_vlm_edge.vision.vit import KINDS
 from mlx_vlm_edge.wording import some
 
 from ..rules import Arrays, Rule, apply
@@ -75,11 +76,8 @@ def to_native(
     machine. Raises UsageError when names, shapes and config disagree.
     """
     native = rename(weights)
-    check_pixels(preprocessor or {})
-    if "text_config" in config:
-        translated = from_transformers(config, preprocessor or {})
-    else:
-        translated = from_original(config)
+    nested = "text_config" in config
+    translated = from_transformers(config) if nested else from_original(config)
     translated["vision_config"] = place_tower(translated, native)
     translated["tie_word_embeddings"] = settle_head(native, says_tied(translated))
     return translated, native
@@ -88,8 +86,7 @@ def to_native(
 def config_alone(config: Mapping[str, Any]) -> Config:
     """The native config of a published one without weights: an unnamed tower is OpenAI's."""
     nested = config.get("text_config") is not None
-    given = config.get(PREPROCESSOR) or {}
-    native = from_transformers(config, given) if nested else from_original(config)
+    native = from_transformers(config) if nested else from_original(config)
     return {**native, "vision_config": published_tower(config)}
 
 
@@ -136,39 +133,27 @@ def check_original(config: Mapping[str, Any]) -> None:
             raise UsageError(f"config.json: {key} is set, a prompt format that is not supported")
 
 
-def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Config:
-    """A nested config; its image processor crops the centre, unless its file says it pads."""
-    native: Config = {
+def from_transformers(config: Mapping[str, Any]) -> Config:
+    """A nested config; what is done to pictures stands in the preprocessor's file."""
+    return {
         "tie_word_embeddings": False,
         "image_token_index": config.get("image_token_id", 32000),
         **config,
         "model_type": "llava",
         "text_config": {"model_type": "llama", **LLAMA, **config["text_config"]},
     }
-    if preprocessor.get("do_pad"):
-        native.setdefault("image_aspect_ratio", "pad")
-    return native
-
-
-def check_pixels(preprocessor: Mapping[str, Any]) -> None:
-    """Raises UsageError when preprocessor_config.json does not normalise as CLIP does."""
-    for key, ours in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        theirs = preprocessor.get(key, ours)
-        if not all(abs(a - b) <= 1e-6 for a, b in zip(theirs, ours, strict=True)):
-            raise UsageError(f"preprocessor_config.json: {key} {theirs} is not CLIP's")
 
 
 def write_files(folder: Path, config: Mapping[str, Any]) -> None:
     """Complete preprocessor_config.json and processor_config.json for transformers and mlx-vlm."""
     vision = config["vision_config"]
-    complete_json(
-        folder / PREPROCESSOR_CONFIG,
-        clip_preprocessor(vision["image_size"], CLIP_MEAN, CLIP_STD),
-        {},
-    )
+    clip = KINDS[vision["model_type"]].class_token
+    mean, std, _ = CLIP if clip else SIGLIP
+    pixels = clip_preprocessor(vision["image_size"], mean, std)
+    complete_json(folder / PREPROCESSOR_CONFIG, pixels, {})
     processor = {
         "image_token": "<image>",
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(clip),
         "patch_size": vision["patch_size"],
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],

@@ -85,8 +85,7 @@ def to_native(
 ) -> tuple[Config, Arrays]:
     """The native config and weights of a published LLaVA-OneVision checkpoint.
 
-    `preprocessor` is its preprocessor_config.json, where it has one; it must say what the runtime
-    does. Raises UsageError when names, shapes and config disagree.
+    Raises UsageError when names, shapes and config disagree.
     """
     native = rename(weights)
     if PATCHES not in native:
@@ -100,7 +99,6 @@ def to_native(
     translated["vision_config"] = vision
     if translated.get("image_grid_pinpoints") is None:
         translated["image_grid_pinpoints"] = default_pinpoints(vision["image_size"])
-    _check_preprocessor(preprocessor or {}, translated)
     return translated, native
 
 
@@ -159,26 +157,6 @@ def _vision(given: Mapping[str, Any], weights: Mapping[str, mx.array]) -> Config
             f"{grid} x {grid} positions of {patch} pixels"
         )
     return vision
-
-
-def _check_preprocessor(preprocessor: Mapping[str, Any], config: Config) -> None:
-    """Raises UsageError when preprocessor_config.json asks for other pixels than ours."""
-    side = config["vision_config"]["image_size"]
-    ours: Config = {
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "resample": 3,
-        "image_grid_pinpoints": config["image_grid_pinpoints"],
-    }
-    for key, value in ours.items():
-        if preprocessor.get(key, value) != value:
-            raise UsageError(
-                f"preprocessor_config.json: {key} {preprocessor[key]} is not the {value} "
-                "that config.json or the model asks for"
-            )
-    size = preprocessor.get("size") or {}
-    if not {*size.values()} <= {side, None}:
-        raise UsageError(f"preprocessor_config.json: size {size}, but tiles are {side} pixels wide")
 
 
 def config_alone(config: Mapping[str, Any]) -> Config:

@@ -24,7 +24,7 @@ from ..save import clip_preprocessor, complete_json
 from .clip import probe as probe
 from .clip import published_tower
 from .decoder import EMBEDDING, decoder_rules, settle_head
-from .llava import ORIGINAL_TOWER, check_original, check_pixels, place_tower
+from .llava import ORIGINAL_TOWER, check_original, place_tower
 from .vit import tower_rules
 
 Config = dict[str, Any]
@@ -65,7 +65,6 @@ def to_native(
     """
     native = dict(weights) if is_native(weights) else apply(rules(), weights, "MobileVLM's layout")
     check_original(config)
-    check_pixels(preprocessor or {})
     translated: Config = {
         "eos_token_id": 2,
         "tie_word_embeddings": False,

@@ -22,7 +22,7 @@ from ..rules import Arrays, Rule, apply
 from ..save import clip_preprocessor, complete_json
 from .clip import complete, published_tower
 from .clip import probe as probe
-from .llava import check_original, check_pixels
+from .llava import check_original
 from .spellings import CONNECTOR
 from .vit import TOWER, tower_rules
 
@@ -84,7 +84,6 @@ def to_native(
     vision = _vision(config)
     if vision.get("model_type") == "siglip_vision_model":
         return {**_translated(config), "vision_config": vision}, native
-    check_pixels(preprocessor or {})
     tower = complete(config.get("vision_config") or {}, native, _tower_name(config))
     return {**_translated(config), "vision_config": tower}, native
 

@@ -18,13 +18,12 @@ from mlx_vlm_edge.models import (
     idefics3,
     llava,
     llava_onevision,
-    moe_llava,
 )
 from mlx_vlm_edge.models import eve as eve_family
 from mlx_vlm_edge.models.base import VisionLanguageModel
 from mlx_vlm_edge.picture.image import Color, Pixels, Strategy
 from mlx_vlm_edge.picture.preprocessing import Preprocessing
-from mlx_vlm_edge.vision.pixels import CLIP_MEAN, CLIP_STD, HALF, normalized
+from mlx_vlm_edge.vision.pixels import CLIP, CLIP_MEAN, CLIP_STD, HALF, normalized
 from mlx_vlm_edge.vision.positions import position_ids
 from mlx_vlm_edge.vision.vit import ViTConfig
 
@@ -166,31 +165,27 @@ def _fastvlm(model: fastvlm.Model, size: Size | None, strategy: str | None) -> E
 
 def _llava(model: llava.Model, size: Size | None, strategy: str | None) -> Encoder:
     config = model.config.adapted(Preprocessing(strategy))
-    vision, keeps = config.vision, config.keeps_class_token
+    vision, keeps, (mean, std, fill) = config.vision, config.keeps_class_token, config.normal
+    if not (keeps or vision.class_token):
+        raise UnexportableError(
+            "the model leaves out SigLIP's first patch, so that its features fill no grid",
+            "its tower cannot be exported",
+        )
     side = vision.grid
-    grid = (1, side * side + 1) if keeps else (side, side)
+    grid = (1, side * side + 1) if keeps and vision.class_token else (side, side)
 
     def emit(net: Network, image: Value) -> Value:
-        x = vit.emit(net, model.tower, vision, image, CLIP_MEAN, CLIP_STD)
+        x = vit.emit(net, model.tower, vision, image, mean, std)
+        if not vision.class_token:
+            return net.reshape(x, (1, vision.hidden_size, *grid), "features")
         return x if keeps else _without_class_token(net, x, grid)
 
+    pixels = _fixed(size, vision.image_size)
     return Encoder(
-        AppPixels(
-            _fixed(size, vision.image_size), config.image_strategy,
-            llava.FILL, CLIP_MEAN, CLIP_STD,
-        ),
+        AppPixels(pixels, config.image_strategy, fill, mean, std),
         emit, vision.hidden_size, grid, model.connector,
         lambda pixels: _stages(model, pixels), {},
     )  # fmt: skip
-
-
-def _moe_llava(model: moe_llava.Model, size: Size | None, strategy: str | None) -> Encoder:
-    if not model.config.vision.class_token:
-        raise UnexportableError(
-            "MoE-LLaVA leaves out SigLIP's first patch, so that its features fill no grid",
-            "its tower cannot be exported",
-        )
-    return _llava(model, size, strategy)
 
 
 def _convllava(model: convllava.Model, size: Size | None, strategy: str | None) -> Encoder:
@@ -198,8 +193,8 @@ def _convllava(model: convllava.Model, size: Size | None, strategy: str | None) 
     step = config.vision.stride
     height, width = _whole_steps(size, config.image_size, step, "this ConvNeXt")
     return Encoder(
-        AppPixels((height, width), config.image_strategy, llava.FILL, CLIP_MEAN, CLIP_STD),
-        lambda net, image: convnext.emit(net, model.tower, image, CLIP_MEAN, CLIP_STD),
+        AppPixels((height, width), config.image_strategy, CLIP.fill, CLIP.mean, CLIP.std),
+        lambda net, image: convnext.emit(net, model.tower, image, CLIP.mean, CLIP.std),
         config.vision.out_dim,
         (height // step, width // step),
         model.connector,
@@ -287,7 +282,6 @@ def _eve(
 
 _MAKERS: tuple[tuple[type, Callable[..., Encoder]], ...] = (
     (fastvlm.Model, _fastvlm),
-    (moe_llava.Model, _moe_llava),  # before its own base
     (cambrian.Model, _cambrian),
     (llava.Model, _llava),
     (convllava.Model, _convllava),

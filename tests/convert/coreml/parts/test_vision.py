@@ -50,6 +50,9 @@ def folders(native_folder, golden, tmp_path_factory):
             return idefics3.save(idefics3.build(case), case, folder)
         if name == "llava":
             return llava.save(llava.build(), "hub", folder)
+        if name == "siglip":
+            said = {"vision_config": llava.SIGLIP, "vision_feature_select_strategy": "full"}
+            return llava.save(llava.build(llava.SIGLIP, "full"), "hub", folder, **said)
         if name == "eve2":
             return eve2.save(eve2.build(), folder)
         if name == "convllava":
@@ -95,7 +98,7 @@ def fastvlm(native_folder):
     return model_of(native_folder)
 
 
-FAMILIES = (*GOLDEN, "smolvlm", "llava", "eve2", "llava_onevision", "convllava")
+FAMILIES = (*GOLDEN, "smolvlm", "llava", "siglip", "eve2", "llava_onevision", "convllava")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
