@@ -8,6 +8,7 @@ Source: apple/ml-fastvlm, llava/model/llava_arch.py, llava/conversation.py (qwen
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from ..picture.preprocessing import (
 from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
+from ..text.own_words import QWEN_2, chatml_forms, has_own_words
 from ..vision.fastvit import STRIDE, FastViTHD, VisionConfig
 from ..vision.fastvit_fold import fold as fold_vision
 from ..vision.pixels import PLAIN, normalized
@@ -151,8 +153,12 @@ class Processor(prompt.Processor):
             side = chosen_side(image, self.config.sides, length)
         return Pixels(levels(fit(image, (side, side), strategy)), image.size)
 
+    @cached_property
+    def own_words(self) -> bool:
+        return has_own_words(self, chatml_forms(), [QWEN_2])
+
     def render(self, messages: list[prompt.Message]) -> str:
-        return prompt.chatml(messages, SYSTEM)
+        return self.by_template(messages) if self.own_words else prompt.chatml(messages, SYSTEM)
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         height, width = pixels.data.shape[:2]

@@ -11,6 +11,7 @@ Source: transformers, models/idefics3 and models/smolvlm.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..picture.tiling import Tiles, affordable_edge, single, split, split_grid
 from ..picture.token_budget import OF_TOKENS, Block
 from ..picture.video import Video, number_in_words, read_video
 from ..text import prompt
+from ..text.own_words import ASKED, IDEFICS, has_own_words
 from ..text.tokenizer import Tokenizer
 from ..timings import Steps
 from ..vision.pixels import normalized
@@ -180,11 +182,18 @@ class Processor(prompt.Processor):
         tiles = split(image, longest, config.tile)
         return Tiles(tiles, image.size, rows, columns)
 
+    @cached_property
+    def own_words(self) -> bool:
+        return has_own_words(self, [self.turns(ASKED)], [IDEFICS])
+
     def render(self, messages: list[prompt.Message]) -> str:
-        template = self.tokenizer.chat_template
-        if template and END not in template:  # a fine-tuned model with a format of its own
+        if self.own_words:  # a fine-tuned model's
             return self.by_template(messages)
-        return self.bos + "".join(map(_turn, messages)) + "Assistant:"
+        return self.bos + self.turns(messages)
+
+    def turns(self, messages: list[prompt.Message]) -> str:
+        """Messages in the family's own words, without BOS."""
+        return "".join(map(_turn, messages)) + "Assistant:"
 
     def tile_grid(self, pixels: Pixels) -> tuple[int, int]:
         """Rows and columns of a tile's visual tokens: 8 x 8 of 512 x 512 pixels in SmolVLM-256M."""

@@ -11,6 +11,7 @@ Source: haotian-liu/LLaVA, llava/model/llava_arch.py, conversation.py (vicuna_v1
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self
 
 import mlx.core as mx
@@ -34,6 +35,7 @@ from ..picture.preprocessing import (
 from ..picture.resize import Levels, Picture, levels
 from ..picture.token_budget import METHODS, OF_TOKENS, Block
 from ..text import prompt
+from ..text.own_words import ASKED, has_own_words
 from ..text.tokenizer import Tokenizer
 from ..vision.pixels import CLIP, SIGLIP, Normal, normalized
 from ..vision.vit import ViT, ViTConfig
@@ -43,7 +45,6 @@ from .contract import Family
 
 VISION = "vision_tower.vision_model."
 BOS = 1
-VICUNA = "ASSISTANT:"  # what its answers begin with
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -208,10 +209,16 @@ class Processor(prompt.Processor):
         fitted = fit(image, (side, side), self.config.image_strategy, fill)
         return Pixels(levels(fitted), image.size)
 
+    @cached_property
+    def own_words(self) -> bool:
+        asked = self.vicuna(ASKED)
+        return self.own_template and has_own_words(self, [asked, asked.removeprefix(SYSTEM)])
+
     def render(self, messages: list[prompt.Message]) -> str:
-        template = self.tokenizer.chat_template
-        if self.own_template and template and VICUNA not in template:
-            return self.by_template(messages)
+        return self.by_template(messages) if self.own_words else self.vicuna(messages)
+
+    def vicuna(self, messages: list[prompt.Message]) -> str:
+        """The prompt in the family's own words."""
         system = [{"type": "text", "text": SYSTEM}]
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]

@@ -11,6 +11,7 @@ Source: LLaVA-VL/LLaVA-NeXT, llava/model/llava_arch.py, llava/mm_utils.py, llava
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from ..picture.resize import Levels, Picture, levels
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..picture.token_budget import OF_TOKENS, Block
 from ..text import prompt
+from ..text.own_words import ASKED, QWEN_2, chatml_forms, has_own_words
 from ..timings import Steps
 from ..vision.pixels import HALF, normalized
 from ..vision.vit import ViT, ViTConfig
@@ -309,8 +311,14 @@ class Processor(prompt.Processor):
         side = self.config.vision.image_size
         return Pixels(levels(fit(image, (side, side), "pad", PADDING))[None], image.size)
 
+    @cached_property
+    def own_words(self) -> bool:
+        with_system = prompt.chatml(ASKED, SYSTEM)
+        without = with_system[with_system.index("<|im_start|>user") :]
+        return has_own_words(self, [*chatml_forms(), without], [QWEN_2])
+
     def render(self, messages: list[prompt.Message]) -> str:
-        return prompt.chatml(messages, SYSTEM)
+        return self.by_template(messages) if self.own_words else prompt.chatml(messages, SYSTEM)
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         """The whole image, one newline behind it where it is alone, and rows with theirs."""

@@ -341,7 +341,7 @@ def test_another_language_model_speaks_its_own_words(loaded):
     places = [known.image_token_index] * count
     assert got.input_ids[0].tolist() == [*encoded[0], *places, *asked, *encoded[1]]
     assert processor.eos_ids >= {tokenizer.token_id("<|eot_id|>")}
-    vicuna = Tokenizer(backend, {**named, "chat_template": "{{ 'ASSISTANT:' }}"})
+    vicuna = Tokenizer(backend, {**named, "chat_template": "{{ 'USER: <image> x ASSISTANT:' }}"})
     with pytest.raises(UsageError, match="no </s>"):
         llava.Processor(known, vicuna).check_tokens()
 
