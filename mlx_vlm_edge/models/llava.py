@@ -33,7 +33,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import METHODS, OF_TOKENS, Block
+from ..picture.token_budget import METHODS, OF_TOKENS, Block, TokenBudget, check_method
 from ..text import prompt
 from ..text.own_words import ASKED, has_own_words
 from ..text.tokenizer import Tokenizer
@@ -195,9 +195,6 @@ class Processor(prompt.Processor):
         self, config: Any, tokenizer: Tokenizer, asked: Preprocessing = AS_PUBLISHED
     ) -> None:
         super().__init__(config, tokenizer, asked)
-        if isinstance(config, Config) and not config.vision.class_token:
-            # The others need one, or squares.
-            self.token_methods = OF_TOKENS - (set() if config.keeps_class_token else {"pool"})
         tokenizer.begin_each_text()
 
     def draft_side(self) -> int:
@@ -237,6 +234,15 @@ class Processor(prompt.Processor):
         if vision.class_token:
             return (Block(vision.grid, vision.grid, before=int(whole)),)
         return (Block(vision.grid, vision.grid) if whole else Block(1, vision.grid**2 - 1),)
+
+    def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
+        config = self.config
+        if budget is not None and isinstance(config, Config) and not config.vision.class_token:
+            # The others need a class token, or squares.
+            check_method(
+                budget.method, OF_TOKENS - (set() if config.keeps_class_token else {"pool"})
+            )
+        return super().within(pixels, budget)
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """BOS, then the segments, each tokenised by itself: the one after an image begins with

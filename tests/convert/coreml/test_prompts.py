@@ -41,6 +41,14 @@ def written(processor, chat, system, turns):
     return ids + encode(text, special=True)
 
 
+def test_a_fine_tunes_own_words_are_the_apps_too():
+    config = json.loads((DEMO / "config.json").read_text())
+    kind, tokenizer = family(config), Tokenizer.from_folder(DEMO)
+    tokenizer.chat_template = tokenizer.chat_template.replace("a helpful assistant", "French")
+    chat = prompt_entry(kind.Processor(kind.Config.from_dict(config), tokenizer))["chat"]
+    assert "You are French." in chat["start"]
+
+
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
 def test_a_chat_by_the_manifest_is_the_processors(processor, system):
     chat = prompt_entry(processor)["chat"]
