@@ -147,7 +147,7 @@ def from_apple(config: Mapping[str, Any]) -> Config:
     vision.setdefault("image_size", int(size) if size.isdigit() else _PUBLISHED_SIZE)
     native["vision_config"] = vision
     native.setdefault("image_token_index", -200)
-    if not native.get("image_aspect_ratio"):
+    if not native.get("image_aspect_ratio") and "embed_dims" not in vision:  # not native yet
         native["image_aspect_ratio"] = "pad"
     return native
 
