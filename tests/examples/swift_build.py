@@ -96,7 +96,9 @@ class Toolchain:
         return {**os.environ, "LD_LIBRARY_PATH": str(self.libraries), **more}
 
 
-def package(kit: str = "UIKit", *more: str) -> Toolchain:
+def package(
+    kit: str = "UIKit", *more: str, library: Path = SWIFT / "EdgeVLM"
+) -> Toolchain:  # fmt: skip
     """The toolchain with EdgeVLM compiled, and what it imports; kit: UIKit, or a Mac's AppKit."""
     tools = Toolchain()
     for name in (*APPLE, kit):
@@ -104,6 +106,6 @@ def package(kit: str = "UIKit", *more: str) -> Toolchain:
         tools.module(name, [HERE / "apple" / f"{name}.swift"], speed)
     described = ("-emit-symbol-graph", "-emit-symbol-graph-dir", ".")
     form = more or ("-O", *described, *STRICT)
-    sources = sorted((SWIFT / "EdgeVLM").rglob("*.swift"))
+    sources = sorted(library.rglob("*.swift"))
     tools.module("EdgeVLM", sources, *form, label=f"EdgeVLM.{kit}")
     return tools

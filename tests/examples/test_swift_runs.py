@@ -345,6 +345,25 @@ def test_it_compiles_with_a_macs_appkit():
     package("AppKit", "-Onone", *STRICT)
 
 
+def test_it_compiles_for_intel_macs_where_no_session_opens(demo_bundles, tmp_path):
+    """Swift has no Float16 there; here what stands for it there takes its name."""
+    library = Path(shutil.copytree(SWIFT / "EdgeVLM", tmp_path / "EdgeVLM"))
+    arrays = library / "Models" / "Arrays.swift"
+    source = arrays.read_text()
+    condition = "#if (os(macOS) || targetEnvironment(macCatalyst)) && arch(x86_64)\n"
+    assert source.count(condition) == 1
+    arrays.write_text(source.replace(condition, "#if true\n"))
+    tools = package("AppKit", "-Onone", *STRICT, library=library)
+    ask = tools.program("edge-ask", [SWIFT / "edge-ask" / "main.swift"], *STRICT)
+    bundle = demo_bundles["stateful"]
+    link = Link(tools, bundle, tmp_path)
+    done = link.run(ask, str(bundle), str(IMAGES / "shapes.png"), QUESTIONS[0])
+    assert (done.returncode, done.stdout, link.loads) == (2, "", [])
+    message = "Intel Macs have no float16, in which models run; use a Mac with an Apple chip"
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_swiftpm_reads_the_manifests(tools):
     """By the toolchain's own PackageDescription."""
     library = json.loads(tools.manifest(SWIFT.parent / "Package.swift"))

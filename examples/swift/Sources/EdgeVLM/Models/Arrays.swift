@@ -5,6 +5,12 @@ import CoreML
 import CoreVideo
 import Foundation
 
+#if (os(macOS) || targetEnvironment(macCatalyst)) && arch(x86_64)
+/// Intel Macs have no Float16. With this an app for both chips compiles, and `Runnable` refuses to
+/// run on them.
+typealias Float16 = Float
+#endif
+
 extension MLMultiArray {
     /// Columns of arrays that share an IOSurface: shorter rows would be mostly gap, and longer ones
     /// are beyond the widest texture of Apple's GPUs.

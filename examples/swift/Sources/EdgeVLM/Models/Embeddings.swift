@@ -205,6 +205,6 @@ struct MappedArrays: Sendable {
     func bytes(_ start: Int, _ count: Int) -> Bytes { Bytes(data[start..<start + count]) }
 
     func half(_ start: Int) -> Float16 {
-        Float16(bitPattern: UInt16(data[start]) | UInt16(data[start + 1]) << 8)
+        data.withUnsafeBytes { $0.loadUnaligned(fromByteOffset: start, as: Float16.self) }
     }
 }

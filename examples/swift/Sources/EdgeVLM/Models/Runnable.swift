@@ -29,6 +29,10 @@ struct Runnable: Sendable {
     init(
         _ manifest: Manifest, context: Int? = nil, size: Manifest.PictureSize? = nil
     ) throws {
+        guard MemoryLayout<Float16>.size == 2 else {
+            throw EdgeVLMError(
+                "Intel Macs have no float16, in which models run", "use a Mac with an Apple chip")
+        }
         let parts = manifest.parts
         guard parts.vision?.tiles != true else {
             throw EdgeVLMError(
