@@ -282,9 +282,10 @@ def test_what_fails_on_the_neural_engine_runs_elsewhere_from_then_on(
 
 
 def test_what_takes_the_process_down_is_passed_over_at_the_next_start(
-    tools, ask, demo_bundles, tmp_path
+    tools, ask, checks, demo_bundles, tmp_path
 ):
-    """The Neural Engine kills the process while loading, the GPU at the first prediction."""
+    """The Neural Engine does while loading, which an app that is closed then looks like, so that it
+    is tried again; the GPU does at the first prediction."""
     bundle = demo_bundles["readonly"]
     link = Link(tools, bundle, tmp_path)
     command = [ask, str(bundle), str(IMAGES / "shapes.png"), QUESTIONS[0], "--json"]
@@ -292,14 +293,49 @@ def test_what_takes_the_process_down_is_passed_over_at_the_next_start(
         ("load", "vision.mlpackage", "main", "cpuAndNeuralEngine"),
         ("run", "decoder.mlpackage", "prefill", "cpuAndGPU"),
     }
-    assert link.run(*command).returncode == KILLED
-    assert link.units == []
+
+    def ran_on():
+        done = link.run(*command)
+        assert done.returncode == 0, done.stderr
+        return {units for _, _, units in link.units}
+
+    for _ in range(3):
+        assert link.run(*command).returncode == KILLED
+        assert link.units == []
     assert link.run(*command).returncode == KILLED
     assert {units for _, _, units in link.units} == {"cpuAndGPU"}
     for _ in range(2):  # the verdict is remembered
-        done = link.run(*command)
-        assert done.returncode == 0, done.stderr
-        assert {units for _, _, units in link.units} == {"cpuOnly"}
+        assert ran_on() == {"cpuOnly"}
+    kept = tmp_path / "cache" / "EdgeVLM"
+    assert {path.suffix for path in kept.iterdir()} == {".mlmodelc", ".units", ".verified"}
+    # Another version of the system may run what the last one did not.
+    (verdict,) = kept.glob("*.units")
+    verdict.write_text(json.dumps({**json.loads(verdict.read_text()), "system": "older"}))
+    link.kills = set()
+    assert ran_on() == {"cpuAndNeuralEngine"}
+    # With a bundle that is removed goes all that was kept of it.
+    (tmp_path / "requests").write_text(json.dumps([{"ask": "forget", "bundle": str(bundle)}]))
+    assert link.run(checks, str(tmp_path / "requests")).stdout == '["forgotten"]'
+    assert [*kept.iterdir()] == []
+
+
+def test_a_load_that_is_closed_is_tried_again_on_the_same_units(
+    tools, ask, checks, demo_bundles, tmp_path
+):
+    """Whether its task is cancelled, which ends it before the next package, or its process ends."""
+    bundle = demo_bundles["readonly"]
+    link = Link(tools, bundle, tmp_path)
+    (tmp_path / "requests").write_text(json.dumps([{"ask": "cancelled", "bundle": str(bundle)}]))
+    assert link.run(checks, str(tmp_path / "requests")).stdout == '["cancelled"]'
+    assert link.loads == [("vision.mlpackage", "main")]
+    assert not [*(tmp_path / "cache" / "EdgeVLM").glob("*.trying")]
+    link.kills = {("load", "decoder.mlpackage", "decode", "cpuAndNeuralEngine")}
+    command = [ask, str(bundle), str(IMAGES / "shapes.png"), QUESTIONS[0], "--json"]
+    for _ in range(2):
+        assert link.run(*command).returncode == KILLED
+    link.kills = set()
+    assert link.run(*command).returncode == 0
+    assert {units for _, _, units in link.units} == {"cpuAndNeuralEngine"}
 
 
 @pytest.mark.parametrize(

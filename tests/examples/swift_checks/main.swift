@@ -110,6 +110,27 @@ func embedded(_ request: Request) throws -> Any {
     return rows.values.map { Double($0) }
 }
 
+func forget(_ request: Request) throws -> Any {
+    let folder = URL(fileURLWithPath: request["bundle"] as! String, isDirectory: true)
+    try ModelBundle(folder: folder, check: .never).forget()
+    return "forgotten"
+}
+
+/// A session whose task is cancelled at the first step of loading.
+func cancelled(_ request: Request) async throws -> Any {
+    let folder = URL(fileURLWithPath: request["bundle"] as! String, isDirectory: true)
+    let bundle = try ModelBundle(folder: folder)
+    let task = Task {
+        try await Session(bundle: bundle) { _ in withUnsafeCurrentTask { $0?.cancel() } }
+    }
+    do {
+        _ = try await task.value
+        return "loaded"
+    } catch is CancellationError {
+        return "cancelled"
+    }
+}
+
 /// Questions until turns have left. "fails" is the number of the question whose first prediction
 /// fails at first; before "forgets" the pictures are forgotten; "undone" is asked twice.
 func full(_ request: Request) async throws -> Any {
@@ -237,6 +258,8 @@ func result(_ request: Request) async throws -> Any {
     case "frames": return try frames(request)
     case "embedded": return try embedded(request)
     case "full": return try await full(request)
+    case "forget": return try forget(request)
+    case "cancelled": return try await cancelled(request)
     case "session": return try await session(request)
     default: fatalError("not asked for")
     }

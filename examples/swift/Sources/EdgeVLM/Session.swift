@@ -95,14 +95,17 @@ public actor Session {
         var failure: (any Error)?
         for units in candidates {
             try Task.checkCancellation()
-            // What ends the process is a failure too, and leaves this mark.
-            trial?.begin(units)
+            // What ends the process is a failure too, and leaves a mark.
+            trial?.beginLoading(units)
             defer { trial?.end() }
             do {
                 let packages = try await Packages.load(
                     parts, of: bundle, units: units, progress: progress)
                 let models = try Models(parts, packages, embeddings)
-                if options.tries { try models.run(parts, in: bundle.folder) }
+                if options.tries {
+                    trial?.beginRunning(units)
+                    try models.run(parts, in: bundle.folder)
+                }
                 self.models = models
                 if let units { trial?.remember(units) }
                 return

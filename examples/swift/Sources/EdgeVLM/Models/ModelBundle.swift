@@ -67,8 +67,34 @@ public struct ModelBundle: Sendable {
         }
     }
 
+    /// Let go of what is kept of this bundle outside its folder, before that is removed: what Core
+    /// ML compiled, what was checked, what was found out. Another bundle of the same packages
+    /// compiles them anew.
+    public func forget() {
+        let parts = manifest.parts
+        let packages = [parts.vision?.package, parts.connector?.package, parts.decoder?.package]
+        let compiled = packages.compactMap { $0 }.map { try? self.compiled($0) }
+        for url in compiled + [try? stamp()] + Trial(self).files {
+            if let url { try? FileManager.default.removeItem(at: url) }
+        }
+    }
+
+    /// Where what Core ML compiles of a package is kept.
+    func compiled(_ package: String) throws -> URL {
+        let hashes = manifest.files.filter { $0.key.hasPrefix(package + "/") }
+            .sorted { $0.key < $1.key }
+        guard !hashes.isEmpty else {
+            throw EdgeVLMError("manifest.json: no files of \(package) are in it", exportAgain)
+        }
+        let key = Self.digest(hashes.map(\.value).joined())
+        return caches.appending(path: "\(key).mlmodelc")
+    }
+
+    /// A file that is there when the folder, as it is, was found right.
+    private func stamp() throws -> URL { caches.appending(path: "\(try state()).verified") }
+
     private func checkFiles(trusting: Bool) throws {
-        let stamp = caches.appending(path: "\(try state()).verified")
+        let stamp = try stamp()
         if trusting, FileManager.default.fileExists(atPath: stamp.path) { return }
         for (name, expected) in manifest.files.sorted(by: { $0.key < $1.key }) {
             guard try Self.sha256(of: folder.appending(path: name)) == expected else {

@@ -34,7 +34,8 @@ struct Packages: Sendable {
         }
     }
 
-    /// units: in the place of those that the manifest asks for.
+    /// units: in the place of those that the manifest asks for. A task that is cancelled loads no
+    /// further one.
     static func load(
         _ parts: Runnable, of bundle: ModelBundle, units: ComputeUnits?,
         progress: (@Sendable (LoadStep) -> Void)?
@@ -42,6 +43,7 @@ struct Packages: Sendable {
         let wanted = parts.models
         var models: [String: LoadedModel] = [:]
         for (done, entry) in wanted.enumerated() {
+            try Task.checkCancellation()
             progress?(LoadStep(package: entry.model.package, done: done, total: wanted.count))
             let units = try units ?? ComputeUnits(manifest: entry.units)
             models[key(entry.model.package, entry.model.function)] = try await load(
@@ -74,13 +76,7 @@ struct Packages: Sendable {
 
     /// What Core ML compiled of a package, from the caches folder where it is there.
     private static func compile(_ bundle: ModelBundle, _ package: String) async throws -> URL {
-        let hashes = bundle.manifest.files.filter { $0.key.hasPrefix(package + "/") }
-            .sorted { $0.key < $1.key }
-        guard !hashes.isEmpty else {
-            throw EdgeVLMError("manifest.json: no files of \(package) are in it", exportAgain)
-        }
-        let key = ModelBundle.digest(hashes.map(\.value).joined())
-        let kept = bundle.caches.appending(path: "\(key).mlmodelc")
+        let kept = try bundle.compiled(package)
         let files = FileManager.default
         if files.fileExists(atPath: kept.path) {
             return kept
@@ -118,36 +114,5 @@ public enum ComputeUnits: String, Sendable, CaseIterable, Codable {
         case .cpuAndNeuralEngine: return .cpuAndNeuralEngine
         case .all: return .all
         }
-    }
-}
-
-/// What was found out on this device of a bundle's compute units. A trial that ends the process
-/// leaves its mark, so that the next start does not run into the same.
-struct Trial {
-    private let mark, verdict: URL
-
-    init(_ bundle: ModelBundle) {
-        let key = ModelBundle.digest(
-            bundle.manifest.files.sorted { $0.key < $1.key }.map(\.value).joined())
-        mark = bundle.caches.appending(path: "\(key).trying")
-        verdict = bundle.caches.appending(path: "\(key).units")
-    }
-
-    /// What to try in turn, nil being the manifest's own units: from those on that worked last, or
-    /// behind those that ended the process; the last of all in any case.
-    func candidates(_ fallback: [ComputeUnits]) -> [ComputeUnits?] {
-        let all = [nil] + fallback
-        let killed = FileManager.default.fileExists(atPath: mark.path)
-        let text = try? String(contentsOf: killed ? mark : verdict, encoding: .utf8)
-        let place = all.firstIndex(of: text.flatMap { ComputeUnits(rawValue: $0) }) ?? 0
-        return Array(all.dropFirst(min(killed ? place + 1 : place, all.count - 1)))
-    }
-
-    func begin(_ units: ComputeUnits?) { try? Data((units?.rawValue ?? "").utf8).write(to: mark) }
-
-    func end() { try? FileManager.default.removeItem(at: mark) }
-
-    func remember(_ units: ComputeUnits) {
-        try? Data(units.rawValue.utf8).write(to: verdict)
     }
 }
