@@ -70,6 +70,27 @@ def test_every_file_says_what_it_is_for():
         assert max(map(len, lines)) <= 100, path.name
 
 
+# Types of SwiftUI that a model's or an app's might be called like.
+SWIFTUI = """
+Alignment Angle Animation App Axis Binding Button Canvas Color Commands Divider Edge Environment
+Font Form Gauge Gesture Gradient Grid Group Image Label Layout Link List Material Menu Namespace
+Path Picker Scene Section Settings Shader Shape Slider Spacer State Stepper Table Text Toggle
+Transaction Transition View Window
+"""
+
+
+def test_no_public_type_is_called_like_one_of_swiftuis():
+    """A file that imports both could not name it."""
+    known = set()
+    for path in (*LIBRARY.rglob("*.swift"), *(APP / "Logic").rglob("*.swift")):
+        words = re.findall(
+            r"^public (?:final )?(?:struct|class|enum|actor|protocol) (\w+)", path.read_text(), re.M
+        )
+        known.update(words)
+    assert {"AppSettings", "Session", "Picture"} <= known
+    assert known & {*SWIFTUI.split()} == set()
+
+
 def decoded(value: Any, kind: str, structs: dict[str, swift.Struct], seen: set, at: str) -> list:
     """What JSONDecoder would refuse in `value`, and keys that no struct has; `seen` gets the
     keys that had a value."""

@@ -32,7 +32,7 @@ struct CameraView: View {
 
     /// Until the view goes. Captions are of the chat's own model, whose conversation they end.
     private func watch() async {
-        guard let model = host.session else { return }
+        guard let model = host.chat.model else { return }
         await host.chat.newConversation()
         let question = host.chat.settings.cameraQuestion
         let start = ContinuousClock.now
@@ -59,7 +59,12 @@ struct CameraView: View {
 final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unchecked Sendable {
     let session = AVCaptureSession()
     private let queue = DispatchQueue(label: "camera")
+    private let output = AVCaptureVideoDataOutput()
     private var put: AsyncThrowingStream<Picture, Error>.Continuation?
+    #if os(iOS)
+    private var rotation: AVCaptureDevice.RotationCoordinator?
+    private var turning: NSKeyValueObservation?
+    #endif
 
     func pictures() async throws -> AsyncThrowingStream<Picture, Error> {
         guard await AVCaptureDevice.requestAccess(for: .video) else {
@@ -69,7 +74,6 @@ final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unc
             throw EdgeVLMError("there is no camera", "choose a picture instead")
         }
         let input = try AVCaptureDeviceInput(device: device)
-        let output = AVCaptureVideoDataOutput()
         output.videoSettings = [
             kCVPixelBufferPixelFormatTypeKey as String: kCVPixelFormatType_32BGRA
         ]
@@ -79,12 +83,10 @@ final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unc
         session.sessionPreset = .vga640x480
         if session.canAddInput(input) { session.addInput(input) }
         if session.canAddOutput(output) { session.addOutput(output) }
-        if let connection = output.connection(with: .video),
-            connection.isVideoRotationAngleSupported(90)
-        {
-            connection.videoRotationAngle = 90
-        }
         session.commitConfiguration()
+        #if os(iOS)
+        follow(device)
+        #endif
         let (stream, put) = AsyncThrowingStream<Picture, Error>.makeStream(
             bufferingPolicy: .bufferingNewest(1))
         put.onTermination = { [self] _ in queue.async { self.session.stopRunning() } }
@@ -94,6 +96,26 @@ final class Camera: NSObject, AVCaptureVideoDataOutputSampleBufferDelegate, @unc
         }
         return stream
     }
+
+    #if os(iOS)
+    /// Frames are upright however the device is held; a Mac's are as they come.
+    private func follow(_ device: AVCaptureDevice) {
+        let rotation = AVCaptureDevice.RotationCoordinator(device: device, previewLayer: nil)
+        turn(rotation.videoRotationAngleForHorizonLevelCapture)
+        turning = rotation.observe(\.videoRotationAngleForHorizonLevelCapture, options: .new) {
+            [weak self] _, change in
+            if let angle = change.newValue { self?.turn(angle) }
+        }
+        self.rotation = rotation
+    }
+
+    private func turn(_ angle: CGFloat) {
+        guard let connection = output.connection(with: .video),
+            connection.isVideoRotationAngleSupported(angle)
+        else { return }
+        connection.videoRotationAngle = angle
+    }
+    #endif
 
     func captureOutput(
         _ output: AVCaptureOutput, didOutput sample: CMSampleBuffer,

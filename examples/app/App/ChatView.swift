@@ -31,13 +31,14 @@ struct ChatView: View {
             .toolbar { tools }
         }
         .dropDestination(for: Data.self) { items, _ in
-            items.forEach(attach)
+            items.forEach { attach($0) }
             return !items.isEmpty
         }
         .onChange(of: picked) { _, item in
+            guard let item else { return }
             Task {
-                let data = try? await item?.loadTransferable(type: Data.self)
-                if let data { attach(data) }
+                if let data = try? await item.loadTransferable(type: Data.self) { attach(data) }
+                if picked == item { picked = nil }  // the same picture may be chosen again
             }
         }
         .onChange(of: chat.state) { before, state in
@@ -67,7 +68,7 @@ struct ChatView: View {
             PhotosPicker(selection: $picked, matching: .images) { Image(systemName: "photo") }
                 .accessibilityLabel("Choose a picture")
             PasteButton(payloadType: Data.self) { items in
-                Task { @MainActor in items.forEach(attach) }
+                Task { @MainActor in items.forEach { attach($0) } }
             }
             .labelStyle(.iconOnly)
             TextField("Question", text: $question, axis: .vertical)
@@ -167,7 +168,7 @@ struct StatusView: View {
             }
         }
         if host.chat.messages.last?.isEarlier == true {
-            Text("The model does not know what was said before the app was opened").font(.caption)
+            Text("The model does not know what was said before").font(.caption)
         }
         if host.chat.state == .noModel { Text("No model: get one in the settings") }
         if let line = mistake ?? host.notice { Text(line).foregroundStyle(.orange) }

@@ -29,12 +29,14 @@ final class Host {
 
     let chat = Chat(settings: .kept(in: .standard))
     private(set) var library: Library?
-    private(set) var session: Session?
+    private(set) var entries: [Library.Entry] = []
     private(set) var notice: String?
     private(set) var download: DownloadProgress?
     /// One download at a time: two would write into the same file.
     private(set) var isFetching = false
     private(set) var captionInterval: Double? = 0
+    /// Of the model that is loaded, or being loaded.
+    private var instructions: String?
     private var pressure = Pressure()
     private var memory: (any DispatchSourceMemoryPressure)?
     private var starting: Task<Void, Never>?
@@ -47,7 +49,10 @@ final class Host {
         await task.value
     }
 
-    func save() { history.save(chat.messages) }
+    func save() {
+        history.save(chat.messages)
+        chat.settings.keep(in: .standard)
+    }
 
     /// A shortcut's question, in a new conversation.
     func answer(_ question: String, about data: Data) async throws -> String {
@@ -69,27 +74,44 @@ final class Host {
             self?.save()
         }
         watch()
-        if let name = chat.settings.bundle ?? library?.entries.first?.name { await load(name) }
+        list()
+        if let name = library?.chosen(chat.settings.bundle) { await load(name) }
     }
+
+    private func list() { entries = library?.entries ?? [] }
 
     func load(_ name: String) async {
         guard let library else { return }
         notice = nil
-        await chat.unload()
         chat.settings.bundle = name
         chat.settings.keep(in: .standard)
-        chat.loading(done: 0, total: 1)
-        do {
-            let loaded = try await library.load(name, settings: chat.settings) { step in
-                Task { @MainActor [chat = self.chat] in
-                    if step.done < step.total { chat.loading(done: step.done, total: step.total) }
-                }
-            }
-            session = loaded
-            chat.loaded(loaded)
-        } catch {
-            chat.failed(error)
+        let settings = chat.settings
+        instructions = settings.instructions
+        await chat.load { try await library.load(name, settings: settings, progress: $0) }
+    }
+
+    /// The settings were closed, by their button or by a swipe. A session keeps the instructions
+    /// that it was opened with, so that others need another one.
+    func settle() async {
+        chat.settings.keep(in: .standard)
+        guard let name = chat.settings.bundle, chat.model != nil || chat.isLoading,
+            chat.settings.instructions != instructions
+        else { return }
+        await load(name)
+    }
+
+    func remove(_ entry: Library.Entry) async {
+        if chat.settings.bundle == entry.name {
+            await chat.unload()
+            chat.settings.bundle = nil
+            chat.settings.keep(in: .standard)
         }
+        do {
+            try library?.remove(entry)
+        } catch {
+            notice = error.localizedDescription
+        }
+        list()
     }
 
     func fetch(_ address: String) async {
@@ -113,6 +135,7 @@ final class Host {
         }
         isFetching = false
         download = nil
+        list()
         if let target { await load(target.lastPathComponent) }
     }
 
@@ -129,7 +152,7 @@ final class Host {
             eventMask: [.warning, .critical], queue: .main)
         source.setEventHandler { [weak self] in
             Task { @MainActor in
-                let busy = self?.chat.isBusy ?? false
+                let busy = self.map { $0.chat.isBusy || $0.chat.isLoading } ?? false
                 await self?.apply { $0.memoryWarning(busy: busy) }
             }
         }
@@ -141,10 +164,8 @@ final class Host {
         for step in change(&pressure) {
             switch step {
             case .captions(let every): captionInterval = every
-            case .forgetPictures: await session?.forgetPictures()
-            case .unload:
-                await chat.unload()
-                session = nil
+            case .forgetPictures: await chat.model?.forgetPictures()
+            case .unload: await chat.unload()
             case .tell(let text): notice = text
             }
         }

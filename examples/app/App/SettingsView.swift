@@ -8,7 +8,7 @@ struct SettingsView: View {
     @Environment(\.dismiss) private var dismiss
     @State private var address = ""
 
-    private var settings: Binding<Settings> {
+    private var settings: Binding<AppSettings> {
         Binding(get: { host.chat.settings }, set: { host.chat.settings = $0 })
     }
 
@@ -16,18 +16,18 @@ struct SettingsView: View {
         NavigationStack {
             Form {
                 Section("Model") {
-                    ForEach(host.library?.entries ?? []) { entry in
+                    ForEach(host.entries) { entry in
                         Button(entry.name) { Task { await host.load(entry.name) } }
-                            .swipeActions {
-                                Button("Delete", role: .destructive) {
-                                    try? host.library?.remove(entry)
-                                }
-                            }
+                            .disabled(host.chat.isLoading)
+                            .swipeActions { delete(entry) }
+                            .contextMenu { delete(entry) }  // on a Mac, too
                     }
                     TextField("https://… of a bundle's folder", text: $address)
                     Button("Download") { Task { await host.fetch(address) } }
                         .disabled(host.isFetching)
-                    Button("Unload") { Task { await host.chat.unload() } }
+                    Button(host.chat.isLoading ? "Stop loading" : "Unload") {
+                        Task { await host.chat.unload() }
+                    }
                 }
                 Section("Answers") {
                     Stepper(
@@ -36,6 +36,7 @@ struct SettingsView: View {
                     Slider(value: settings.temperature, in: 0...1) { Text("Temperature") }
                     Slider(value: settings.topP, in: 0.1...1) { Text("Top-p") }
                     TextField("Instructions", text: settings.system, axis: .vertical)
+                    Text("With other instructions the model is loaded again").font(.caption)
                     TextField("The camera's question", text: settings.cameraQuestion)
                 }
                 Section("Questions a tap away, one a line") {
@@ -44,13 +45,13 @@ struct SettingsView: View {
             }
             .navigationTitle("Settings")
             .toolbar {
-                ToolbarItem {
-                    Button("Done") {
-                        host.chat.settings.keep(in: .standard)
-                        dismiss()
-                    }
-                }
+                ToolbarItem { Button("Done") { dismiss() } }
             }
         }
+        .onDisappear { Task { await host.settle() } }
+    }
+
+    private func delete(_ entry: Library.Entry) -> some View {
+        Button("Delete", role: .destructive) { Task { await host.remove(entry) } }
     }
 }

@@ -1,8 +1,9 @@
 // NAME [ARGUMENT...] -> one JSON object: what the app's logic does in a situation that the test names.
 
 import AppLogic
-import EdgeVLM
 import Foundation
+
+@testable import EdgeVLM
 
 /// Answers by a script: pieces, and then how it ends. Counts what it is asked.
 actor Actor: Answering {
@@ -115,8 +116,6 @@ func chat() async throws -> Data {
     chat.answered = { answered += 1 }
     var asked = [chat.ask("too early")]
     var states = ["\(chat.state)"]
-    chat.loading(done: 1, total: 3)
-    states.append("\(chat.state)")
     chat.loaded(model)
     states.append("\(chat.state)")
     asked.append(chat.ask("  "))
@@ -150,6 +149,59 @@ func chat() async throws -> Data {
         "answered": answered, "asked": asked,
         "shares": bar.parts.map { ($0.share * 100).rounded() },
     ])
+}
+
+/// Models that are chosen while another one loads: one at a time, and the last is there.
+@MainActor
+func loading() async throws -> Data {
+    let chat = Chat()
+    let told = Told()
+    func load(_ name: String, ends: Bool) -> Task<Void, Never> {
+        Task { @MainActor in
+            await chat.load { progress in
+                told.add("\(name) begins")
+                defer { told.add("\(name) ends") }
+                progress(LoadStep(package: name, done: 1, total: 3))
+                while !ends { try await Task.sleep(for: .milliseconds(1)) }
+                Task {  // late, when nothing loads any more
+                    try await Task.sleep(for: .milliseconds(50))
+                    progress(LoadStep(package: name, done: 2, total: 3))
+                }
+                if name == "damaged" { throw EdgeVLMError("it is damaged", "export it again") }
+                return Actor()
+            }
+        }
+    }
+    let first = load("one", ends: false)
+    while chat.state != .loading(done: 1, total: 3) { try await Task.sleep(for: .milliseconds(1)) }
+    let others = [load("two", ends: false), load("three", ends: true)]
+    for task in [first] + others { await task.value }
+    var states = ["\(chat.state)"]
+    let quiet = chat.messages.count
+    chat.ask("what?")
+    await chat.finish()
+    await load("damaged", ends: true).value
+    states.append("\(chat.state)")
+    let fourth = load("four", ends: false)
+    while chat.state != .loading(done: 1, total: 3) { try await Task.sleep(for: .milliseconds(1)) }
+    await chat.unload()
+    await fourth.value
+    states.append("\(chat.state)")
+    await load("five", ends: true).value
+    try await Task.sleep(for: .milliseconds(100))
+    states.append("\(chat.state)")
+    return try json([
+        "told": told.all, "states": states, "quiet": quiet,
+        "messages": chat.messages.map { "\($0.text)\($0.mistake ?? "") \($0.isEarlier)" },
+    ])
+}
+
+/// The bundles in FOLDER: which is opened, and what is left once the first has gone.
+func library(_ folder: String) throws -> [String: Any] {
+    let library = try Library(folder: URL(fileURLWithPath: folder, isDirectory: true))
+    let names = [nil, "b", "gone"].map { library.chosen($0) ?? "none" }
+    if let first = library.entries.first { try library.remove(first) }
+    return ["chosen": names, "left": library.entries.map(\.name)]
 }
 
 func json(_ object: [String: Any]) throws -> Data {
@@ -234,19 +286,21 @@ func pressure() -> [String: Any] {
 
 func settings() -> [String: Any] {
     guard let defaults = UserDefaults(suiteName: "edge-test") else { return [:] }
-    var settings = Settings.kept(in: defaults)
-    let plain = settings == Settings()
+    var settings = AppSettings.kept(in: defaults)
+    let plain = settings == AppSettings()
     settings.temperature = -3
     settings.topP = 2
     settings.maxTokens = 0
     settings.keep(in: defaults)
-    let same = Settings.kept(in: defaults) == settings
+    let same = AppSettings.kept(in: defaults) == settings
     let options = settings.options
+    let none = settings.instructions ?? "none"
+    settings.system = " Be brief. "
     settings.presetLines = "what?\n\n where? \nwhat?"
     defaults.set(Data("?".utf8), forKey: "settings")
     return [
-        "plain": plain, "same": same, "broken": Settings.kept(in: defaults) == Settings(),
-        "presets": settings.shownPresets, "lines": settings.presetLines,
+        "plain": plain, "same": same, "broken": AppSettings.kept(in: defaults) == AppSettings(),
+        "instructions": [none, settings.instructions ?? ""], "presets": settings.shownPresets, "lines": settings.presetLines,
         "options": ["\(options.temperature)", "\(options.topP)", "\(options.maxTokens)"],
     ]
 }
@@ -286,6 +340,8 @@ func told() async throws -> Data {
     case "chat": return try await chat()
     case "restored": return try await restored(words[2])
     case "captions": return try json(try await captions())
+    case "loading": return try await loading()
+    case "library": return try json(try library(words[2]))
     case "pressure": return try json(pressure())
     case "settings": return try json(settings())
     default: return try json(try await download(words[2], words[3], words[4]))

@@ -29,7 +29,7 @@ public struct Message: Identifiable, Equatable, Sendable, Codable {
     public var mistake: String?
     /// Turns that the model has forgotten, to make room for this one.
     public var dropped = 0
-    /// Of an earlier run of the app: the model does not know it.
+    /// Of an earlier run of the app, or said to an earlier model: the model does not know it.
     public var isEarlier = false
 
     /// What is shown beside an answer that cost others their place.
@@ -58,11 +58,14 @@ public final class Chat {
     /// Pictures of the next question.
     public private(set) var attached: [Picture] = []
     public private(set) var stages: [StageTime] = []
-    public var settings: Settings
+    public var settings: AppSettings
     /// Called when an answer has come to its end.
     @ObservationIgnored public var answered: (@MainActor () -> Void)?
 
-    private var model: (any Answering)?
+    public private(set) var model: (any Answering)?
+    /// Of loading a model or letting go of it; one after the other.
+    private var changing: Task<Void, Never>?
+    private var loads = 0
     private var task: Task<String?, Never>?
     /// Of the last question.
     private var failure: (any Error)?
@@ -72,11 +75,50 @@ public final class Chat {
     private var pieces = 0
     private static let shownAtOnce = 4
 
-    public init(settings: Settings = Settings()) { self.settings = settings }
+    public init(settings: AppSettings = AppSettings()) { self.settings = settings }
 
-    public func loading(done: Int, total: Int) { state = .loading(done: done, total: total) }
+    /// Load a model in the place of the one there is. A load that is going on is broken off, and
+    /// ends before this one begins: two together would take twice the memory.
+    public func load<Model: Answering>(
+        _ open: @escaping @Sendable (@escaping @Sendable (LoadStep) -> Void) async throws -> Model
+    ) async {
+        await change {
+            self.loads += 1
+            self.state = .loading(done: 0, total: 1)
+            do {
+                let model = try await open { [weak self, number = self.loads] step in
+                    Task { @MainActor in self?.told(step, of: number) }
+                }
+                try Task.checkCancellation()
+                self.loaded(model)
+            } catch {
+                self.state = .noModel
+                if !Task.isCancelled { self.failed(error) }
+            }
+        }
+    }
+
+    /// A step may be told late, when its load has ended.
+    private func told(_ step: LoadStep, of number: Int) {
+        guard isLoading, number == loads, step.done < step.total else { return }
+        state = .loading(done: step.done, total: step.total)
+    }
+
+    private func change(_ next: @escaping @MainActor () async -> Void) async {
+        let last = changing
+        last?.cancel()
+        let task = Task {
+            await last?.value
+            if Task.isCancelled { return }  // another has come meanwhile
+            await self.letGo()
+            await next()
+        }
+        changing = task
+        await task.value
+    }
 
     public func loaded(_ model: any Answering) {
+        for place in messages.indices { messages[place].isEarlier = true }
         self.model = model
         state = .idle
     }
@@ -87,8 +129,11 @@ public final class Chat {
         append(.model, "", mistake: error.localizedDescription)
     }
 
-    /// Let go of the model, as when the app is asked for memory; what was said stays.
-    public func unload() async {
+    /// Let go of the model, as when the app is asked for memory; what was said stays. A load that
+    /// is going on is broken off.
+    public func unload() async { await change {} }
+
+    private func letGo() async {
         await stop()
         await model?.unload()
         model = nil
@@ -104,6 +149,11 @@ public final class Chat {
     public var canAsk: Bool { state == .idle && model != nil }
 
     public var isBusy: Bool { state == .thinking || state == .answering }
+
+    public var isLoading: Bool {
+        if case .loading = state { return true }
+        return false
+    }
 
     /// Ask about what is attached; whether it is asked, which an empty question is not.
     @discardableResult

@@ -54,10 +54,24 @@ public actor Downloader {
     private struct Listed: Decodable {
         let files: [String: String]
         let memory: Memory?
+        let parts: [String: Part]?
 
         /// files: bytes of all of them.
         struct Memory: Decodable {
             let files: Int
+        }
+
+        struct Part: Decodable {
+            let memory: Memory?
+
+            struct Memory: Decodable {
+                let package: Int?
+            }
+        }
+
+        /// Bytes of the packages, which Core ML will compile into as much again.
+        var compiled: Int {
+            (parts ?? [:]).values.reduce(0) { $0 + ($1.memory?.package ?? 0) }
         }
     }
 
@@ -92,7 +106,8 @@ public actor Downloader {
             throw EdgeVLMError("\(odd) is no file of a bundle", "download another bundle")
         }
         let expected = listed.memory?.files ?? 0
-        try checkRoom(for: expected - names.reduce(0) { $0 + size(partial, $1) })
+        let here = names.reduce(0) { $0 + size(partial, $1) }
+        try checkRoom(for: expected - here + listed.compiled)
         var received = 0
         for (done, file) in names.enumerated() {
             guard let hash = listed.files[file] else { continue }
@@ -128,7 +143,8 @@ public actor Downloader {
             return
         }
         throw EdgeVLMError(
-            "the bundle takes \(bytes / 1_000_000) MB more, \(free / 1_000_000) MB are free",
+            "the bundle, and what is compiled of it, take \(bytes / 1_000_000) MB more, "
+                + "\(free / 1_000_000) MB are free",
             "free some storage")
     }
 

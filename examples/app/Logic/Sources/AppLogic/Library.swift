@@ -47,18 +47,25 @@ public struct Library: Sendable {
         }
     }
 
+    /// The bundle to open: the one that was chosen, or the first where that has gone.
+    public func chosen(_ name: String?) -> String? {
+        let names = entries.map(\.name)
+        return names.first { $0 == name } ?? names.first
+    }
+
+    /// Remove a bundle, and what was compiled of it, which takes as much again.
     public func remove(_ entry: Entry) throws {
+        try? ModelBundle(folder: entry.url, check: .never).forget()
         try FileManager.default.removeItem(at: entry.url)
     }
 
     /// Open a bundle and load it; progress is told before each part.
     public func load(
-        _ name: String, settings: Settings,
+        _ name: String, settings: AppSettings,
         progress: @escaping @Sendable (LoadStep) -> Void
     ) async throws -> Session {
         let bundle = try ModelBundle(folder: folder.appending(path: name))
-        let system = settings.system.trimmingCharacters(in: .whitespacesAndNewlines)
-        let options = Session.Options(system: system.isEmpty ? nil : system)
+        let options = Session.Options(system: settings.instructions)
         return try await Session(bundle: bundle, options: options, progress: progress)
     }
 }

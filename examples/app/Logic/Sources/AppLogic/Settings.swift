@@ -3,7 +3,8 @@
 import EdgeVLM
 import Foundation
 
-public struct Settings: Codable, Equatable, Sendable {
+/// Not Settings, which SwiftUI has.
+public struct AppSettings: Codable, Equatable, Sendable {
     public var bundle: String?
     public var maxTokens = 240
     public var temperature = 0.0
@@ -35,6 +36,12 @@ public struct Settings: Codable, Equatable, Sendable {
             .filter { !$0.isEmpty && seen.insert($0).inserted }
     }
 
+    /// `system` as a session takes it: nil for the model's own.
+    public var instructions: String? {
+        let text = system.trimmingCharacters(in: .whitespacesAndNewlines)
+        return text.isEmpty ? nil : text
+    }
+
     public var options: AnswerOptions {
         AnswerOptions(
             maxTokens: max(1, maxTokens), temperature: Float(max(0, temperature)),
@@ -44,10 +51,10 @@ public struct Settings: Codable, Equatable, Sendable {
     private static let key = "settings"
 
     /// What was kept, or the defaults where it cannot be read.
-    public static func kept(in defaults: UserDefaults) -> Settings {
+    public static func kept(in defaults: UserDefaults) -> AppSettings {
         guard let data = defaults.data(forKey: key),
-            let settings = try? JSONDecoder().decode(Settings.self, from: data)
-        else { return Settings() }
+            let settings = try? JSONDecoder().decode(AppSettings.self, from: data)
+        else { return AppSettings() }
         return settings
     }
 
