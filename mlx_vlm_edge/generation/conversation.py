@@ -55,10 +55,10 @@ class Conversation:
     chat.ask("What is this?", images=["photo.jpg"])
     chat.ask("What colour is it?")
 
-    system: instructions before the first turn. prefix_cache: shared with others, or one of its own.
-    options: the fields of Options, for every answer. turns may be read, and changed by `undo`,
-    `rewind` and `clear`; `dropped` says how many of them the last question left out, the oldest
-    first, because the context had no room for them.
+    system: instructions before the first turn; None leaves the model's own. prefix_cache: shared
+    with others, or one of its own. options: the fields of Options, for every answer. turns may be
+    read, and changed by `undo`, `rewind` and `clear`; `dropped` says how many of them the last
+    question left out, the oldest first, because the context had no room for them.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Conversation:
         return inputs, turns, start
 
     def _messages(self, turns: Sequence[Turn]) -> list[Message]:
-        system = [Turn("system", self.system).message()] if self.system else []
+        system = [] if self.system is None else [Turn("system", self.system).message()]
         return [*system, *(turn.message() for turn in turns)]
 
     def undo(self) -> bool:

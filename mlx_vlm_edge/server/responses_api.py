@@ -125,7 +125,7 @@ def asked(request: ResponsesRequest, limits: Limits) -> Asked:
     """The request in our own terms. Raises ApiError for a schema that cannot be enforced."""
     messages: list[dict[str, Any]] = []
     addresses: list[tuple[str, str]] = []
-    if request.instructions:
+    if request.instructions is not None:
         messages.append({"role": "system", "content": request.instructions})
     for index, item in enumerate(request.input):
         parts: list[dict[str, str]] = []

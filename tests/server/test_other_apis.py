@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from mlx_vlm_edge.generation.conversation import Conversation, Turn
+
 from ..demo import IMAGES, VISUAL, known
 from .conftest import data_url
 
@@ -124,6 +126,30 @@ def test_responses_follow_a_schema_and_several_turns(client):
     answer = client.post("/v1/responses", json={"input": turns, "text": wanted}).json()
     assert json.loads(answer["output"][0]["content"][0]["text"]) == {"colour": "red"}
     assert answer["text"]["format"]["schema"] == schema
+
+
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_a_system_prompt_is_the_same_prompt_in_every_interface(
+    client, served, demo, system, monkeypatch
+):
+    """An empty one is one, and not the model's own."""
+    hi = {"role": "user", "content": "Hi"}
+    messages = [hi] if system is None else [{"role": "system", "content": system}, hi]
+    want = demo[1](messages, []).input_ids.tolist()
+    prompts, submit = [], served.engine.submit
+    monkeypatch.setattr(served.engine, "submit", lambda inputs, *rest, **more: (
+        prompts.append(inputs.input_ids.tolist()), submit(inputs, *rest, **more))[1])  # fmt: skip
+    for path, request in (
+        ("chat/completions", {"messages": messages, "max_tokens": 1}),
+        ("responses", {"input": "Hi", "instructions": system, "max_output_tokens": 1}),
+        ("messages", {"messages": [hi], "system": system, "max_tokens": 1}),
+    ):
+        answer = client.post(f"/v1/{path}", json=request)
+        assert answer.status_code == 200, answer.text
+    chat = Conversation(*demo, system=system)
+    prompts.append(demo[1](chat._messages([Turn("user", "Hi")]), []).input_ids.tolist())
+    assert prompts == [want] * 4
+    assert (system is None) == (want == demo[1]("Hi", []).input_ids.tolist())
 
 
 LONG = "word " * 5000
