@@ -25,7 +25,7 @@ HELP = (
     "input is one question."
 )
 COMMANDS = {
-    "/image PATH...": "add pictures to the next question (paths or URLs)",
+    "/image PATH...": "add pictures to the next question (paths or URLs); - drops those that wait",
     "/clear": "forget the conversation and its pictures",
     "/system [TEXT]": "set the system prompt, or show it; - removes it",
     "/undo": "forget the last question and its answer",
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     terminal = not streams.input_closed() and sys.stdin.isatty()
     ask = _prompter() if terminal else None
     question = None if terminal else _piped()
+    images = _checked(args)
     chat = _conversation(args, options)
-    session = Session(chat, list(args.image), _note)
+    session = Session(chat, images, _note)
     if args.load:
         session.command(f"/load {shlex.quote(args.load)}")
     if ask is None:
@@ -82,6 +83,15 @@ def _piped() -> str:
             "question, and pictures are given with --image"
         )
     return text
+
+
+def _checked(args: argparse.Namespace) -> list[Any]:
+    """The pictures, with all told that can be told before a model is read."""
+    if not args.image:
+        return []
+    from ..picture.check import checked
+
+    return [checked(source, args.offline) for source in args.image]
 
 
 def _conversation(args: argparse.Namespace, options: dict[str, Any]) -> "Conversation":
@@ -155,7 +165,7 @@ def _talk(session: "Session", ask: Callable[[], str]) -> int:
 class Session:
     """A conversation with pictures that wait for the next question. say: prints a note."""
 
-    def __init__(self, chat: "Conversation", images: list[str], say: Say) -> None:
+    def __init__(self, chat: "Conversation", images: list[Any], say: Say) -> None:
         self.chat, self.images, self.say = chat, images, say
 
     def ask(self, text: str, decorated: bool = True) -> None:
@@ -164,6 +174,8 @@ class Session:
         with shown() as line:
             try:
                 last = self._printed(text, line, decorated)
+            except UsageError as error:
+                raise UsageError(f"{error}{self._ways_out() if decorated else ''}") from None
             finally:
                 if len(self.chat.turns) > before:  # pictures wait on where nothing was said
                     self.images = []
@@ -193,6 +205,13 @@ class Session:
             print(" [stopped]" if decorated else "", end="", flush=True)
         return last
 
+    def _ways_out(self) -> str:
+        """How a picture that fails every question is got rid of; nothing where there is none."""
+        ways = ["/image - drops the pictures that wait"] if self.images else []
+        if any(turn.images for turn in self.chat.turns):
+            ways.append("/undo and /clear forget those of earlier questions")
+        return f" ({'; '.join(ways)})" if ways else ""
+
     def command(self, line: str) -> None:
         """Run a line that begins with /. Raises UsageError for one that is not known."""
         name, _, rest = line.partition(" ")
@@ -217,6 +236,10 @@ class Session:
             raise UsageError(f"/image: {error}; put quotes around a path with spaces") from None
         if not paths:
             raise UsageError("/image needs a path or an address")
+        if paths == ["-"]:
+            self.images = []
+            self.say("no pictures wait")
+            return
         for path in paths:
             open_image(path)
         self.images += paths
@@ -230,7 +253,8 @@ class Session:
     def _system(self, rest: str) -> None:
         if rest:
             self.chat.system = None if rest == "-" else rest
-        self.say(f"system prompt: {self.chat.system or 'the model’s own'}")
+        system = self.chat.system
+        self.say(f"system prompt: {'the model’s own' if system is None else system or 'empty'}")
 
     def _undo(self, rest: str) -> None:
         self.say("forgot the last question" if self.chat.undo() else "there is nothing to undo")

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_vlm_edge.cli import chat, main
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.generation.conversation import Turn
 
 from ..demo import IMAGES, known
 
@@ -200,6 +201,27 @@ def test_pictures_stay_for_the_next_question_when_one_fails(capfd):
     with pytest.raises(UsageError):
         session.ask("x")
     assert session.images == ["a.png"]
+
+
+def test_a_picture_that_is_none_is_told_before_a_model_is_looked_for(capfd, monkeypatch):
+    monkeypatch.setattr(chat, "_piped", lambda: "What is it?")
+    assert main(["chat", "--model", "no/such/model", "--image", "no-such.png"]) == 2
+    assert "no-such.png: no such file" in capfd.readouterr().err
+
+
+def test_a_picture_that_cannot_be_asked_about_can_be_dropped(capfd):
+    """Every question would fail otherwise."""
+    session, said = chat.Session(Chat(UsageError("no")), ["a.png"], print), []
+    with pytest.raises(UsageError, match=r"^no \(/image - drops the pictures that wait\)$"):
+        session.ask("x")
+    with pytest.raises(UsageError, match=r"^no$"):  # a pipe has no commands
+        session.ask("x", decorated=False)
+    session.say = said.append
+    session.command("/image -")
+    assert (session.images, said) == ([], ["no pictures wait"])
+    session.chat.turns = [Turn("user", "x", ("moved.png",)), Turn("assistant", "y")]
+    with pytest.raises(UsageError, match=r"^no \(/undo and /clear forget"):
+        session.ask("x")
 
 
 def test_pictures_go_with_their_question(capfd):
