@@ -1,7 +1,7 @@
 """Token ids of one answer -> pieces of text with counts and times, up to where the answer ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -30,8 +30,9 @@ class GenerationResult:
     tiles. jpeg_draft: pixels may be other than those of the whole picture.
     peak_memory is in GB (1e9 bytes).
     finish_reason is None until the end, then "stop" or "length". stop_text: of `stop`,
-    what ended the answer. stages: seconds per stage, and logprobs: of the token, when they were
-    asked for. drafted_tokens and accepted_tokens: drafts so far, and those that were right.
+    what ended the answer. stages: seconds per stage, when they were asked for. token and logprobs,
+    where asked for, are those of a piece; the whole answer has all in `tokens`, and as many
+    logprobs. drafted_tokens and accepted_tokens: drafts so far, and those that were right.
     """
 
     text: str
@@ -47,11 +48,24 @@ class GenerationResult:
     stages: dict[str, float] | None = None
     reused_tokens: int = 0
     jpeg_draft: bool = False
-    logprobs: TokenLogprobs | None = None
+    logprobs: TokenLogprobs | tuple[TokenLogprobs, ...] | None = None
     stop_text: str | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     picture_sizes: tuple[tuple[int, int], ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+def whole(pieces: Sequence[GenerationResult]) -> GenerationResult:
+    """All pieces of an answer as one, which has the last one's counts and times."""
+    told = tuple(p.logprobs for p in pieces if isinstance(p.logprobs, TokenLogprobs))
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token=None,
+        tokens=tuple(piece.token for piece in pieces if piece.token is not None),
+        logprobs=told or None,
+    )
 
 
 class Answer:

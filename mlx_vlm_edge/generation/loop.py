@@ -26,7 +26,7 @@ from ..picture.token_budget import TokenBudget, token_budget
 from ..text.prompt import Inputs, Message, Processor
 from ..timings import Clock, Steps, Timer
 from .ahead import Ahead
-from .answer import Answer
+from .answer import Answer, whole
 from .answer import GenerationResult as GenerationResult
 from .choosing import TokenSampler
 from .drafting import DRAFTS, decode_drafted, prompt_lookup
@@ -148,8 +148,7 @@ def generate(
 ) -> str | GenerationResult:
     """The whole answer as text, or with `full` a GenerationResult. Options: `stream_generate`."""
     pieces = list(stream_generate(model, processor, prompt, images, **options))
-    text = "".join(piece.text for piece in pieces)
-    return replace(pieces[-1], text=text) if full else text
+    return whole(pieces) if full else "".join(piece.text for piece in pieces)
 
 
 def stream_generate(

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from ..errors import UsageError
 from ..generation.answer import GenerationResult
+from ..generation.choosing import TokenLogprobs
 from ..generation.loop import Options
 from ..text.tokenizer import Tokenizer
 from .answering import Answers, Asked, Choice
@@ -194,7 +195,11 @@ class Reply:
 
     def _logprobs(self, pieces: Sequence[GenerationResult]) -> dict[str, Any] | None:
         """What was told of the pieces' tokens, None where nothing was."""
-        told = [(piece.token, piece.logprobs) for piece in pieces if piece.logprobs is not None]
+        told = [
+            (piece.token, piece.logprobs)
+            for piece in pieces
+            if isinstance(piece.logprobs, TokenLogprobs)
+        ]
         if not told:
             return None
         entries = [

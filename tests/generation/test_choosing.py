@@ -89,6 +89,18 @@ def test_log_probabilities_are_the_model_s(demo):
     assert all(len(piece.logprobs.top) == 3 for piece in pieces if piece.token is not None)
 
 
+def test_a_whole_answer_has_those_of_all_its_tokens(demo):
+    asked = (*demo, "Describe the image.", [SHAPES])
+    for length in (3, 64):  # cut off, and ended by the model
+        pieces = list(stream_generate(*asked, logprobs=2, max_tokens=length))
+        whole = generate(*asked, logprobs=2, max_tokens=length, full=True)
+        tokens = [(piece.token, piece.logprobs) for piece in pieces if piece.token is not None]
+        assert list(zip(whole.tokens, whole.logprobs, strict=True)) == tokens
+        assert len(tokens) == whole.generation_tokens
+        assert whole.token is None
+        assert generate(*asked, max_tokens=length, full=True).logprobs is None
+
+
 def test_nothing_is_told_unless_asked_for(demo):
     pieces = list(stream_generate(*demo, "Describe the image.", [SHAPES], max_tokens=2))
     assert all(piece.logprobs is None for piece in pieces)
