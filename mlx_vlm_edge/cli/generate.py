@@ -84,9 +84,17 @@ def _from_arguments(args: argparse.Namespace) -> tuple[str, list[Any]]:
         raise UsageError("standard input is closed: name a file or a text instead of -")
     if "-" in args.image and sys.stdin.isatty():
         raise UsageError("--image - reads a picture from standard input: pipe or redirect one in")
-    text = streams.piped_text() if args.prompt == "-" else args.prompt
+    text = _piped(args.raw) if args.prompt == "-" else args.prompt
     images = [streams.piped() if name == "-" else name for name in args.image]
     return text, _pages(images, args.page) if args.page else images
+
+
+def _piped(raw: bool) -> str:
+    """The question from standard input; unless it is raw, without the end of its last line."""
+    text = streams.piped_text()
+    if raw:
+        return text
+    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _one_prompt(args: argparse.Namespace) -> None:
@@ -207,14 +215,14 @@ def _sizes(last: "GenerationResult") -> list[str]:
 def _report(pieces: list["GenerationResult"], args: argparse.Namespace, timer: ColdTimer) -> None:
     from dataclasses import asdict
 
-    last = pieces[-1]
+    from ..generation.answer import whole
+
     if args.json:
-        whole = asdict(last) | {"text": "".join(piece.text for piece in pieces)}
-        whole["tokens"] = [piece.token for piece in pieces if piece.token is not None]
-        del whole["token"]  # the last piece's alone
-        whole |= {"ttft_cold": timer.ttft, "cold": timer.parts}
-        print(json.dumps(whole, ensure_ascii=False))
+        told = asdict(whole(pieces)) | {"ttft_cold": timer.ttft, "cold": timer.parts}
+        del told["token"]  # a piece's
+        print(json.dumps(told, ensure_ascii=False))
         return
+    last = pieces[-1]
     lines = [
         f"prompt: {last.prompt_tokens} tokens ({last.visual_tokens} visual), "
         f"{last.prompt_tps:.1f} tokens/s",

@@ -81,13 +81,24 @@ def test_the_prompt_from_standard_input(generate, monkeypatch):
     assert generate("--max-tokens", 5, prompt="-")[1] == generate("--max-tokens", 5)[1]
 
 
+@pytest.mark.parametrize(("sent", "raw", "asked"), [
+    ("What?\n", False, "What?"), ("What?\r\n", False, "What?"), ("What?\n\n", False, "What?\n"),
+    (" What?\r", False, " What?\r"), ("What?\n", True, "What?\n"), ("What?\r\n", True, "What?\r\n"),
+])  # fmt: skip
+def test_a_piped_question_has_no_end_of_line(monkeypatch, sent, raw, asked):
+    """`echo "What?" | generate -` is the question that `generate "What?"` is."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent.encode())))
+    assert verb._from_arguments(from_standard_input(raw)) == (asked, [])
+
+
+def from_standard_input(raw=False):
+    return Namespace(prompt="-", question=None, image=[], page=[], raw=raw)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_question_is_utf8_in_any_locale(encoding, monkeypatch):
     text = "Für wen\r\nist das ☃?"
-    for read in (
-        chat._piped,
-        lambda: verb._from_arguments(Namespace(prompt="-", question=None, image=[], page=[]))[0],
-    ):
+    for read in (chat._piped, lambda: verb._from_arguments(from_standard_input())[0]):
         stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding=encoding)
         monkeypatch.setattr(sys, "stdin", stdin)
         assert read() == text
