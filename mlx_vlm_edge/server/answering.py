@@ -1,7 +1,6 @@
 """A checked request -> prompts in the engine's line, and their pieces back in the event loop."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,8 +66,9 @@ class Answering:
 
     async def start(self, asked: Asked, adapter: str | None = None) -> "Answers":
         """Decode, tokenise and put in the line, for the model with an adapter. Raises ApiError."""
-        started = time.perf_counter()
-        inputs, timer = await self._prepared(asked)
+        timer = Timer(measured=True)
+        started = timer.restart()
+        inputs = await self._prepared(asked, timer)
         answers = Answers(len(asked.options))
         try:
             for index, options in enumerate(asked.options):
@@ -89,10 +89,10 @@ class Answering:
 
     async def count(self, asked: Asked) -> int:
         """Tokens of the prompt, the visual ones included. Raises ApiError."""
-        inputs, _ = await self._prepared(asked)
+        inputs = await self._prepared(asked, Timer())
         return int(inputs.input_ids.shape[1])
 
-    async def _prepared(self, asked: Asked) -> tuple[Inputs, Timer]:
+    async def _prepared(self, asked: Asked, timer: Timer) -> Inputs:
         if len(asked.options) > self.limits.waiting:  # not even alone
             told = f"n: at most {self.limits.waiting} answers to one request are given"
             raise bad_request(told, "n", "too_many")
@@ -103,7 +103,7 @@ class Answering:
         self._under_way += 1
         try:
             async with self._preparing:
-                work = asyncio.ensure_future(run_in_threadpool(self._prepare, asked))
+                work = asyncio.ensure_future(run_in_threadpool(self._prepare, asked, timer))
                 try:
                     return await asyncio.shield(work)
                 finally:  # cancelled or not, the thread goes on to its end, and has its place
@@ -111,15 +111,14 @@ class Answering:
         finally:
             self._under_way -= 1
 
-    def _prepare(self, asked: Asked) -> tuple[Inputs, Timer]:
-        timer = Timer(measured=True)
+    def _prepare(self, asked: Asked, timer: Timer) -> Inputs:
+        timer.mark("queue")
         images = pictures.read(asked.addresses, asked.field, self.limits, self.remote_images)
         try:
             steps = self.processor.steps(asked.messages, images, raw=asked.raw, budget=asked.budget)
-            inputs = timer.run(steps)
+            return timer.run(steps)
         except UsageError as error:
             raise bad_request(str(error), asked.field) from None
-        return inputs, timer
 
 
 def busy() -> ApiError:
