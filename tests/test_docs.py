@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.cli import VERBS, Parser
+from mlx_vlm_edge.cli.models import PICTURES as ORDINARY
+from mlx_vlm_edge.hub.models import DEMO
+from mlx_vlm_edge.loading import cost
 
 from .demo import KNOWN, ROOT
 
@@ -247,3 +252,52 @@ def test_an_example_without_its_model_says_so_in_one_line(pictures, monkeypatch)
         assert done.returncode == 1
         assert done.stderr.count(b"\n") == 1, done.stderr
         assert b"not on this machine" in done.stderr
+
+
+ODD = (384, 384), (2000, 200), (1021, 1243)  # pictures that some family cuts up most, or least
+
+
+def model_rows() -> dict[tuple[str, ...], str]:
+    """README's table of models: the aliases of each row -> its visual tokens per image."""
+    rows = re.findall(
+        r"^\| (`.*?) \|.*\| (.*?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    known, found = {*configs.names(), DEMO}, {}
+    for cell, counts in rows:
+        names: list[str] = []
+        for name in re.findall(r"`([^`]+)`", cell):
+            if name.startswith("-"):  # in place of the end of the last name
+                parts = names[-1].split("-")
+                stems = ["-".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+                name = next(stem + name for stem in stems if stem + name in known)
+            names.append(name)
+        if names[0] in known:
+            found[tuple(names)] = counts
+    return found
+
+
+def test_the_table_of_models_has_all_of_them():
+    named = [alias for row in model_rows() for alias in row]
+    assert sorted(named) == sorted([*configs.names(), DEMO])
+
+
+@pytest.mark.parametrize(("aliases", "told"), model_rows().items(), ids=lambda part: part[0])
+def test_a_model_has_as_many_visual_tokens_as_its_row_says(aliases, told):
+    """One count, one for each alias, or a range: no ordinary picture's is beyond its ends, and each
+    end is some picture's."""
+    told = re.split(r" at |, [(`]", told)[0]
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\b", told)]
+    plans = [cost.blueprint(cost.config_of(alias)) for alias in aliases]
+    ordinary, odd = (
+        [[plan.processor.visual_tokens(plan.pixels(size)) for size in sizes] for plan in plans]
+        for sizes in (ORDINARY, ODD)
+    )
+    if " to " not in told:
+        told_of = numbers if len(numbers) > 1 else numbers * len(aliases)
+        assert [{*some, *more} for some, more in zip(ordinary, odd, strict=True)] == [
+            {number} for number in told_of
+        ]
+        return
+    assert {*numbers} <= {*chain(*ordinary, *odd)}
+    assert max(chain(*ordinary)) <= numbers[-1]
+    assert told.startswith("up") or min(chain(*ordinary)) >= numbers[0]
