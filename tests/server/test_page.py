@@ -5,6 +5,7 @@ $PAGE_SHOTS, where it is set.
 """
 
 import os
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ SIZES = {
     "desk": ({"width": 1280, "height": 800}, "light"),
     "phone": ({"width": 390, "height": 844}, "dark"),
 }
+DESK = pytest.mark.parametrize("page", ["desk"], indirect=True)  # nothing to do with its width
 DESCRIBE = known("shapes.png", "Describe the image.")
 READ = known("text.png", "What does it say?")
 
@@ -96,6 +98,48 @@ def ask(page, text, *pictures):
 
 def answers(page):
     return page.get_by_role("article", name="Answer")
+
+
+def endless(page, served, monkeypatch, text, *pictures):
+    """Ask what is answered until it is stopped, and wait for the first words."""
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine.processor, "eos_ids", frozenset())
+        page.evaluate("document.getElementById('max_tokens').value = 1900")
+        ask(page, text, *pictures)
+        page.locator(".busy .text").get_by_text(re.compile("....")).wait_for()
+
+
+def wait_until_stored(page, *talks):
+    """Until the browser keeps these conversations, each a list of its turns' texts or failures."""
+    for _ in range(600):
+        kept = page.evaluate("""() => new Promise((resolve) => {
+          const opening = indexedDB.open("mlx-vlm-edge", 1);
+          opening.onsuccess = () => {
+            const kept = opening.result.transaction("conversations").objectStore("conversations");
+            const all = kept.getAll();
+            all.onsuccess = () => resolve(all.result.sort((one, other) => one.when - other.when)
+              .map(({ turns }) => turns.map((turn) => turn.failed ?? turn.text)));
+          };
+        })""")
+        if kept == list(talks):
+            return
+        page.wait_for_timeout(100)
+    assert kept == list(talks)
+
+
+def wait_until_it_goes_on(page):
+    """Until the answer under way is longer than now."""
+    growing = page.locator(".busy")
+    playwright.expect(growing).not_to_have_text(growing.inner_text(), timeout=30_000)
+
+
+def asked(page, action):
+    """The texts of the messages that an action sends."""
+    with page.expect_request("**/v1/chat/completions") as request:
+        action()
+    messages = request.value.post_data_json["messages"]
+    return [message["content"] if message["role"] == "assistant" else message["content"][-1]["text"]
+            for message in messages]  # fmt: skip
 
 
 def test_a_question_about_a_picture_and_another(page):
@@ -258,3 +302,110 @@ def test_an_adapter_is_chosen_in_the_settings(browser, demo):
 def test_without_adapters_there_is_no_choice(page):
     page.get_by_role("button", name="Settings").click()
     assert page.get_by_label("Model").is_hidden()
+
+
+@DESK
+def test_an_answer_stays_in_the_conversation_that_was_asked(page, served, monkeypatch):
+    """Whatever is shown when it is over; the one that is left is stored as far as it came."""
+    endless(page, served, monkeypatch, DESCRIBE.question, DESCRIBE.picture)
+    page.get_by_role("button", name="New", exact=True).click()
+    assert asked(page, lambda: ask(page, READ.question, READ.picture)) == [READ.question]
+    page.get_by_role("button", name="Retry").wait_for()
+    assert answers(page).all_inner_texts()[0].startswith(READ.answer)
+    left = [DESCRIBE.question, "Stopped."]
+    wait_until_stored(page, left, [READ.question, READ.answer])
+    endless(page, served, monkeypatch, "And?")
+    page.get_by_role("button", name="History").click()
+    page.get_by_role("dialog").get_by_text(DESCRIBE.question).click()
+    page.get_by_text("Stopped.").wait_for()
+    assert answers(page).count() == 1
+    assert page.get_by_role("button", name="Ask", exact=True).is_visible()
+    wait_until_stored(page, left, [READ.question, READ.answer, "And?", "Stopped."])
+
+
+@DESK
+def test_a_question_that_fails_does_not_fail_the_next_ones(page):
+    page.set_input_files("#file", {"name": "x.svg", "mimeType": "image/svg+xml", "buffer": b"x"})
+    page.get_by_role("alert").get_by_text("SVG drawings cannot be read").wait_for()
+    page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"x"})
+    page.locator("#pictures img").wait_for()
+    ask(page, "What is it?")
+    page.locator(".failed").wait_for()
+    retry = page.get_by_role("button", name="Retry")
+    assert asked(page, retry.click) == ["What is it?"]
+    page.locator(".failed").wait_for()
+    assert asked(page, lambda: ask(page, READ.question, READ.picture)) == [READ.question]
+    answers(page).nth(1).get_by_text(READ.answer).wait_for()
+    retry.wait_for()
+    page.route("**/v1/chat/completions", lambda route: None)  # which nothing is said to
+    ask(page, "And?")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_text("Stopped before the first word.").wait_for()
+    page.unroute("**/v1/chat/completions")
+    said = [READ.question, READ.answer, "What color is it?"]
+    assert asked(page, lambda: ask(page, said[-1])) == said
+    retry.wait_for()
+
+
+@DESK
+def test_the_camera_and_an_answer_are_stopped_each_for_itself(page, served, monkeypatch):
+    page.get_by_role("button", name="Camera", exact=True).click()
+    loop = page.get_by_role("button", name="Ask again and again")
+    loop.click()
+    page.get_by_text("frames/s").wait_for()
+    endless(page, served, monkeypatch, DESCRIBE.question, DESCRIBE.picture)  # in the loop's place
+    loop.click()
+    page.get_by_role("alert").get_by_text("An answer is under way").wait_for()
+    page.get_by_role("button", name="Close camera").click()
+    wait_until_it_goes_on(page)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_text("Stopped.").wait_for()
+
+
+@DESK
+def test_escape_stops_an_answer_but_not_from_a_dialog_or_an_input_method(page, served, monkeypatch):
+    endless(page, served, monkeypatch, DESCRIBE.question, DESCRIBE.picture)
+    page.get_by_role("button", name="Settings").click()
+    page.keyboard.press("Escape")
+    page.get_by_role("dialog").wait_for(state="hidden")
+    page.evaluate("""document.dispatchEvent(
+      new KeyboardEvent("keydown", { key: "Escape", isComposing: true, bubbles: true }))""")
+    wait_until_it_goes_on(page)
+    page.keyboard.press("Escape")
+    page.get_by_text("Stopped.").wait_for()
+
+
+@DESK
+def test_copy_without_https(page):
+    """A page of another machine has no navigator.clipboard."""
+    page.add_init_script(
+        "Object.defineProperty(Navigator.prototype, 'clipboard', { value: undefined })"
+    )
+    page.reload()
+    ask(page, READ.question, READ.picture)
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    page.get_by_label("Your question").focus()
+    page.keyboard.press("Control+V")
+    assert page.get_by_label("Your question").input_value() == READ.answer
+    page.evaluate("document.execCommand = () => false")
+    page.get_by_role("button", name="Copied").click()
+    page.get_by_role("alert").get_by_text("select the text").wait_for()
+
+
+@DESK
+def test_a_browser_that_keeps_nothing_can_ask(page):
+    page.add_init_script("""
+      const denied = { get() { throw new DOMException("denied", "SecurityError"); } };
+      Object.defineProperty(window, "localStorage", denied);
+      Object.defineProperty(window, "indexedDB", denied);""")
+    page.reload()
+    page.get_by_role("status").get_by_text("demo", exact=True).wait_for()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Done").click()
+    ask(page, READ.question, READ.picture)
+    page.get_by_role("button", name="Retry").wait_for()
+    page.get_by_role("alert").get_by_text("keeps no history").wait_for()
+    page.get_by_role("button", name="History").click()
+    page.get_by_role("button", name="Forget all").click()
+    assert page.locator("#past li").count() == 0

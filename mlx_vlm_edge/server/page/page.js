@@ -15,11 +15,14 @@ const WELCOME = $("welcome");
 $("no-script").remove();
 
 let model = null;
-let turns = [];        // {role, text, pictures: [data URL], timings?, usage?, failed?}
+let talk = begun();    // the one shown; its turns: {role, text, pictures: [data URL], timings?, usage?, failed?}
 let pictures = [];     // data URLs that the next question is about
 let running = null;    // AbortController of the answer under way
-let looping = false;
-let conversation = crypto.randomUUID?.() ?? String(Date.now());
+let live = null;       // and of the camera's questions
+
+function begun() {
+  return { id: crypto.randomUUID?.() ?? String(Date.now()), turns: [] };
+}
 
 // --- the server ----------------------------------------------------------------------------------
 
@@ -40,6 +43,12 @@ function content(turn) {
   if (turn.role === "assistant") return turn.text;
   const images = turn.pictures.map((url) => ({ type: "image_url", image_url: { url } }));
   return [...images, { type: "text", text: turn.text }];
+}
+
+// The turns without questions that nothing was said to, of which one may be refused; the last stays.
+function sent(turns) {
+  const silent = (turn) => turn?.failed && !turn.text;
+  return turns.filter((turn, index) => !silent(turn) && !silent(turns[index + 1]));
 }
 
 function body(history) {
@@ -87,10 +96,10 @@ async function answer(history, signal, show) {
 // The model alone and with each adapter, where the server has some.
 function choose(names) {
   const select = () => { $("model").textContent = model = $("models").value; };
-  const before = model ?? localStorage.getItem("models");
+  const before = model ?? recall("models");
   $("models").replaceChildren(...names.map((name) => new Option(name)));
   $("models").value = names.includes(before) ? before : names[0];
-  $("models").onchange = () => { localStorage.setItem("models", $("models").value); select(); };
+  $("models").onchange = () => { remember("models", $("models").value); select(); };
   $("choice").hidden = names.length < 2;
   select();
 }
@@ -128,9 +137,10 @@ function read(file) {
 }
 
 async function add(files) {
-  const images = [...files].filter((file) => file.type.startsWith("image/"));
-  if (files.length && !images.length) return problem("That is not a picture.");
-  problem("");
+  const drawing = (file) => file.type === "image/svg+xml";
+  const images = [...files].filter((file) => file.type.startsWith("image/") && !drawing(file));
+  if ([...files].some(drawing)) problem("SVG drawings cannot be read: save them as PNG.");
+  else problem(files.length && !images.length ? "That is not a picture." : "");
   for (const file of images) {
     try {
       pictures.push(await read(file));
@@ -236,15 +246,32 @@ function times({ timings, usage, finish }) {
   return [bar, legend, paragraph(facts.join(" · "), "facts")];
 }
 
+// Whether the text is in the clipboard; pages without https have no other way than the old one.
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { /* the old way */ }
+  const area = document.createElement("textarea");
+  area.className = "unseen";
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  return done;
+}
+
 function render() {
-  const shown = turns.map((turn) => (turn.role === "user" ? userTurn(turn) : answerTurn(turn)));
-  if (turns.length && turns.at(-1).role === "assistant" && !running) {
-    const last = turns.at(-1);
+  const shown = talk.turns.map((turn) => (turn.role === "user" ? userTurn(turn) : answerTurn(turn)));
+  const last = talk.turns.at(-1);
+  if (last?.role === "assistant" && !running) {
     const actions = document.createElement("div");
     actions.className = "actions";
     const copy = button("Copy", async () => {
-      await navigator.clipboard.writeText(last.text);
+      if (!await copied(last.text)) return problem("This browser lets no page copy: select the text.");
       copy.textContent = "Copied";
+      copy.focus();
     }, true);
     actions.append(copy, button("Retry", retry, true));
     shown.at(-1).append(actions);
@@ -267,7 +294,7 @@ async function ask() {
   if (running) return;
   if (!text) return problem("Type a question first.");
   problem("");
-  turns.push({ role: "user", text, pictures });
+  talk.turns.push({ role: "user", text, pictures });
   pictures = [];
   $("question").value = "";
   showPictures();
@@ -275,8 +302,11 @@ async function ask() {
   $("question").focus();
 }
 
+// The answer belongs to the conversation that was asked, whichever is shown when it is over.
 async function respond() {
-  running = new AbortController();
+  const asked = talk;
+  const mine = running = new AbortController();
+  stopLoop();
   busy(true);
   render();
   let element = answerTurn({ text: "" }, true);
@@ -284,7 +314,7 @@ async function respond() {
   let reply = { role: "assistant", text: "", pictures: [] };
   const near = () => $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 80;
   try {
-    reply = await answer(turns, running.signal, (growing) => {
+    reply = await answer(sent(asked.turns), mine.signal, (growing) => {
       const follow = near();
       reply = growing;
       element.firstChild.textContent = growing.text;
@@ -294,16 +324,28 @@ async function respond() {
     if (error.name !== "AbortError") reply.failed = error.message;
     else reply.failed = reply.text ? "Stopped." : "Stopped before the first word.";
   }
-  turns.push(reply);
-  await keep();
+  asked.turns.push(reply);
+  await keep(asked);
+  if (running === mine) idle();
+  if (asked === talk) render();
+}
+
+function idle() {
   running = null;
   busy(false);
-  render();
 }
 
 function retry() {
-  turns.pop();
+  talk.turns.pop();
   respond();
+}
+
+// Shows another conversation; what is being said in the one that is left ends there.
+function turnTo(other) {
+  running?.abort();
+  idle();
+  talk = other;
+  render();
 }
 
 // --- camera --------------------------------------------------------------------------------------
@@ -337,25 +379,26 @@ function frame() {
 }
 
 function stopLoop() {
-  looping = false;
+  live?.abort();
+  live = null;
   $("loop").setAttribute("aria-pressed", "false");
   $("loop").textContent = "Ask again and again";
-  running?.abort();
 }
 
 // The same question about one frame after the other, with how many answers a second there are.
 async function loop() {
-  if (looping) return stopLoop();
+  if (live) return stopLoop();
+  if (running) return problem("An answer is under way: stop it, or wait for its end.");
+  problem("");
   const text = $("question").value.trim() || "Describe the image.";
-  looping = true;
+  const mine = live = new AbortController();
   $("loop").setAttribute("aria-pressed", "true");
   $("loop").textContent = "Stop asking";
   let smoothed = 0;
-  while (looping) {
+  while (live === mine) {
     const started = performance.now();
-    running = new AbortController();
     try {
-      const reply = await answer([{ role: "user", text, pictures: [frame()] }], running.signal, (growing) => {
+      const reply = await answer([{ role: "user", text, pictures: [frame()] }], mine.signal, (growing) => {
         if (growing.text) $("live-answer").textContent = growing.text;
       });
       const rate = 1000 / (performance.now() - started);
@@ -365,14 +408,26 @@ async function loop() {
     } catch (error) {
       if (error.name !== "AbortError") problem(error.message);
       break;
-    } finally {
-      running = null;
     }
   }
-  stopLoop();
+  if (live === mine) stopLoop();
 }
 
-// --- history -------------------------------------------------------------------------------------
+// --- what this browser keeps, where it lets a page keep something --------------------------------
+
+function recall(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+function remember(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch { /* asked for anew the next time */ }
+}
 
 function store(mode) {
   return new Promise((resolve, reject) => {
@@ -390,10 +445,9 @@ function done(request) {
   });
 }
 
-async function keep() {
-  if (!turns.length) return;
+async function keep({ id, turns }) {
   try {
-    await done((await store("readwrite")).put({ id: conversation, when: Date.now(), turns }));
+    await done((await store("readwrite")).put({ id, when: Date.now(), turns }));
   } catch {
     problem("This browser keeps no history.");
   }
@@ -408,11 +462,8 @@ async function showHistory() {
   $("past").replaceChildren(...past.map((entry) => {
     const item = document.createElement("li");
     item.append(button(`${new Date(entry.when).toLocaleString()}: ${entry.turns[0].text}`, () => {
-      running?.abort();
-      conversation = entry.id;
-      turns = entry.turns;
+      if (entry.id !== talk.id) turnTo({ id: entry.id, turns: entry.turns });
       $("history").close();
-      render();
     }));
     return item;
   }));
@@ -420,21 +471,23 @@ async function showHistory() {
 }
 
 function startNew() {
-  running?.abort();
-  conversation = crypto.randomUUID?.() ?? String(Date.now());
-  turns = [];
+  turnTo(begun());
   pictures = [];
   problem("");
   showPictures();
-  render();
   $("question").focus();
 }
 
 // --- what is pressed, dropped and pasted -----------------------------------------------------------
 
+// Whether a key is an input method's; of the one that ends a composition Safari tells the code alone.
+function composing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 $("ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 $("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+  if (event.key === "Enter" && !event.shiftKey && !composing(event)) { event.preventDefault(); ask(); }
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("pick").addEventListener("click", () => $("file").click());
@@ -446,15 +499,21 @@ $("loop").addEventListener("click", loop);
 $("new").addEventListener("click", startNew);
 $("settings-open").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("close", () => {
-  for (const id of SETTINGS) localStorage.setItem(id, $(id).value);
+  for (const id of SETTINGS) remember(id, $(id).value);
   connect();
 });
 $("history-open").addEventListener("click", showHistory);
 $("forget").addEventListener("click", async () => {
-  await done((await store("readwrite")).clear());
+  try {
+    await done((await store("readwrite")).clear());
+  } catch { /* nothing was kept */ }
   $("past").replaceChildren();
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || composing(event) || document.querySelector("dialog[open]")) return;
+  running?.abort();
+  stopLoop();
+});
 document.addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) { event.preventDefault(); add(event.clipboardData.files); }
 });
@@ -467,7 +526,7 @@ document.addEventListener("drop", (event) => {
 });
 
 for (const id of SETTINGS) {
-  const value = localStorage.getItem(id);
+  const value = recall(id);
   if (value !== null) $(id).value = value;
 }
 connect();
