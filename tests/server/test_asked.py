@@ -1,6 +1,7 @@
 """What each API asks of the engine, and what it tells of the answers: functions, no server."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
@@ -10,12 +11,14 @@ import pytest
 from mlx_vlm_edge import Options
 from mlx_vlm_edge.generation.answer import GenerationResult
 from mlx_vlm_edge.picture.token_budget import METHODS, TokenBudget
-from mlx_vlm_edge.server import messages_api, openai, responses_api
+from mlx_vlm_edge.server import messages_api, openai, requests, responses_api
 from mlx_vlm_edge.server.answering import Choice
 from mlx_vlm_edge.server.errors import ApiError
 from mlx_vlm_edge.server.limits import Limits
 from mlx_vlm_edge.server.metrics import Metrics
 from mlx_vlm_edge.server.requests import ChatRequest, CompletionRequest, Method, parse
+
+from ..demo import ROOT
 
 TURNS = [{"role": "user", "content": "x"}]
 SAMPLED = {
@@ -176,3 +179,14 @@ def test_errors_have_the_published_types(status, kind):
     assert error.form("/v1/messages") == {
         "type": "error", "error": {"type": kind, "message": "told"},
     }  # fmt: skip
+
+
+def test_the_limits_of_a_server_are_documented_as_they_are():
+    text = (ROOT / "docs" / "server.md").read_text()
+    told = re.findall(r"^\| `--max-([\w-]+)` \| ([\d,]+)( MiB)?", text, re.MULTILINE)
+    assert len(told) == 7
+    for name, number, mebi in told:
+        figure = int(number.replace(",", "")) * (2**20 if mebi else 1)
+        assert getattr(Limits(), name.replace("-", "_")) == figure, name
+    assert f"{requests.MAX_VALUES:,} commas" in text
+    assert f"{requests.MAX_NESTING} levels" in text
