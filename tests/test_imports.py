@@ -21,8 +21,8 @@ LIST = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
 
 # What a conversion may use of the runtime; whatever is not here (a server, say) it may not.
 OF_THE_CONVERTER = {
-    "checkpoint", "connectors", "errors", "hub", "kernels", "language", "models", "picture", "text",
-    "system_files", "timings", "vision", "whole_file", "wording",
+    "checkpoint", "connectors", "errors", "hub", "kernels", "language", "models", "paths",
+    "picture", "system_files", "text", "timings", "vision", "whole_file", "wording",
 }  # fmt: skip
 
 

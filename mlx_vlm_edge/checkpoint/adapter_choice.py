@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..paths import expand
 from ..system_files import of_the_system
 
 MAX_SCALE = 1000.0
@@ -39,7 +40,7 @@ class AdapterChoice:
                 f"adapter {folder}: scale {scale!r} is no number from {-MAX_SCALE:g} to "
                 f"{MAX_SCALE:g}"
             )
-        return cls(Path(folder).expanduser(), float(scale))
+        return cls(expand(folder), float(scale))
 
     def identity(self) -> str:
         """A name of what the folder's files hold, whatever they are called and however old."""
@@ -55,7 +56,7 @@ class AdapterChoice:
 def _split(named: str) -> tuple[str, float]:
     """ "folder:0.5" -> ("folder", 0.5), unless there is a folder of the whole name."""
     match = re.fullmatch(r"(.+):(-?(?:\d+\.?\d*|\.\d+))", named)
-    if match is None or Path(named).expanduser().exists():
+    if match is None or expand(named).exists():
         return named, 1.0
     return match[1], float(match[2])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..paths import expand
 from ..system_files import of_the_system
 from . import streams
 from .flags import (
@@ -126,7 +127,7 @@ def _group() -> tuple[int, int]:
 
 def _output(name: str, rank: int, size: int) -> Path:
     """out.jsonl, or of several processes out-0-of-2.jsonl and so on."""
-    path = Path(name).expanduser()
+    path = expand(name)
     return path if size == 1 else path.with_name(f"{path.stem}-{rank}-of-{size}{path.suffix}")
 
 
@@ -149,7 +150,7 @@ def _named(item: str) -> list[str]:
         return [os.fsdecode(line) for line in streams.piped().splitlines() if line.strip()]
     if "://" in item:
         return [item]
-    path = Path(item).expanduser()
+    path = expand(item)
     if path.is_dir():
         from ..picture.image import SUFFIXES
 

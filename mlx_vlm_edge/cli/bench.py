@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..paths import expand
 from .flags import BACKENDS, DEFAULT_MODEL, default_model
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _options(args: argparse.Namespace) -> "BenchOptions":
 
 def _read(name: str) -> bytes:
     try:
-        return Path(name).expanduser().read_bytes()
+        return expand(name).read_bytes()
     except OSError as error:
         raise UsageError(f"--image {name}: cannot be read ({error.strerror})") from None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import whole_file
 from ..errors import UsageError
+from ..paths import expand
 from ..wording import gigabytes
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _model(args: argparse.Namespace) -> int:
 def _report_file(args: argparse.Namespace) -> Path:
     """Where the report goes, before anything is fetched for it."""
     name = args.report or f"report-{args.model.strip('/').replace('/', '-')}.json"
-    out = Path(name).expanduser()
+    out = expand(name)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UsageError(f"{out}: cannot be written; --report names another file")
     return out

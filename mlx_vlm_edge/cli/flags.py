@@ -5,10 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..paths import expand
 from .habits import ResizeShape
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_schema(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return expand(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"--schema {name}: cannot be read ({reason})") from None

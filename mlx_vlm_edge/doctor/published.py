@@ -22,6 +22,7 @@ from ..hub.verify import changed, damages, known_files
 from ..loading import memory
 from ..loading.cost import native
 from ..loading.load import load
+from ..paths import expand
 from .selftest import PICTURES
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def without_paths(value: Any) -> Any:
 
 
 def _without_paths(text: str) -> str:
-    personal = {str(cache_folder()): "HUB", str(Path.home()): "~", os.getcwd(): "."}
+    personal = {str(cache_folder()): "HUB", str(expand("~")): "~", os.getcwd(): "."}
     for path, short in sorted(personal.items(), key=lambda item: -len(item[0])):
         text = text.replace(path, short) if len(path) > 1 else text
     for word in {_user(), platform.node()} - {"", "root", "localhost"}:

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from ..errors import UsageError
+from ..paths import expand
 from ..text.prompt import Inputs, Processor
 from ..timings import Steps, Timer
 from ..whole_file import settle, settle_folder
@@ -279,6 +280,6 @@ def share(
 def content_of(picture: str) -> bytes:
     """A file's bytes; of an address or what cannot be read, its name."""
     try:
-        return Path(picture).expanduser().read_bytes()
+        return expand(picture).read_bytes()
     except (OSError, ValueError):
         return picture.encode(errors="surrogateescape")

@@ -15,6 +15,7 @@ from typing import Any
 from .. import whole_file
 from ..errors import UsageError
 from ..models.base import VisionLanguageModel
+from ..paths import expand
 from ..picture.image import Pixels
 from ..picture.video import Video
 from ..text.messages import kind_of
@@ -195,7 +196,7 @@ class Conversation:
         content = {"format": FORMAT, "system": self.system, "turns": turns}
         text = json.dumps(content, ensure_ascii=False, indent=1)
         try:
-            target = Path(path).expanduser()
+            target = expand(path)
             whole_file.write(target, text.encode(errors="backslashreplace"))  # odd file names
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
@@ -204,7 +205,7 @@ class Conversation:
         """Take over a saved conversation. Raises UsageError, and changes nothing, for a damaged
         file."""
         try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            content = json.loads(expand(path).read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError("another version wrote it")
             system, turns = content["system"], [_turn(entry) for entry in content["turns"]]

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..checkpoint.weights import read_header
 from ..errors import UsageError
+from ..paths import expand
 from ..whole_file import remove_abandoned, write
 
 MAX_BYTES = 4 * 2**30
@@ -35,7 +36,7 @@ class DiskStore:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES) -> None:
-        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.folder, self.max_bytes = expand(folder), max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.files import CONFIG, OPEN_CLIP_CONFIG, lacking, read_json
 from ..errors import UsageError
+from ..paths import expand_all, user_cache
 from . import published
 
 _REVISION = re.compile(r"[\w./-]+")
@@ -29,11 +30,10 @@ def cache_folder() -> Path:
     environment: Mapping[str, str] = os.environ
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if folder := environment.get(variable):
-            return Path(folder).expanduser()
+            return expand_all(folder)
     if home := environment.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "huggingface" / "hub"
+        return expand_all(home) / "hub"
+    return user_cache() / "huggingface" / "hub"
 
 
 def repository_folder(repo: str) -> Path:

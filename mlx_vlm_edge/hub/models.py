@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.files import CONFIG
 from ..errors import UsageError
+from ..paths import expand
 from .cache import local_snapshot, snapshot_folder, whole_snapshot
 
 ALIASES: dict[str, str] = {
@@ -100,9 +101,9 @@ def obtain(name: str, *, revision: str | None = None, offline: bool = False) -> 
 def expanded(name: str) -> Path:
     """A path with its ~ expanded. Raises UsageError for a name that cannot be a path."""
     try:
-        path = Path(name).expanduser()
+        path = expand(name)
         path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{name[:80]}: no such folder ({reason})") from None
     return path

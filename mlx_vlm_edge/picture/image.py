@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
 from ..kernels import pictures_on_device
+from ..paths import expand
 from ..wording import first_line
 from . import jpeg
 from .geometry import Color as Color
@@ -142,7 +143,7 @@ def _checked_path(source: str | Path) -> Path:
     if not name:
         raise UsageError("an image's name is empty; name a file")
     with finding(name):
-        path = Path(source).expanduser()
+        path = expand(source)
         if path.is_dir():
             raise UsageError(f"{name}: is a directory; name an image file in it")
         if not path.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import UsageError
+from ..paths import expand
 from ..system_files import of_the_system
 from .image import SHOWN, SUFFIXES, check_size, finding, open_image, reading
 from .rgb import to_rgb
@@ -104,7 +105,7 @@ def read_video(video: Video, fps: float, limit: int, prepare: Prepare = as_it_is
 def existing(video: Video) -> Path:
     """A video's path. Raises UsageError when nothing is there."""
     with finding(str(video.source)[:SHOWN]):
-        path = Path(video.source).expanduser()
+        path = expand(video.source)
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder; check the path")
         return path

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import whole_file
+from ..paths import user_cache
 from .detokenizer import byte_of
 
 MAGIC, VERSION = b"mlxvebpe", 1
@@ -88,8 +89,7 @@ def content_key(content: bytes) -> str:
 
 def path_of(key: str) -> Path:
     """Where the cache has, or would have, the file of a tokenizer.json."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return home / "mlx-vlm-edge" / "tokenizers" / f"{key}.{VERSION}"
+    return user_cache() / "mlx-vlm-edge" / "tokenizers" / f"{key}.{VERSION}"
 
 
 def read(key: str) -> Arrays | None:

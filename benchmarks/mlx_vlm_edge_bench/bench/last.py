@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge import whole_file
+from mlx_vlm_edge.paths import expand_all, user_cache
 
 VARIABLE = "MLX_VLM_EDGE_BENCH_FILE"  # names another file
 STAGES = ("vision", "prefill")
@@ -29,9 +30,8 @@ class Measured:
 
 def file() -> Path:
     if named := os.environ.get(VARIABLE):
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "mlx-vlm-edge" / "bench.json"
+        return expand_all(named)
+    return user_cache() / "mlx-vlm-edge" / "bench.json"
 
 
 def key(model: str, bits: int | None, dtype: str | None) -> str:

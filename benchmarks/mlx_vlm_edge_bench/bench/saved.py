@@ -4,11 +4,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_vlm_edge import whole_file
 from mlx_vlm_edge.errors import UsageError
+from mlx_vlm_edge.paths import expand
 
 STDOUT = "-"
 
@@ -47,7 +47,7 @@ def replacing(flag: str, name: str | None) -> Iterator[Callable[[bytes], None]]:
     if name is None:
         yield lambda content: None
         return
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         raise UsageError(f"{flag} {name}: is a folder; name a file in it")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced

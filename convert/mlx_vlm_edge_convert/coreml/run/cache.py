@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_edge import errors
+from mlx_vlm_edge.paths import expand_all, user_cache
 
 from ..emit.toolkit import MISSING
 from ..part import Compute, Precision, Size
@@ -30,9 +31,8 @@ _EXPORTER = ("emit", "package", "parts", "names.py", "part.py")
 def folder() -> Path:
     """Where exported packages are kept."""
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "mlx-vlm-edge" / "coreml"
+        return expand_all(chosen)
+    return user_cache() / "mlx-vlm-edge" / "coreml"
 
 
 def key(weights: str, size: Size, precision: Precision, compute: Compute) -> str:
