@@ -24,6 +24,10 @@ class UsageError(Exception):
         super().__init__(line)
 
 
+class UnreachableError(UsageError):
+    """The Hub cannot be reached, or must not be: what is here may do."""
+
+
 class Refusing:
     """The outer net of a reader: whatever it raises becomes one line, source, fault and remedy.
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from ..checkpoint import configs
-from ..hub.cache import local_snapshot
+from ..hub.cache import usable_snapshot
 from ..hub.models import ALIASES
 from ..loading import memory
 from ..loading.cost import blueprint, own_dtype
@@ -47,7 +47,7 @@ def models() -> Iterator[Available]:
             bytes=published.nbytes,
             licence=configs.licence(alias),
             memory=_memory(config),
-            here=local_snapshot(repo) is not None,
+            here=usable_snapshot(repo) is not None,
         )
 
 

@@ -124,14 +124,14 @@ def _report_file(args: argparse.Namespace) -> Path:
 
 def _pulled(args: argparse.Namespace) -> Path:
     """The model's folder; its size is told, and asked about, before it is fetched."""
-    from ..hub.cache import local_snapshot
+    from ..hub.cache import usable_snapshot
     from ..hub.models import DEMO, expanded, locate, repo_id
     from .models import confirmed, fetched
 
     if args.model == DEMO or expanded(args.model).is_dir():
         return locate(args.model)
     repo = repo_id(args.model)
-    if folder := local_snapshot(repo):
+    if folder := usable_snapshot(repo):
         return folder
     if not args.yes:
         from ..hub.download import describe

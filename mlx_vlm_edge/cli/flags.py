@@ -115,12 +115,12 @@ def sides(flag: str, text: str, order: str) -> tuple[int, int]:
 
 def default_model() -> str:
     """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model."""
-    from ..hub.cache import local_snapshot
+    from ..hub.cache import usable_snapshot
     from ..hub.models import ALIASES
 
     if name := os.environ.get("MLX_VLM_EDGE_MODEL"):
         return name
-    if local_snapshot(ALIASES[DEFAULT_MODEL], None):
+    if usable_snapshot(ALIASES[DEFAULT_MODEL]):
         return DEFAULT_MODEL
     print(DEMO_NOTE, file=sys.stderr)
     return "demo"

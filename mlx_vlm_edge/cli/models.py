@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub.cache import cache_folder, cached_models, local_snapshot, remove, snapshot_folder
+from ..hub.cache import cache_folder, cached_models, remove, snapshot_folder, usable_snapshot
 from ..hub.models import ALIASES, DEMO, expanded, obtain, pull, repo_id
 from ..wording import gigabytes
 from . import streams
@@ -150,7 +150,7 @@ def _pull(args: argparse.Namespace) -> int:
     remember(folder)
     print(folder)
     for repo in _towers_elsewhere(folder):
-        if local_snapshot(repo) is None:
+        if usable_snapshot(repo) is None:
             gets = f"`mlx-vlm-edge models pull {repo}` gets it"
             print(f"note: it needs the vision tower {repo}: {gets}", file=sys.stderr)
     return 0
@@ -186,8 +186,8 @@ def _show(args: argparse.Namespace) -> int:
     path = expanded(args.name)
     if path.is_dir() or args.name == DEMO:
         facts = _local_facts(obtain(args.name, revision=args.revision))
-    elif folder := local_snapshot(repo_id(args.name), args.revision):
-        facts = _local_facts(folder)
+    elif usable_snapshot(repo_id(args.name), args.revision):
+        facts = _local_facts(obtain(args.name, revision=args.revision, offline=True))
     else:
         facts = _remote_facts(args)
     if args.json:

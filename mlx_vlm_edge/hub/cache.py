@@ -66,6 +66,13 @@ def whole_snapshot(repo: str) -> Path | None:
     return next(filter(is_complete, reversed(_snapshots(repository_folder(repo)))), None)
 
 
+def usable_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """What a model is run from where the Hub cannot be asked: a whole older snapshot will do, as
+    an update that was stopped leaves it, unless a revision was named."""
+    named = local_snapshot(repo, revision)
+    return named or (whole_snapshot(repo) if revision is None else None)
+
+
 def _snapshots(home: Path) -> list[Path]:
     """A repository's snapshots, the newest last; a system puts files of its own beside them."""
     folders = (path for path in (home / "snapshots").glob("*") if path.is_dir())

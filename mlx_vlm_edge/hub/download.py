@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import whole_file
 from ..checkpoint.files import CONFIG, FORMATS, OPEN_CLIP_CONFIG, lacking, needed
-from ..errors import UsageError
+from ..errors import UnreachableError, UsageError
 from ..wording import first_line, gigabytes
 from . import published
 from .cache import cache_folder, repository_folder
@@ -209,7 +209,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
                 f"{cache_folder()}: cannot be written ({error.strerror}); HF_HUB_CACHE names "
                 "another folder to keep models in"
             ) from error
-        raise UsageError(
+        raise UnreachableError(
             f"{repo}{at} is not on this machine and the Hub cannot be reached ({reason}); "
             "connect to the network, or name a folder that has the model"
         ) from error

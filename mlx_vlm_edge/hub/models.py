@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from ..checkpoint.files import CONFIG
-from ..errors import UsageError
+from ..errors import UnreachableError, UsageError
 from ..paths import expand
-from .cache import local_snapshot, snapshot_folder, whole_snapshot
+from .cache import local_snapshot, snapshot_folder, usable_snapshot
 
 ALIASES: dict[str, str] = {
     "fastvlm-0.5b": "apple/FastVLM-0.5B",
@@ -66,8 +66,9 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def obtain(name: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The folder of a model, downloaded first when it is not on the machine.
 
-    Raises UsageError for an unknown name, a folder without a model, and when a download is needed
-    but `offline` or HF_HUB_OFFLINE forbids it or the Hub cannot be reached.
+    Where `offline` or HF_HUB_OFFLINE forbids that or the Hub cannot be reached, an older revision
+    that is here is used, if none was named, and a line says so. Raises UsageError where none is,
+    for an unknown name, and for a folder without a model.
     """
     path = expanded(name)
     if revision is not None and (name == DEMO or path.is_dir()):
@@ -83,13 +84,21 @@ def obtain(name: str, *, revision: str | None = None, offline: bool = False) -> 
     repo = repo_id(name)
     if found := local_snapshot(repo, revision):
         return found
+    try:
+        return _fetched(name, repo, revision, offline)
+    except UnreachableError:
+        older = usable_snapshot(repo, revision)
+        if older is None:
+            raise
+        line = f"{repo}: its newest revision is not all here; {older.name[:12]} is used"
+        print(line, file=sys.stderr)
+        return older
+
+
+def _fetched(name: str, repo: str, revision: str | None, offline: bool) -> Path:
     if offline or _forbidden():
-        if revision is None and (older := whole_snapshot(repo)):
-            line = f"{repo}: its newest revision is not all here; {older.name[:12]} is used"
-            print(line, file=sys.stderr)
-            return older
         state = "not all" if snapshot_folder(repo, revision).is_dir() else "not"
-        raise UsageError(
+        raise UnreachableError(
             f"{repo} is {state} on this machine and downloads are off; without --offline "
             f"(and HF_HUB_OFFLINE), `mlx-vlm-edge models pull {name}` gets it"
         )

@@ -18,7 +18,7 @@ from ..checkpoint.config import check, read_config, reading_values
 from ..checkpoint.quantization import declared
 from ..checkpoint.weights import DTYPES
 from ..errors import UsageError
-from ..hub.cache import local_snapshot
+from ..hub.cache import usable_snapshot
 from ..hub.models import ALIASES, DEMO, expanded, obtain, repo_id
 from ..language.decoder import PREFILL_STEP
 from ..models import family
@@ -103,7 +103,7 @@ def known_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
     if name == DEMO or (name and path.exists()):
         return native(read_config(obtain(name, revision=revision)))
     repo = repo_id(name)
-    if folder := local_snapshot(repo, revision):
+    if folder := usable_snapshot(repo, revision):
         return native(read_config(folder))
     alias = next((alias for alias, one in ALIASES.items() if one.lower() == repo.lower()), None)
     return None if alias is None else configs.read(alias)

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..checkpoint.files import read_whole, weight_files
 from ..errors import UsageError
-from ..hub.cache import local_snapshot
+from ..hub.cache import usable_snapshot
 from ..hub.models import ALIASES, DEMO, PYTORCH, expanded, obtain, repo_id
 from ..wording import gigabytes
 from .load import LoadOptions
@@ -217,7 +217,7 @@ def _weights(name: str, options: LoadOptions) -> float:
 def _folder(name: str, options: LoadOptions) -> Path | None:
     """Of a model that is here."""
     path = obtain(name) if name == DEMO else expanded(name)
-    return path if path.is_dir() else local_snapshot(repo_id(name), options.revision)
+    return path if path.is_dir() else usable_snapshot(repo_id(name), options.revision)
 
 
 def _total() -> int | None:

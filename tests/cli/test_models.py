@@ -139,6 +139,26 @@ def test_show_of_a_model_that_is_here(cached, capsys):
     assert "for a short question about a picture: weights " in shown
 
 
+def test_an_older_revision_that_is_whole_is_here_while_an_update_is_not(cached, capsys):
+    from mlx_vlm_edge.loading import fitting
+    from mlx_vlm_edge.loading.cost import known_config
+    from mlx_vlm_edge.loading.load import LoadOptions
+
+    command = ["models", "show", "fastvlm-0.5b", "--offline"]
+    assert main(command) == 0
+    whole, known = capsys.readouterr(), known_config("fastvlm-0.5b")
+    (cached / "refs" / "main").write_text("b" * 40)
+    (cached / "snapshots" / ("b" * 40)).mkdir()
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == whole.out
+    assert shown.err == f"{REPO}: its newest revision is not all here; c0ffee is used\n"
+    assert known_config("fastvlm-0.5b") == known
+    snapshot = cached / "snapshots" / "c0ffee"
+    assert fitting._folder("fastvlm-0.5b", LoadOptions()) == snapshot
+    assert fitting._folder("fastvlm-0.5b", LoadOptions(revision="main")) is None
+
+
 def test_show_and_the_list_of_what_is_available_give_one_figure(cached, capsys, monkeypatch):
     from mlx_vlm_edge.cli import available
 
@@ -170,7 +190,9 @@ def test_towers_of_other_repositories_are_named(cached, tmp_path, capsys, monkey
     folders["bare"].mkdir()
     monkeypatch.setattr("mlx_vlm_edge.cli.models.fetched", lambda name, revision: folders[name])
     here = [TOWERS[1]]
-    monkeypatch.setattr("mlx_vlm_edge.cli.models.local_snapshot", lambda name: name in here or None)
+    monkeypatch.setattr(
+        "mlx_vlm_edge.cli.models.usable_snapshot", lambda name: name in here or None
+    )
     for name, missing in (("cambrian", [*TOWERS[:1], *TOWERS[2:]]), ("tower", []), ("bare", [])):
         assert main(["models", "pull", name]) == 0
         said = capsys.readouterr()

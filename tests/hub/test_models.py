@@ -15,6 +15,7 @@ import pytest
 
 from mlx_vlm_edge import whole_file
 from mlx_vlm_edge.cli import main
+from mlx_vlm_edge.cli.flags import default_model
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.hub import cache as hub_cache
 from mlx_vlm_edge.hub import models as hub
@@ -395,8 +396,14 @@ def test_an_update_that_died_leaves_the_older_revision(online, cache, capsys):
     with pytest.raises(UsageError, match="connection lost"):
         hub.pull("fastvlm-0.5b")
     capsys.readouterr()
-    assert hub.obtain("fastvlm-0.5b", offline=True) == older
-    assert "its newest revision is not all here; aaaaaaaaaaaa is used" in capsys.readouterr().err
+    for offline in (True, False):  # and with a connection that breaks again
+        assert hub.obtain("fastvlm-0.5b", offline=offline) == older
+        line = "its newest revision is not all here; aaaaaaaaaaaa is used"
+        assert line in capsys.readouterr().err
+    assert default_model() == "fastvlm-0.5b"
+    online.error = ValueError("what it says, which is no answer")
+    with pytest.raises(UsageError, match="answer cannot be used"):
+        hub.obtain("fastvlm-0.5b")
     with pytest.raises(UsageError, match="not all on this machine"):
         hub.obtain("fastvlm-0.5b", offline=True, revision="main")
 

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.checkpoint.config import read_config
 from mlx_vlm_edge.errors import UsageError
-from mlx_vlm_edge.hub.cache import local_snapshot
+from mlx_vlm_edge.hub.cache import usable_snapshot
 from mlx_vlm_edge.hub.models import expanded, repo_id
 from mlx_vlm_edge.picture.image import Pixels
 from mlx_vlm_edge.vision.vit import KINDS
@@ -80,7 +80,7 @@ def repository(name: str) -> Path | None:
     """The folder of a tower, which is one itself or the Hub's name of it; None where it is not on
     this machine."""
     folder = expanded(name)
-    return folder if folder.is_dir() else local_snapshot(repo_id(name))
+    return folder if folder.is_dir() else usable_snapshot(repo_id(name))
 
 
 def complete(
