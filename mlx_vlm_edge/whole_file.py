@@ -4,11 +4,13 @@ Content is written beside its place under a hidden name, brought to the disk, an
 killed process left there goes when the same file is written again.
 """
 
+import errno
 import glob
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -21,23 +23,32 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Callable[[bytes], None]
     """Give a function that puts content at `path`; until it was called what is there stays.
 
     The hidden file is made at once, so that a place that cannot be written raises OSError now.
-    A link stays one; a device or a pipe is written to. mode: permissions, of which the process's
-    mask is taken.
+    A link stays one; a device, a pipe or a file that is mounted is written to. mode: permissions of
+    a new file, of which the process's mask is taken; one that is there keeps its own.
     """
-    if path.exists() and not path.is_file():
+    there = path.exists()
+    if there and not path.is_file():
         yield lambda content: _write_through(path, content)
         return
     path = path.resolve()
     remove_abandoned(path.parent, path.name)
     partial = partial_name(path)
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode))
+    first = 0o600 if there else mode
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, first))
 
     def put(content: bytes) -> None:
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             settle(file.fileno())
-        partial.replace(path)
+        if path.exists():
+            take_after(partial, path)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # a mount: its file can be filled, and not exchanged
+                raise
+            _write_through(path, content)
         settle_folder(path.parent)
 
     try:
@@ -49,6 +60,17 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Callable[[bytes], None]
 def _write_through(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
+
+
+def take_after(new: Path, old: Path) -> None:
+    """Give a file or folder the permissions of the one whose place it takes, and its owner and
+    group where this process may."""
+    was = old.stat()
+    for owner in (was.st_uid, -1):
+        with suppress(OSError):
+            os.chown(new, owner, was.st_gid)
+            break
+    new.chmod(stat.S_IMODE(was.st_mode))
 
 
 def write(path: Path, content: bytes | str, mode: int = 0o666) -> None:

@@ -187,7 +187,7 @@ class Conversation:
     def save(self, path: str | Path) -> None:
         """Write the conversation to a JSON file; pictures that are no paths or URLs go in whole.
 
-        Raises UsageError when the file cannot be written.
+        A new file is its owner's alone to read. Raises UsageError when it cannot be written.
         """
         turns = [
             {"role": turn.role, "text": turn.text, "images": [_saved(i) for i in turn.images]}
@@ -196,8 +196,8 @@ class Conversation:
         content = {"format": FORMAT, "system": self.system, "turns": turns}
         text = json.dumps(content, ensure_ascii=False, indent=1)
         try:
-            target = expand(path)
-            whole_file.write(target, text.encode(errors="backslashreplace"))  # odd file names
+            content = text.encode(errors="backslashreplace")  # odd file names
+            whole_file.write(expand(path), content, mode=0o600)
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 

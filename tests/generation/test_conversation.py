@@ -272,3 +272,4 @@ def test_pictures_that_are_bytes_are_saved_whole(fastvlm, tmp_path):  # noqa: F8
     chat.save(tmp_path / "chat.json")
     saved = json.loads((tmp_path / "chat.json").read_text())["turns"][0]["images"]
     assert saved[0].startswith("data:;base64,")
+    assert (tmp_path / "chat.json").stat().st_mode & 0o777 == 0o600
