@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.system_files import of_the_system
-from mlx_vlm_edge.whole_file import settle_folder, settle_tree
+from mlx_vlm_edge.whole_file import settle_folder, settle_tree, take_after
 
 # A folder -> the files in it that we wrote, by a manifest of ours; none where it has none.
 Listed = Callable[[Path], Container[str]]
@@ -40,7 +40,11 @@ def check_target(target: Path, *, overwrite: bool, listed: Listed) -> None:
 def _check(target: Path, *, overwrite: bool, listed: Listed) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file; name a folder to write to")
-    if not target.is_dir() or _is_empty(target):
+    if not target.is_dir():
+        return
+    if reason := _fixed(target):
+        raise UsageError(f"{target} is {reason}, which is not replaced: name a folder in it")
+    if _is_empty(target):
         return
     if not overwrite:
         raise UsageError(f"{target} is not empty; name another folder or add --overwrite")
@@ -58,9 +62,24 @@ def _is_empty(folder: Path) -> bool:
     return all(of_the_system(path.name) and path.is_file() for path in folder.iterdir())
 
 
+def _fixed(target: Path) -> str | None:
+    """Why another folder cannot take a folder's place in one step, None where it can."""
+    if os.path.ismount(target):
+        return "where a disk is mounted"
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # removed by another
+        return None
+    if target.samefile(here):
+        return "the current folder"
+    above = any(target.samefile(folder) for folder in here.parents)
+    return "above the current folder" if above else None
+
+
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed otherwise.
+    Where `target` is there, its permissions stay.
 
     overwrite, listed: see `check_target`. Raises UsageError when the target is in the way, cannot
     be made, or is being written by another process.
@@ -75,6 +94,8 @@ def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iter
             _check(target, overwrite=overwrite, listed=listed)
             try:
                 partial.mkdir()
+                if target.is_dir():
+                    take_after(partial, target)
                 yield partial
                 settle_tree(partial)
                 _replace(target, partial, old)

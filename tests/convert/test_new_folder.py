@@ -1,8 +1,10 @@
 """A folder appears whole or not at all, whatever happens, and takes no one else's place."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mlx_vlm_edge_convert import new_folder as module
@@ -58,6 +60,49 @@ def test_a_folder_with_other_things_stays(name, tmp_path):
         fail_while_writing(tmp_path / "out", AssertionError("written"), overwrite=True)
     assert path.read_text() == "years of work"
     assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("case", ["here", "above", "mounted"])
+def test_a_folder_that_cannot_be_exchanged_is_refused_first(case, overwrite, tmp_path, monkeypatch):
+    """A shell would be left in a folder that is no more."""
+    here = tmp_path / "out" / "deep"
+    here.mkdir(parents=True)
+    target = {"here": here, "above": here.parent, "mounted": tmp_path / "disk"}[case]
+    target.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    if case == "mounted":
+        monkeypatch.setattr("os.path.ismount", lambda path: target.samefile(path))
+    said = {"here": "the current folder", "above": "above the current folder",
+            "mounted": "where a disk is mounted"}[case]  # fmt: skip
+    for name in (target, Path(os.path.relpath(target))):
+        with pytest.raises(UsageError, match=f"is {said}.*: name a folder in it"):
+            module.check_target(name, overwrite=overwrite, listed=listed)
+    with pytest.raises(UsageError, match=said):
+        fail_while_writing(target, AssertionError("written"), overwrite=overwrite)
+    with new_folder(target / "new", listed=listed) as partial:
+        (partial / "config").touch()
+    assert names(target) >= {"new"}
+    assert Path.cwd().samefile(here)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2770])
+def test_a_folder_that_was_there_keeps_its_permissions_and_group(mode, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    if os.getuid() == 0:
+        os.chown(out, 54321, 54322)
+    out.chmod(mode)
+    before = out.stat()
+    for name in ("config", "weights"):
+        with new_folder(out, overwrite=True, listed=listed) as partial:
+            (partial / name).touch()
+        after = out.stat()
+        assert names(out) == {name}
+        assert (after.st_mode, after.st_uid, after.st_gid) == (
+            before.st_mode, before.st_uid, before.st_gid,
+        )  # fmt: skip
+        assert (out / name).stat().st_gid == (before.st_gid if mode & 0o2000 else os.getgid())
 
 
 def test_of_two_that_write_to_one_place_one_says_so(tmp_path):
