@@ -32,7 +32,8 @@ RESERVE = 4  # at least a quarter of the context is left for the answer, where i
 @dataclass(frozen=True, eq=False)
 class Turn:
     """One message. images: as they were handed in, videos among them; pixels: what `preprocess`
-    made of them, once known, which may depend on how many pictures a prompt has."""
+    made of them, which may depend on how many pictures a prompt has; none where it is None, of
+    turns that were not asked about yet or were left out."""
 
     role: str
     text: str
@@ -48,6 +49,10 @@ class Turn:
         """What to read the pictures from: their pixels where the same was done to them."""
         return self.pixels if self.preprocess == preprocess else self.images
 
+    def unread(self) -> "Turn":
+        """The same without pixels: they take megabytes, and can be read again."""
+        return self if self.preprocess is None else replace(self, pixels=(), preprocess=None)
+
 
 class Conversation:
     """Questions and answers in order.
@@ -58,8 +63,10 @@ class Conversation:
 
     system: instructions before the first turn; None leaves the model's own. prefix_cache: shared
     with others, or one of its own. options: the fields of Options, for every answer. turns may be
-    read, and changed by `undo`, `rewind` and `clear`; `dropped` says how many of them the last
-    question left out, the oldest first, because the context had no room for them.
+    read, and changed by `undo`, `rewind`, `forget` and `clear`; `dropped` says how many of them the
+    last question left out, the oldest first, because the context had no room for them. Those stay,
+    with their images as they were handed in, for `undo` and `save`: a conversation that has no end,
+    as with a camera, calls `forget` after each question.
     """
 
     def __init__(
@@ -133,24 +140,54 @@ class Conversation:
         """
         context = self.model.config.context
         room = context - min(options.max_tokens, context // RESERVE)
-        enough = room
-        for start in range(self.dropped, len(turns), 2):
-            asked = turns[start:]
-            preprocess = self.processor.preprocessor(sum(len(turn.images) for turn in asked))
-            sources = [source for turn in asked for source in turn.sources(preprocess)]
-            steps = self.processor.steps(self._messages(asked), sources, budget=options.budget)
+        first = self._first(turns, options, timer, room)
+        enough = room if first == self.dropped else room // 2
+        for start in range(first, len(turns), 2):
             try:
-                inputs = timer.run(steps)
+                inputs = self._prompt(turns, start, options, timer)
             except UsageError:
                 if start < min(self._left_out, len(turns) - 2):
                     continue
                 raise
-            turns[start:] = _with_pixels(asked, inputs.pixels, preprocess)
             if inputs.input_ids.shape[1] <= enough:
                 break
             enough = room // 2
         budget(self.model, inputs, options)
+        turns[:start] = [turn.unread() for turn in turns[:start]]
         return inputs, turns, start
+
+    def _first(self, turns: list[Turn], options: Options, timer: Timer, room: int) -> int:
+        """Where to begin. Pictures that are not read, of turns that were loaded or left out, are
+        read from the newest back, and no more than there is room for: there may be thousands."""
+        unread = [
+            index for index, turn in enumerate(turns[:-1])
+            if index >= self.dropped and turn.images and turn.preprocess is None
+        ]  # fmt: skip
+        if not unread:
+            return self.dropped
+        first = latest = unread[-1] // 2 * 2 + 2
+        for start in range(latest, self.dropped - 1, -2):
+            try:
+                size = self._prompt(turns, start, options, timer).input_ids.shape[1]
+            except UsageError:
+                if start < self._left_out:
+                    break
+                raise
+            if size > room:
+                break
+            if size <= room // 2 or start == self.dropped:
+                first = start
+        return first
+
+    def _prompt(self, turns: list[Turn], start: int, options: Options, timer: Timer) -> Inputs:
+        """The prompt of the turns from one on, which have their pixels from then on."""
+        asked = turns[start:]
+        preprocess = self.processor.preprocessor(sum(len(turn.images) for turn in asked))
+        sources = [source for turn in asked for source in turn.sources(preprocess)]
+        steps = self.processor.steps(self._messages(asked), sources, budget=options.budget)
+        inputs = timer.run(steps)
+        turns[start:] = _with_pixels(asked, inputs.pixels, preprocess)
+        return inputs
 
     def _messages(self, turns: Sequence[Turn]) -> list[Message]:
         system = [] if self.system is None else [Turn("system", self.system).message()]
@@ -169,6 +206,16 @@ class Conversation:
             return False
         self.dropped = 0  # earlier ones may have room again
         return True
+
+    def forget(self, length: int | None = None) -> None:
+        """Forget the oldest `length` turns for good, images included; without a number those that
+        the last question left out, which changes no answer. A question goes with its answer: of an
+        odd number one less."""
+        length = self.dropped if length is None else min(max(length, 0), len(self.turns))
+        length -= length % 2
+        del self.turns[:length]
+        self.dropped = max(0, self.dropped - length)
+        self._left_out = max(0, self._left_out - length)
 
     def branch(self) -> "Conversation":
         """Another conversation that goes on from here, with the same prefix cache."""
@@ -195,9 +242,9 @@ class Conversation:
         ]
         content = {"format": FORMAT, "system": self.system, "turns": turns}
         text = json.dumps(content, ensure_ascii=False, indent=1)
+        encoded = text.encode(errors="backslashreplace")  # odd file names
         try:
-            content = text.encode(errors="backslashreplace")  # odd file names
-            whole_file.write(expand(path), content, mode=0o600)
+            whole_file.write(expand(path), encoded, mode=0o600)
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -1,12 +1,14 @@
 """Several turns with pictures: nothing is computed twice; answers are those of a cold run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mlx_vlm_edge import Conversation, Options, generate
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.conversation import Turn
+from mlx_vlm_edge.picture.image import open_image
 from mlx_vlm_edge.timings import Timer
 
 from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
@@ -148,6 +150,61 @@ def test_turns_that_were_left_out_are_back_where_there_is_room_again(fastvlm):  
         object.__setattr__(model.config, "context", 32768)
 
 
+def test_turns_that_were_left_out_keep_no_pixels_and_are_forgotten_when_told(fastvlm):  # noqa: F811
+    model, processor = fastvlm
+    object.__setattr__(model.config, "context", 400)
+    try:
+        chat = Conversation(model, processor, max_tokens=TOKENS)
+        for index in range(12):
+            chat.ask(f"Question {index}: what is this thing here?", picture(index))
+        dropped = chat.dropped
+        assert dropped >= 4
+        assert [bool(turn.pixels) for turn in chat.turns[::2]] == [
+            index >= dropped // 2 for index in range(12)
+        ]
+        assert all(turn.images for turn in chat.turns[::2])
+        other = chat.branch()
+        other.forget(3)
+        assert (len(other.turns), other.dropped) == (22, dropped - 2)
+        other.forget()
+        assert (messages(other), other.dropped) == (messages(chat)[dropped:], 0)
+        assert chat.ask("And this?", picture(1)) == other.ask("And this?", picture(1))
+        assert len(other.turns) == len(chat.turns) - dropped
+        other.forget(99)
+        assert (other.turns, other.dropped) == ([], 0)
+    finally:
+        object.__setattr__(model.config, "context", 32768)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6, 9])
+def test_pictures_are_read_again_as_far_as_there_is_room(kept, fastvlm, tmp_path):  # noqa: F811
+    """Of a conversation that went back, or was loaded: as if all had been read."""
+    model, processor = fastvlm
+    object.__setattr__(model.config, "context", 400)
+    try:
+        chat = Conversation(model, processor, max_tokens=TOKENS)
+        for index in range(12):
+            chat.ask(f"Question {index}: what is this thing here?", picture(index))
+        chat.rewind(2 * kept)
+        chat.save(tmp_path / "chat.json")
+        loaded = Conversation(model, processor, max_tokens=TOKENS)
+        loaded.load(tmp_path / "chat.json")
+        anew = Conversation(model, processor, max_tokens=TOKENS)
+        preprocess = processor.preprocessor(1)
+        for turn in chat.turns:  # all are read, and the oldest leave first
+            pixels = tuple(preprocess(open_image(image)) for image in turn.images)
+            anew.turns.append(replace(turn, pixels=pixels, preprocess=preprocess))
+        answers = [one.ask("And this?", picture(1)) for one in (chat, loaded, anew)]
+        assert len({*answers}) == 1
+        assert chat.dropped == loaded.dropped == anew.dropped
+        for one in (chat, loaded):
+            assert [bool(turn.pixels) for turn in one.turns[::2]] == [
+                index >= one.dropped // 2 for index in range(kept + 1)
+            ]
+    finally:
+        object.__setattr__(model.config, "context", 32768)
+
+
 def test_turns_whose_pictures_are_gone_stay_left_out(models, tmp_path):  # noqa: F811
     from PIL import Image
 
@@ -217,6 +274,7 @@ def test_a_conversation_is_saved_and_gone_on_with(fastvlm, tmp_path):  # noqa: F
     assert other.system == "Be brief."
     assert other.ask("And its colour?") == chat.ask("And its colour?")
     assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+    assert (tmp_path / "chat.json").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("content", [
@@ -272,4 +330,3 @@ def test_pictures_that_are_bytes_are_saved_whole(fastvlm, tmp_path):  # noqa: F8
     chat.save(tmp_path / "chat.json")
     saved = json.loads((tmp_path / "chat.json").read_text())["turns"][0]["images"]
     assert saved[0].startswith("data:;base64,")
-    assert (tmp_path / "chat.json").stat().st_mode & 0o777 == 0o600
