@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mlx_vlm_edge_convert.families.fastvlm_config import from_transformers
 from PIL import Image
 
 from mlx_vlm_edge.checkpoint.config import PREPROCESSOR
@@ -74,6 +75,10 @@ def test_what_the_config_says_goes_before_the_file():
     file = {"size": {"shortest_edge": 1024}, "crop_size": {"height": 1024, "width": 1024}}
     config = {PREPROCESSOR: file, "image_aspect_ratio": "pad"}
     assert image_strategy(config, SIDE, *PLAIN[:2]) == "pad"
+    unlike = {**file, "size": {"shortest_edge": 1152}}
+    for said, got in (("pad", "pad"), ("square", "square"), ("", "center_crop")):
+        hub = from_transformers({"image_aspect_ratio": said}, file if not said else unlike)
+        assert hub["image_aspect_ratio"] == got
     assert (
         image_strategy({PREPROCESSOR: {"do_normalize": False}}, SIDE, *PLAIN[:2]) == "center_crop"
     )

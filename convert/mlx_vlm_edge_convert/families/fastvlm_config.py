@@ -183,7 +183,8 @@ def from_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
     # mlx-vlm and mlx-swift-lm put -200 for an image whatever the config says.
     native["image_token_id"] = config.get("image_token_index", config.get("image_token_id", 151646))
     native["image_token_index"] = -200
-    native.setdefault("image_aspect_ratio", clip_strategy(preprocessor, side))
+    if not native.get("image_aspect_ratio"):
+        native["image_aspect_ratio"] = clip_strategy(preprocessor, side)
     return native
 
 
