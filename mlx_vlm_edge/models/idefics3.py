@@ -184,7 +184,7 @@ class Processor(prompt.Processor):
 
     @cached_property
     def own_words(self) -> bool:
-        return has_own_words(self, [self.turns(ASKED)], [IDEFICS])
+        return has_own_words(self, [self.turns(ASKED)], [IDEFICS], mark=END)
 
     def render(self, messages: list[prompt.Message]) -> str:
         if self.own_words:  # a fine-tuned model's

@@ -49,6 +49,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+VICUNA = "ASSISTANT:"  # what its answers begin with
 # What `mm_vision_select_feature` and `vision_feature_select_strategy` say of the class token.
 KEEPS_CLASS_TOKEN = {"patch": False, "default": False, "cls_patch": True, "full": True}
 
@@ -208,8 +209,10 @@ class Processor(prompt.Processor):
 
     @cached_property
     def own_words(self) -> bool:
+        if not self.own_template:
+            return False
         asked = self.vicuna(ASKED)
-        return self.own_template and has_own_words(self, [asked, asked.removeprefix(SYSTEM)])
+        return has_own_words(self, [asked, asked.removeprefix(SYSTEM)], mark=VICUNA)
 
     def render(self, messages: list[prompt.Message]) -> str:
         return self.by_template(messages) if self.own_words else self.vicuna(messages)
@@ -226,7 +229,7 @@ class Processor(prompt.Processor):
                 raise UsageError("a system message must be the first")
             user = message["role"] == "user"
             text += f"USER: {content} " if user else f"ASSISTANT: {content}{self.answer_end}"
-        return text + "ASSISTANT:"
+        return text + VICUNA
 
     def blocks(self, pixels: Pixels) -> tuple[Block, ...]:
         """A square, or of SigLIP what is left of one without its first patch."""

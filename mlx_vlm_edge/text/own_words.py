@@ -2,14 +2,16 @@
 own, and is asked in these.
 
 One question with a picture is written by both and compared without white space. What a base model's
-tokenizer brings along is no fine-tune's.
+tokenizer brings along is no fine-tune's, nor is a template that writes no picture.
 """
 
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
+from ..wording import printable, say_once
 from .messages import Message
-from .prompt import chatml
+from .prompt import MARKER, chatml
 
 if TYPE_CHECKING:
     from .prompt import Processor
@@ -40,11 +42,13 @@ IDEFICS = (
 
 
 def has_own_words(
-    processor: "Processor", family: Iterable[str], published: Collection[str] = ()
+    processor: "Processor", family: Iterable[str], published: Collection[str] = (), mark: str = ""
 ) -> bool:
     """Whether the folder's chat template is to be used in the family's place.
 
-    family: the forms in which that may write ASKED. published: templates known to write one.
+    family: the forms in which that may write ASKED. published: templates known to write one. mark:
+    words that are in any template for the family's language model; another's is always used, one
+    with them only where it writes a place for the picture.
     """
     template = processor.tokenizer.chat_template
     if not template:
@@ -52,7 +56,16 @@ def has_own_words(
     bos = processor.tokenizer.named.get("bos_token", "")
     if _bare(template, bos) in {_bare(known, bos) for known in published}:
         return False
-    return _bare(processor.by_template(ASKED), bos) not in {_bare(form, bos) for form in family}
+    try:
+        written = processor.by_template(ASKED)
+        wrong = "" if written.count(MARKER) == 1 else "it does not write one place for a picture"
+    except UsageError as error:
+        written, wrong = "", str(error)
+    if wrong and mark in template:
+        note = f"the model's chat template is not used, but its family's prompt: {wrong}"
+        say_once(printable(note, lines=False))
+        return False
+    return _bare(written, bos) not in {_bare(form, bos) for form in family}
 
 
 def chatml_forms() -> list[str]:

@@ -11,6 +11,7 @@ from mlx_vlm_edge.checkpoint import configs
 from mlx_vlm_edge.models import fastvlm, idefics3, llava, llava_onevision
 from mlx_vlm_edge.text.prompt import Processor
 from mlx_vlm_edge.text.tokenizer import Tokenizer
+from mlx_vlm_edge.wording import say_once
 
 DEMO = Path(mlx_vlm_edge.__file__).parent / "demo"
 DEMOS = json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"]
@@ -130,3 +131,37 @@ def test_a_fine_tunes_own_words_are_used(family):
 def test_the_usual_templates_are_known_without_jinja(family, template, monkeypatch):
     monkeypatch.delattr(Processor, "by_template")
     assert not processor(family, template).own_words
+
+
+NO_PICTURE = {
+    "text alone": qwen("", body="{% for c in message['content'] %}{{ c['text'] }}{% endfor %}"),
+    "Qwen2-VL's": qwen(HELPFUL, body=parts().replace("<image>", "<|vision_start|><|image_pad|>")),
+    "raises": "{{ raise_exception('no pictures') }}",
+    "broken": "{% for message in messages %}",
+}
+
+
+@pytest.mark.parametrize("template", NO_PICTURE.values(), ids=NO_PICTURE)
+@pytest.mark.parametrize("family", ["fastvlm", "onevision"])
+def test_a_template_without_pictures_is_left_aside_with_a_line(family, template, capsys):
+    """It took the place of ChatML, and no question could be asked."""
+    say_once.cache_clear()
+    bare, got = processor(family, None), processor(family, template)
+    assert [got.render(chat) for chat in CHATS] == [bare.render(chat) for chat in CHATS]
+    line = capsys.readouterr().err
+    assert line.startswith("the model's chat template is not used")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("llava", "ASSISTANT:"), ("idefics3", "<end_of_utterance>")]
+)
+def test_another_language_models_template_is_never_left_aside(family, words):
+    assert processor(family, NO_PICTURE["text alone"]).own_words
+    assert not processor(family, "{{ raise_exception('no') }}" + words).own_words
+
+
+def test_no_template_of_eves_is_looked_at(monkeypatch):
+    monkeypatch.setattr(llava.Processor, "own_template", False)
+    monkeypatch.delattr(llava.Processor, "vicuna")
+    assert not processor("llava", VICUNA).own_words
