@@ -321,7 +321,7 @@ def _config_facts(config: dict[str, Any]) -> dict[str, Any]:
     counts = {size: plan.processor.visual_tokens(pixels) for size, pixels in views.items()}
     same = len(set(counts.values())) == 1
     facts["tokens per image"] = next(iter(counts.values())) if same else counts
-    methods = plan.family.Processor.token_methods
+    methods = plan.processor.methods(plan.config)
     facts["fewer of them by"] = ", ".join(name for name in METHODS if name in methods)
     facts["quantisation"] = _quantisation(plan.model)
     facts["memory"] = _memory(config)

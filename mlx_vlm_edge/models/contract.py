@@ -71,4 +71,4 @@ class Family(Generic[C]):
                 "resolution auto: FastVLM alone has it, whose tower takes any size; give pixels"
             )
         if asked.budget is not None:
-            check_method(asked.budget.method, self.Processor.token_methods)
+            check_method(asked.budget.method, self.Processor.methods(config))

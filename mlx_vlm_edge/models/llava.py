@@ -33,7 +33,7 @@ from ..picture.preprocessing import (
     refuse_max_tiles,
 )
 from ..picture.resize import Levels, Picture, levels
-from ..picture.token_budget import METHODS, OF_TOKENS, Block, TokenBudget, check_method
+from ..picture.token_budget import METHODS, OF_TOKENS, Block
 from ..text import prompt
 from ..text.own_words import ASKED, has_own_words
 from ..text.tokenizer import Tokenizer
@@ -238,14 +238,12 @@ class Processor(prompt.Processor):
             return (Block(vision.grid, vision.grid, before=int(whole)),)
         return (Block(vision.grid, vision.grid) if whole else Block(1, vision.grid**2 - 1),)
 
-    def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
-        config = self.config
-        if budget is not None and isinstance(config, Config) and not config.vision.class_token:
-            # The others need a class token, or squares.
-            check_method(
-                budget.method, OF_TOKENS - (set() if config.keeps_class_token else {"pool"})
-            )
-        return super().within(pixels, budget)
+    @classmethod
+    def methods(cls, config: Any) -> frozenset[str]:
+        """Of SigLIP those that need neither a class token nor, without its first patch, squares."""
+        if not isinstance(config, Config) or config.vision.class_token:
+            return cls.token_methods
+        return cls.token_methods & OF_TOKENS - (set() if config.keeps_class_token else {"pool"})
 
     def expand(self, segments: list[str], pixels: list[Pixels]) -> tuple[list[int], np.ndarray]:
         """BOS, then the segments, each tokenised by itself: the one after an image begins with

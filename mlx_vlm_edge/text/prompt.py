@@ -69,7 +69,8 @@ class Processor(ABC):
     stop_tokens: tokens that end an answer besides the configuration's, where the vocabulary has
     them. jpeg_draft: large JPEGs are decoded at a part of their size, if that is still enough:
     faster, but not the same pixels, and what an image's size is taken for is then that part.
-    token_methods: by which visual tokens may become fewer. chooses_side: whether a picture's size
+    token_methods: by which visual tokens may become fewer in the family; `methods` has a model's.
+    chooses_side: whether a picture's size
     may be left to it.
     """
 
@@ -305,6 +306,11 @@ class Processor(ABC):
         can be left out."""
         raise UsageError("this model's visual tokens cannot be made fewer: leave the number out")
 
+    @classmethod
+    def methods(cls, config: Any) -> frozenset[str]:
+        """By which the visual tokens of the model with this config may become fewer."""
+        return cls.token_methods
+
     def within(self, pixels: Pixels, budget: TokenBudget | None) -> Pixels:
         """Pixels whose visual tokens are as few as a budget says, or all of them.
 
@@ -312,7 +318,7 @@ class Processor(ABC):
         """
         if budget is None:
             return pixels if pixels.reduction is None else replace(pixels, reduction=None)
-        check_method(budget.method, self.token_methods)
+        check_method(budget.method, self.methods(self.config))
         blocks = self.blocks(pixels)
         if budget.method not in ATTENDED:  # which compare no pairs, and score whole tiles
             blocks = tuple(band for block in blocks for band in block.bands())

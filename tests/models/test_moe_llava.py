@@ -18,6 +18,8 @@ from mlx_vlm_edge.language.mixture import Mixture, MixtureConfig
 from mlx_vlm_edge.loading import cost
 from mlx_vlm_edge.models import moe_llava
 from mlx_vlm_edge.picture.image import Pixels
+from mlx_vlm_edge.picture.preprocessing import Preprocessing
+from mlx_vlm_edge.picture.token_budget import OF_TOKENS, TokenBudget
 
 from ..parity import FLOAT32, clip_pixels, distance
 from ..reference import moe_llava as theirs
@@ -354,6 +356,14 @@ def test_siglips_first_patch_is_left_out_too(alias):
     assert plan.processor.visual_tokens(pixels) == 728
     assert plan.model.features(pixels.data[None]).shape == (1, 728, 1152)
     assert len(plan.model.vision_tower.layers) == 26
+    # What no picture of it can be asked for is refused before a weight is read.
+    assert plan.processor.methods(plan.config) == OF_TOKENS - {"pool"}
+    for method in ("visionzip", "hiprune", "pool"):
+        asked = Preprocessing(budget=TokenBudget(0.5, method))
+        with pytest.raises(UsageError, match=f"'{method}' is not defined for this model"):
+            plan.family.check(plan.config, asked)
+        with pytest.raises(UsageError, match=f"'{method}' is not defined for this model"):
+            plan.processor.within(pixels, asked.budget)
 
 
 def test_the_published_config_is_the_shipped_one():
