@@ -6,6 +6,7 @@ from typing import Any
 
 from ..checkpoint.config import check
 from ..checkpoint.configs.defaults import IDEFICS3_VISION, LLAMA
+from ..checkpoint.files import PREPROCESSOR_CONFIG
 from ..errors import UsageError
 from ..language.llama import TextConfig
 from ..picture.preprocessing import Preprocessing, check_settings
@@ -74,13 +75,14 @@ class Config:
         own, processor = config["vision_config"], _object(config, "preprocessor_config")
         check_settings(processor, FIXED)
         text, vision = _text(config), _vision(own)
-        tile = _edge(processor, "max_image_size", _edge(own, "max_image_size", vision.image_size))
+        places = {PREPROCESSOR_CONFIG: processor, "config.json: vision_config": own}
+        tile = _edge(places, "max_image_size", vision.image_size)
         return cls(
             text=text,
             vision=vision,
             scale_factor=config.get("scale_factor", 2),
             tile=tile,
-            longest_edge=_edge(processor, "size", _edge(own, "size", SIZES * tile)),
+            longest_edge=_edge(places, "size", SIZES * tile),
             strategy="split" if processor.get("do_image_splitting", True) else "stretch",
             mean=_channels(processor, "image_mean"),
             std=_channels(processor, "image_std"),
@@ -144,14 +146,20 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return part
 
 
-def _edge(config: Mapping[str, Any], key: str, default: int) -> int:
-    """The pixels of {"longest_edge": ...} under `key`, or the default where it is not there."""
-    said = _object(config, key)
-    edge = said.get("longest_edge") if said else default
-    if type(edge) is not int or edge < 1:
-        wrong = f"{key}: longest_edge cannot be {edge!r}"
-        raise UsageError(wrong if "longest_edge" in said else f"{key} cannot be {dict(said)}")
-    return edge
+def _edge(places: Mapping[str, Mapping[str, Any]], key: str, default: int) -> int:
+    """The pixels of {"longest_edge": ...} under `key` in the first place (name -> content) that
+    says some, or the default."""
+    for where, config in places.items():
+        said = config.get(key)
+        if said is None or said == {} or said == {"longest_edge": None}:
+            continue
+        edge = said.get("longest_edge") if isinstance(said, Mapping) else None
+        if edge is None:
+            raise UsageError(f"{where}: {key} cannot be {said!r}, but {{'longest_edge': pixels}}")
+        if type(edge) is not int or edge < 1:
+            raise UsageError(f"{where}: {key}: longest_edge cannot be {edge!r}")
+        return edge
+    return default
 
 
 def _channels(processor: Mapping[str, Any], key: str) -> tuple[float, float, float]:
@@ -163,5 +171,5 @@ def _channels(processor: Mapping[str, Any], key: str) -> tuple[float, float, flo
 
 def _sampling(processor: Mapping[str, Any], tile: int) -> Sampling:
     given = _object(processor, "video_sampling")
-    edge = _edge(given, "video_size", tile)
+    edge = _edge({f"{PREPROCESSOR_CONFIG}: video_sampling": given}, "video_size", tile)
     return Sampling(given.get("fps", 1.0), given.get("max_frames", 64), edge)

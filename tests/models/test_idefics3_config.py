@@ -103,6 +103,27 @@ def test_a_config_that_cannot_be_run_is_refused(path, value, message):
         Config.from_dict(changed(path, value))
 
 
+def test_the_processor_goes_before_the_tower_and_null_says_nothing():
+    """What the tower says was refused though nothing asks for it."""
+    for key in ("size", "max_image_size"):
+        assert Config.from_dict(changed(("vision_config", key), {"height": 9})).tile == 32
+    for part in ("preprocessor_config", "vision_config"):
+        config = changed((part, "size"), {"longest_edge": None})
+        assert Config.from_dict(config).longest_edge == 128
+
+
+def test_the_file_is_named_that_has_a_wrong_size():
+    for part, where in (
+        ("preprocessor_config", "preprocessor_config.json: size"),
+        ("vision_config", "config.json: vision_config: size"),
+    ):
+        config = changed((part, "size"), {"longest_edge": 0})
+        if part == "vision_config":
+            del config["preprocessor_config"]["size"]
+        with pytest.raises(UsageError, match=where):
+            Config.from_dict(config)
+
+
 def test_what_a_published_config_leaves_out_has_transformers_defaults():
     """SmolVLM 2.2B's says nothing of the 32 heads; nothing says the longest edge of Idefics3's."""
     config = written() | {"model_type": "idefics3", "preprocessor_config": {}}
