@@ -31,7 +31,6 @@ ONLY: dict[str, dict[str, Any]] = {
     "phi": {"hidden_act": "gelu_new", "qk_layernorm": False},
     "qwen": {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True},
 }
-NONE = ("rope_scaling", "rope_parameters")  # which none of the three has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +46,13 @@ class TextConfig(llama.TextConfig):
     def of(cls, config: Said, base: str) -> "TextConfig":
         """Read the flat config of a MoE-LLaVA. Raises UsageError for a missing key or an unknown
         value."""
-        for key, known in {**ONLY[base], **dict.fromkeys(NONE)}.items():
+        for key, known in ONLY[base].items():
             if (value := config.get(key, known)) != known:
                 raise UsageError(f"config.json: {key} {value!r} is not known in MoE-LLaVA")
         try:
             heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
             own = _BASES[base](config, config["hidden_size"] // heads)
+            _check_rope(config, own["rope_theta"], own["rotary_dims"] * heads)
             return cls(
                 base=base,
                 hidden_size=config["hidden_size"],
@@ -67,6 +67,19 @@ class TextConfig(llama.TextConfig):
             )
         except KeyError as error:
             raise UsageError(f"config.json lacks {error.args[0]!r}") from error
+
+
+def _check_rope(config: Said, theta: float, rotary: int) -> None:
+    """Raises UsageError for scaled positions, which none of the three has, or for others than are
+    read where their code has them. rotary: dimensions of all heads that are turned."""
+    plain = {"rope_type": "default", "type": "default", "factor": 1.0, "rope_theta": theta,
+             "partial_rotary_factor": rotary / config["hidden_size"]}  # fmt: skip
+    for key in ("rope_scaling", "rope_parameters"):
+        said = first(config.get(key), {})
+        if not isinstance(said, Mapping) or any(
+            value not in (None, plain.get(name)) for name, value in said.items()
+        ):
+            raise UsageError(f"config.json: {key} {said!r} is not known in MoE-LLaVA")
 
 
 def _stablelm(config: Said, head_dim: int) -> dict[str, Any]:

@@ -80,4 +80,15 @@ def test_a_scaling_that_moe_llava_has_not_is_refused(base, key):
     config = json.loads((GOLDEN / f"moe_llava_{base}" / "config.json").read_text())
     with pytest.raises(UsageError, match=key):
         MoETextConfig.of({**config, key: LLAMA_3}, base)
-    assert MoETextConfig.of({**config, key: None}, base)
+    used = MoETextConfig.of({**config, key: None}, base)
+    with pytest.raises(UsageError, match="20000"):
+        MoETextConfig.of({**config, key: {"rope_theta": 20000.0}}, base)
+    with pytest.raises(UsageError, match="partial_rotary_factor"):
+        MoETextConfig.of({**config, key: {"partial_rotary_factor": 0.1}}, base)
+    share = used.rotary_dims / used.head_dim
+    for none in (
+        {},
+        {"type": "default"},
+        {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share},
+    ):
+        assert MoETextConfig.of({**config, key: none}, base) == used
