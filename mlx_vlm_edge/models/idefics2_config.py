@@ -9,7 +9,7 @@ from ..checkpoint.configs.defaults import IDEFICS2_VISION, MISTRAL
 from ..connectors.perceiver import PerceiverConfig
 from ..errors import UsageError
 from ..language.llama import TextConfig
-from ..picture.preprocessing import Preprocessing, check_settings
+from ..picture.preprocessing import Preprocessing, check_normalised, check_settings
 from ..vision.vit import ViTConfig
 from .base import eos_ids
 
@@ -60,9 +60,7 @@ class Config:
                 raise UsageError(f"config.json lacks {part!r}")
         processor = config.get("preprocessor_config") or {}
         check_settings(processor, FIXED)
-        for key in ("image_mean", "image_std"):
-            if processor.get(key, HALVES) != HALVES:
-                raise UsageError(f"preprocessor_config.json: {key} {processor[key]} is not known")
+        check_normalised(processor, HALVES, HALVES)
         size = _edges(processor.get("size") or {})
         own = {**MISTRAL, **config["text_config"]}
         text = _text(own, config.get("tie_word_embeddings", False))

@@ -24,7 +24,12 @@ from ..errors import UsageError
 from ..kernels import resize_bilinear
 from ..language.llama import LanguageModel, TextConfig
 from ..picture.image import Pixels, fit
-from ..picture.preprocessing import Preprocessing, check_normalised, check_settings
+from ..picture.preprocessing import (
+    CLIP_SETTINGS,
+    Preprocessing,
+    check_normalised,
+    check_settings,
+)
 from ..picture.resize import Levels, Picture, levels
 from ..picture.tiling import Box, Size, Tiles, anyres_tiles, best_resolution, capped, unpad
 from ..picture.token_budget import OF_TOKENS, Block
@@ -62,7 +67,6 @@ FIXED = {
     "use_image_newline_parameter": True,
     "multimodal_projector_bias": True,
 }
-PIXELS = {"do_resize": True, "do_rescale": True, "resample": 3}  # of preprocessor_config.json
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def _resolutions(pinpoints: Any, side: int) -> tuple[Size, ...]:
 
 def _check_pixels(file: Mapping[str, Any], side: int, resolutions: tuple[Size, ...]) -> None:
     """Raises UsageError when preprocessor_config.json asks for other pixels than ours."""
-    check_settings(file, PIXELS)
+    check_settings(file, CLIP_SETTINGS)
     check_normalised(file, HALF, HALF)
     size, grids = file.get("size") or side, file.get("image_grid_pinpoints")
     lengths = size.values() if isinstance(size, Mapping) else [size]

@@ -24,7 +24,7 @@ STRATEGIES: dict[str, Strategy] = {
     "stretch": "stretch",
 }
 # What CLIP's image processor and those made after it do here: bicubic, in 0..1.
-_CLIP = {"do_resize": True, "do_rescale": True, "resample": 3}
+CLIP_SETTINGS = {"do_resize": True, "do_rescale": True, "resample": 3}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def image_strategy(
     if not isinstance(aspect, str) or aspect not in STRATEGIES:
         raise UsageError(f"config.json: image_aspect_ratio {aspect!r} is not known")
     file = config.get(PREPROCESSOR) or {}
-    check_settings(file, _CLIP)
+    check_settings(file, CLIP_SETTINGS)
     check_normalised(file, mean, std)
     return clip_strategy(file, side) if aspect == "square" else STRATEGIES[aspect]
 

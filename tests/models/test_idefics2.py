@@ -210,6 +210,13 @@ def test_the_context_ends_where_mistrals_layers_see_no_further():
     assert idefics2.Config.from_dict(config).context == 32768
 
 
+@pytest.mark.parametrize("mean", [None, 0.5, [0.5000001, 0.5, 0.5]])
+def test_the_same_mean_in_other_words_is_the_same(mean):
+    config = configs.read("idefics2-8b")
+    said = {**config, "preprocessor_config": config["preprocessor_config"] | {"image_mean": mean}}
+    assert idefics2.Config.from_dict(said) == idefics2.Config.from_dict(config)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
