@@ -34,7 +34,7 @@ def tell_unapplied(folder: Path, special: Collection[int]) -> None:
     """
     asked = list(_asked(read_json(folder / GENERATION_CONFIG), special))
     if asked:
-        note = f"{folder}: generation_config.json is not followed: {'; '.join(asked)}"
+        note = f"{folder}: generation_config.json is not followed by itself: {'; '.join(asked)}"
         say_once(printable(note, lines=False))
 
 
@@ -46,9 +46,12 @@ def _asked(settings: Mapping[str, Any], special: Collection[int]) -> Iterator[st
             continue  # as Idefics2's bad words
         if key == "repetition_penalty":
             told = quoted(value)
-            yield f"{key} {told} is --repetition-penalty {told} ({key}={told} in Python, requests)"
+            yield (
+                f"a {key} of {told} ({key}={told}, or --repetition-penalty {told} with a long "
+                "--repetition-context-size, comes nearest)"
+            )
         else:
-            yield f"{key} is not supported"
+            yield f"{key} (not supported)"
 
 
 def _all_of(words: Any, special: Collection[int]) -> bool:

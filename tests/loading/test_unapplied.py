@@ -45,7 +45,8 @@ def test_how_to_get_it_is_told_once(told):
     line = told({"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[7, 9]]})
     assert "--repetition-penalty 1.3" in line
     assert "repetition_penalty=1.3" in line
-    assert "no_repeat_ngram_size is not supported" in line
+    assert "--repetition-context-size" in line  # the original looks at all of the sequence
+    assert "no_repeat_ngram_size (not supported)" in line
     assert "bad_words_ids" in line
     assert line.count("\n") == 1
     again = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[7, 9]]}
