@@ -114,14 +114,20 @@ def sides(flag: str, text: str, order: str) -> tuple[int, int]:
 
 
 def default_model() -> str:
-    """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model."""
-    from ..hub.cache import usable_snapshot
-    from ..hub.models import ALIASES
+    """$MLX_VLM_EDGE_MODEL, else FastVLM-0.5B when it is on this machine, else the demo model.
+
+    Nothing that was not named is fetched: where an update was stopped, the folder of the older one.
+    """
+    from ..hub.cache import local_snapshot, usable_snapshot
+    from ..hub.models import ALIASES, obtain
 
     if name := os.environ.get("MLX_VLM_EDGE_MODEL"):
         return name
-    if usable_snapshot(ALIASES[DEFAULT_MODEL]):
+    repo = ALIASES[DEFAULT_MODEL]
+    if local_snapshot(repo):
         return DEFAULT_MODEL
+    if usable_snapshot(repo):
+        return str(obtain(DEFAULT_MODEL, offline=True))
     print(DEMO_NOTE, file=sys.stderr)
     return "demo"
 

@@ -392,6 +392,7 @@ def test_an_update_that_died_leaves_the_older_revision(online, cache, capsys):
     (older.parent / COMMIT).rename(older)
     (older.parents[1] / "refs" / "main").write_text("a" * 40)
     assert hub.obtain("fastvlm-0.5b") == older
+    assert default_model() == "fastvlm-0.5b"
     online.breaks = 3
     with pytest.raises(UsageError, match="connection lost"):
         hub.pull("fastvlm-0.5b")
@@ -400,7 +401,10 @@ def test_an_update_that_died_leaves_the_older_revision(online, cache, capsys):
         assert hub.obtain("fastvlm-0.5b", offline=offline) == older
         line = "its newest revision is not all here; aaaaaaaaaaaa is used"
         assert line in capsys.readouterr().err
-    assert default_model() == "fastvlm-0.5b"
+    online.asked, online.breaks = {}, 99
+    assert default_model() == str(older)  # which nobody named: it is not fetched
+    assert "aaaaaaaaaaaa is used" in capsys.readouterr().err
+    assert online.asked == {}
     online.error = ValueError("what it says, which is no answer")
     with pytest.raises(UsageError, match="answer cannot be used"):
         hub.obtain("fastvlm-0.5b")
