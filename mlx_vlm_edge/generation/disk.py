@@ -95,15 +95,15 @@ class DiskStore:
         arrays = {"keys": mx.array(keys)}
         for index, (k, v) in enumerate(layers):
             arrays |= {f"k{index}": k[..., :length, :], f"v{index}": v[..., :length, :]}
-        self._write(_name(model, "prompt"), arrays, keys)
-        for path in covered:
-            self._drop(path)
+        if self._write(_name(model, "prompt"), arrays, keys):
+            for path in covered:
+                self._drop(path)
 
     def _write(
         self, stem: str, arrays: dict[str, mx.array], keys: np.ndarray | None = None
-    ) -> None:
-        """Add a file, a prompt's with its keys. A folder that cannot be written to is told of, and
-        harms no answer."""
+    ) -> bool:
+        """Add a file, a prompt's with its keys; whether it is there. A folder that cannot be
+        written to is told of, and harms no answer."""
         try:
             saved = io.BytesIO()
             mx.save_safetensors(saved, arrays)
@@ -115,6 +115,8 @@ class DiskStore:
             self._evict()
         except (OSError, RuntimeError) as error:
             say(f"{self.folder}: the cache cannot be written ({error})")
+            return False
+        return True
 
     def _read_keys(self, path: Path) -> np.ndarray | None:
         """A prompt's keys, for which no more of its file is read; None as `_read` has it."""

@@ -158,8 +158,11 @@ class _Row:
         return self.left > 0
 
     def remember(self) -> None:
-        if self.run is not None:
-            self.run.end(self.said)
+        try:
+            if self.run is not None:
+                self.run.end(self.said)
+        except Exception as error:  # noqa: BLE001  (the answer is whole; the others go on)
+            say(f"an answer is not remembered ({type(error).__name__})")
 
 
 class Engine:
@@ -256,7 +259,7 @@ class Engine:
                 row.ticket.tell(ClosingError())
             while (ticket := self._line.take()) is not None:
                 ticket.tell(ClosingError())
-            self._rows.clear()
+            self._drop(lambda row: True)
             del self.model, self.processor, self.prefix_cache, self.adapters
         finally:
             self._idle.set()
@@ -276,7 +279,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001  (no row can go on; the next prompts may)
             for row in self._rows:
                 row.ticket.tell(error)
-            self._rows = []
+                row.said.clear()  # its pictures are remembered, and no cache that a step failed in
+            self._drop(lambda row: True)
         return True
 
     def _asked(self) -> bool:
@@ -294,10 +298,9 @@ class Engine:
     def _prefilled(self, ticket: Ticket) -> _Row:
         model, inputs, options, timer = ticket.model, ticket.inputs, ticket.options, ticket.timer
         cache = make_cache(model, inputs, options)
-        run, reused = None, 0
-        if self.prefix_cache is not None:
-            run = self.prefix_cache.begin(model, self.processor, inputs, cache)
-            reused = run.start
+        store = self.prefix_cache
+        run = None if store is None else store.begin(model, self.processor, inputs, cache)
+        reused = 0 if run is None else run.start
         timer.mark("queue")
         answer = answer_to(self.processor, inputs, options, timer, ticket.started, reused)
         sample = token_sampler(model, self.processor, inputs, options)
@@ -306,9 +309,13 @@ class Engine:
         if options.draft is not None:
             row.drafts = prompt_lookup(model, inputs, self.processor.eos_ids)
             answer.drafts = row.drafts
-        steps = prompt_logits(model, run or inputs, cache, options.prefill_step_size)
-        row.token = row.sample(timer.run(steps))
-        mx.async_eval(row.token)
+        try:
+            steps = prompt_logits(model, run or inputs, cache, options.prefill_step_size)
+            row.token = row.sample(timer.run(steps))
+            mx.async_eval(row.token)
+        except Exception:
+            row.remember()  # its pictures may be encoded
+            raise
         return row
 
     def _step(self) -> None:
@@ -357,13 +364,9 @@ class Engine:
 
     def _drop(self, is_over: Callable[[_Row], bool]) -> None:
         over = [row for row in self._rows if is_over(row)]
-        if over:
-            self._rows = [row for row in self._rows if row not in over]
+        self._rows = [row for row in self._rows if row not in over]
         for row in over:
-            try:
-                row.remember()
-            except Exception as error:  # noqa: BLE001  (its answer is whole; the others go on)
-                say(f"an answer is not remembered ({type(error).__name__})")
+            row.remember()
 
 
 def _logits(rows: Sequence[_Row]) -> Iterator[tuple[_Row, mx.array]]:

@@ -215,30 +215,28 @@ def stream_inputs(
     if inputs.tokens is None:
         mx.reset_peak_memory()
     run = None if remembers is None else remembers.begin(model, processor, inputs, cache)
-    if timer.progress is not None:
-        start, length = 0 if run is None else run.start, inputs.input_ids.shape[1]
-        timer.progress.expect(inputs.pixels, start, length, options.prefill_step_size)
-    logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
-    reused = 0 if run is None else run.reused
-    answer = answer_to(processor, inputs, options, timer, started, reused)
-    if options.draft is None:
-        tokens = decode(model, logits, cache, limit, sample)
-    else:
-        answer.drafts = prompt_lookup(model, inputs, processor.eos_ids)
-        tokens = decode_drafted(model, logits, cache, limit, sample, answer.drafts)
-    if run is None:
-        yield from _results(tokens, answer, sample)
-        return
     said: list[int] = []
     try:
+        if timer.progress is not None:
+            start, length = 0 if run is None else run.start, inputs.input_ids.shape[1]
+            timer.progress.expect(inputs.pixels, start, length, options.prefill_step_size)
+        logits = timer.run(prompt_logits(model, run or inputs, cache, options.prefill_step_size))
+        reused = 0 if run is None else run.reused
+        answer = answer_to(processor, inputs, options, timer, started, reused)
+        if options.draft is None:
+            tokens = decode(model, logits, cache, limit, sample)
+        else:
+            answer.drafts = prompt_lookup(model, inputs, processor.eos_ids)
+            tokens = decode_drafted(model, logits, cache, limit, sample, answer.drafts)
         for result in _results(tokens, answer, sample):
             if result.token is not None:
                 said.append(result.token)
             yield result
-            if len(said) == 1:
+            if run is not None and len(said) == 1:
                 run.keep_images()
-    finally:  # of a stream that is abandoned as well
-        run.end(said)
+    finally:  # of a stream that is abandoned as well, and of a prompt that fails on its way
+        if run is not None:
+            run.end(said)
 
 
 def prompt_logits(

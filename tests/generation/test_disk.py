@@ -148,6 +148,20 @@ def test_a_longer_prompt_takes_the_place_of_what_it_continues(folder):
     assert list(store.prompts("other")) == []
 
 
+def test_a_prompt_that_cannot_be_written_leaves_what_it_continues(folder, monkeypatch, capfd):
+    store, keys = DiskStore(folder), np.arange(90).reshape(30, 3)
+    layers = [(mx.zeros((1, 2, 30, 4)), mx.ones((1, 2, 30, 4)))]
+    store.keep_prompt("m", keys[:10], layers)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write", full)
+    store.keep_prompt("m", keys, layers)
+    assert [len(known) for _, known in store.prompts("m")] == [10]
+    assert "No space left" in capfd.readouterr().err
+
+
 @pytest.fixture
 def used(monkeypatch):
     """(what is done with a file, its name) from now on: read whole by us or MLX, or marked."""

@@ -13,7 +13,7 @@ from mlx_vlm_edge.generation.engine import BusyError, ClosingError, Engine, Line
 from mlx_vlm_edge.generation.prefix import Run
 from mlx_vlm_edge.timings import Timer
 
-from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
+from .test_prefix import FAMILIES, digests, family, fastvlm, models, picture  # noqa: F401  (fixtures)
 
 TOKENS = 12
 QUESTIONS = ("What is this?", "Name the colour of it, please.", "Is it red?", "How many are there?")
@@ -305,6 +305,36 @@ def test_what_cannot_be_remembered_harms_nobody(fastvlm, start, monkeypatch, cap
         ticket.cancel()
     assert ids(collected(second)) == want
     assert "not remembered (ValueError)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("fails", "files"), [("prefilling", 1), ("step", 1), ("nothing", 2)])
+def test_an_encoded_picture_is_written_whatever_ends_its_answer(
+    fastvlm,  # noqa: F811
+    start,
+    monkeypatch,
+    tmp_path,
+    fails,
+    files,
+):
+    """The prompt as well where the engine is closed; no cache of a step that failed."""
+    model, processor = fastvlm
+
+    def failing(*_):
+        raise RuntimeError("the device is lost")
+
+    if fails != "nothing":
+        monkeypatch.setattr(type(model), fails, failing)
+    engine = start(model, processor, prefix_cache=PrefixCache(disk=tmp_path))
+    inputs = processor(QUESTIONS[0], [picture(7)])
+    _, arrived = ask(engine, inputs, max_tokens=10_000)
+    if fails == "nothing":
+        assert arrived.get(timeout=60).token is not None
+    else:
+        assert isinstance(collected(arrived), RuntimeError)
+    engine.close()
+    (name,) = digests(model, processor, 7)
+    assert PrefixCache(disk=tmp_path).image(model, name) is not None
+    assert len(list(tmp_path.iterdir())) == files
 
 
 def test_pieces_give_an_answer_in_the_caller_s_thread(fastvlm, start):  # noqa: F811

@@ -459,6 +459,23 @@ def test_a_request_that_fails_leaves_nothing_that_others_cannot_use(fastvlm, mon
     assert generate(model, processor, **ask, prefix_cache=store) == want
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_picture_that_was_encoded_is_known_though_its_prompt_is_broken_off(
+    fastvlm, error, monkeypatch
+):
+    model, processor = fastvlm
+    store = PrefixCache()
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(type(model), "prefilling", broken)
+    with pytest.raises(error):
+        generate(model, processor, "Is it red?", [picture(1)], prefix_cache=store)
+    (name,) = digests(model, processor, 1)
+    assert store.image(model, name) is not None
+
+
 def test_threads_that_ask_about_the_same_pictures_get_their_own_answers(fastvlm):
     model, processor = fastvlm
     questions = [
