@@ -104,10 +104,13 @@ class Answering:
         try:
             async with self._preparing:
                 work = asyncio.ensure_future(run_in_threadpool(self._prepare, asked, timer))
+                # Looked at where nobody is left to be told, or the loop logs it as an error.
+                work.add_done_callback(lambda done: done.cancelled() or done.exception())
                 try:
-                    return await asyncio.shield(work)
+                    await asyncio.wait([work])
                 finally:  # cancelled or not, the thread goes on to its end, and has its place
                     await asyncio.wait([work])
+                return work.result()
         finally:
             self._under_way -= 1
 
