@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UsageError
+from ..system_files import of_the_system
 
 MAX_DOWNLOAD = 64 * 2**20  # bytes
 MAX_ADDRESS = 1 << 14  # characters
@@ -151,13 +152,14 @@ def _connect(
 
 
 def trusting() -> ssl.SSLContext:
-    """What checks https: by the authorities that OpenSSL finds or, where there are none, certifi's.
+    """What checks https: the certificates that OpenSSL finds or, where there are none, certifi's.
 
     python.org's Python for macOS comes without any.
     """
     context = ssl.create_default_context()
     folder = ssl.get_default_verify_paths().capath  # of which one is read when it is needed
-    if not context.cert_store_stats()["x509_ca"] and not (folder and any(os.scandir(folder))):
+    chosen = folder and any(not of_the_system(name) for name in os.listdir(folder))
+    if not chosen and not context.cert_store_stats()["x509"]:  # a server's own is no authority's
         import certifi
 
         context.load_verify_locations(certifi.where())

@@ -678,6 +678,36 @@ def test_authorities_that_someone_chose_are_the_only_ones(tmp_path, monkeypatch)
     assert fetch.trusting().cert_store_stats()["x509_ca"] == 0
 
 
+PINNED = """\
+-----BEGIN CERTIFICATE-----
+MIIBhzCCASygAwIBAgIUHOMhSz8YMtwnXU3/eLj608y4/2owCgYIKoZIzj0EAwIw
+GTEXMBUGA1UEAwwOcGlubmVkLmV4YW1wbGUwIBcNMjYxMTI3MTIyODQ4WhgPMjEy
+NjExMDMxMjI4NDhaMBkxFzAVBgNVBAMMDnBpbm5lZC5leGFtcGxlMFkwEwYHKoZI
+zj0CAQYIKoZIzj0DAQcDQgAE47SeCQKHvHf7A0uMpApQlbWQ7r41YNiZ+tacY1TW
+SIIpI218eP/ILymImMVQBUzIKJ6ioAF5mgzAkZBEGCNb4qNQME4wHQYDVR0OBBYE
+FEv8XnDLZSx4/xsCxBKuNvosrOSiMB8GA1UdIwQYMBaAFEv8XnDLZSx4/xsCxBKu
+NvosrOSiMAwGA1UdEwEB/wQCMAAwCgYIKoZIzj0EAwIDSQAwRgIhAIQXgmc55nxr
+BQrsreSwl470YK4jff5zMyjXBzAOkWsaAiEA5s3G+q9X/tSImFUXsyYpjGaYAyrN
+b3tQAAnhWcgtH7U=
+-----END CERTIFICATE-----
+"""  # pinned.example's own, CA:FALSE
+
+
+@pytest.mark.parametrize("certificate", [PINNED, None])
+def test_a_server_s_own_certificate_is_chosen_and_a_file_of_macos_is_not(
+    tmp_path, monkeypatch, certificate
+):
+    (tmp_path / ".DS_Store").touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pinned.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    if certificate:
+        (tmp_path / "pinned.pem").write_text(certificate)
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "nowhere"))
+        assert fetch.trusting().cert_store_stats() == {"crl": 0, "x509": 1, "x509_ca": 0}
+    else:
+        assert fetch.trusting().cert_store_stats()["x509_ca"] > 50
+
+
 @pytest.mark.parametrize("url", [
     "http://name.example/x", "https://u:p@name.example/x", "https:///x", "https://[x/", "x",
     "https://name.example:99999/", "file:///x",
