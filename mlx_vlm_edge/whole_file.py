@@ -64,13 +64,14 @@ def _write_through(path: Path, content: bytes) -> None:
 
 def take_after(new: Path, old: Path) -> None:
     """Give a file or folder the permissions of the one whose place it takes, and its owner and
-    group where this process may."""
+    group, each where this process and the file system may."""
     was = old.stat()
     for owner in (was.st_uid, -1):
         with suppress(OSError):
             os.chown(new, owner, was.st_gid)
             break
-    new.chmod(stat.S_IMODE(was.st_mode))
+    with suppress(OSError):
+        new.chmod(stat.S_IMODE(was.st_mode))
 
 
 def write(path: Path, content: bytes | str, mode: int = 0o666) -> None:

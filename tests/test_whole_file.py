@@ -68,3 +68,17 @@ def test_a_file_that_is_mounted_is_filled(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         whole_file.write(path, "newer")
     assert path.read_text() == "new"
+
+
+def test_where_permissions_cannot_be_set_it_is_its_owner_s_alone(tmp_path, monkeypatch):
+    """As on some mounted shares."""
+    path = tmp_path / "saved.json"
+    path.write_text("old")
+    path.chmod(0o644)
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refused)
+    whole_file.write(path, "new")
+    assert (path.read_text(), mode(path)) == ("new", 0o600)

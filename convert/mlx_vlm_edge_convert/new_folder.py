@@ -93,7 +93,7 @@ def new_folder(target: Path, *, overwrite: bool = False, listed: Listed) -> Iter
             _put_right(target, partial, old)
             _check(target, overwrite=overwrite, listed=listed)
             try:
-                partial.mkdir()
+                partial.mkdir(0o700 if target.is_dir() else 0o777)
                 if target.is_dir():
                     take_after(partial, target)
                 yield partial

@@ -190,3 +190,18 @@ def test_a_folder_moved_aside_by_a_killed_run_is_put_back(tmp_path):
         fail_while_writing(tmp_path / "out", AssertionError("written"))
     assert (tmp_path / "out" / "config").read_text() == "old"
     assert names(tmp_path) == {"out"}
+
+
+def test_where_permissions_cannot_be_set_a_replaced_folder_is_its_owner_s_alone(
+    tmp_path, monkeypatch
+):
+    target = tmp_path / "model"
+    target.mkdir(0o750)
+
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    with new_folder(target, overwrite=True, listed=listed) as partial:
+        (partial / "config").touch()
+    assert (names(target), target.stat().st_mode & 0o777) == ({"config"}, 0o700)
