@@ -16,6 +16,7 @@ from .. import whole_file
 from ..errors import UsageError
 from ..models.base import VisionLanguageModel
 from ..paths import expand
+from ..picture.check import Fetched
 from ..picture.image import Pixels
 from ..picture.video import Video
 from ..text.messages import kind_of
@@ -286,6 +287,8 @@ def _saved(source: Any) -> str | dict[str, Any]:
         return {"video": str(source.source), "fps": source.fps}
     if isinstance(source, str | Path):
         return str(source)
+    if isinstance(source, Fetched):
+        return source.address
     if not isinstance(source, bytes | bytearray | memoryview):
         import io
 

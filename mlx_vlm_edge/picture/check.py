@@ -9,6 +9,17 @@ from .pdf import Page
 from .video import Video, existing
 
 
+class Fetched(bytes):
+    """The bytes behind an address, which stands for them where they are saved."""
+
+    address: str
+
+    def __new__(cls, content: bytes, address: str) -> "Fetched":
+        fetched = super().__new__(cls, content)
+        fetched.address = address
+        return fetched
+
+
 def is_remote(source: Any) -> bool:
     """Whether a picture has to be fetched from another machine."""
     address = source.source if isinstance(source, Page) else source
@@ -35,10 +46,10 @@ def checked(source: Any, offline: bool = False) -> Any:
     if is_remote(source):
         if offline:
             refuse_remote(source)
-        from .fetch import fetch
+        from .fetch import download
 
         page, address = isinstance(source, Page), getattr(source, "source", source)
-        content = fetch(address, shown(address))
+        content = Fetched(download(address, shown(address)), address)
         source = replace(source, source=content) if page else content
     check_header(source)
     return source

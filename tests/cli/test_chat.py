@@ -1,6 +1,7 @@
 """The chat verb: at a terminal of its own, and from a pipe."""
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -10,14 +11,17 @@ import subprocess
 import sys
 import termios
 import time
+from argparse import Namespace
 
 import pytest
 
+from mlx_vlm_edge import Conversation
 from mlx_vlm_edge.cli import chat, main
 from mlx_vlm_edge.errors import UsageError
 from mlx_vlm_edge.generation.conversation import Turn
 
 from ..demo import IMAGES, known
+from ..generation.test_prefix import fastvlm, models  # noqa: F401  (fixtures)
 
 DESCRIBE = known("shapes.png", "Describe the image.")
 READ = known("text.png", "What does it say?")
@@ -207,6 +211,27 @@ def test_a_picture_that_is_none_is_told_before_a_model_is_looked_for(capfd, monk
     monkeypatch.setattr(chat, "_piped", lambda: "What is it?")
     assert main(["chat", "--model", "no/such/model", "--image", "no-such.png"]) == 2
     assert "no-such.png: no such file" in capfd.readouterr().err
+
+
+def test_a_picture_of_an_address_is_fetched_once_and_saved_as_its_address(
+    fastvlm,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    fetched, address = [], "https://name.example/shapes.png"
+
+    def download(asked, name):
+        fetched.append(asked)
+        return (IMAGES / "shapes.png").read_bytes()
+
+    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.download", download)
+    images = chat._checked(Namespace(image=[address], offline=False))
+    conversation = Conversation(*fastvlm, max_tokens=2)
+    conversation.ask("What is it?", images)
+    conversation.save(tmp_path / "chat.json")
+    assert fetched == [address]
+    saved = json.loads((tmp_path / "chat.json").read_text())
+    assert saved["turns"][0]["images"] == [address]
 
 
 def test_a_picture_that_cannot_be_asked_about_can_be_dropped(capfd):

@@ -243,7 +243,7 @@ def test_an_address_is_fetched_once_and_its_header_looked_at(generate, monkeypat
         fetched.append(address)
         return picture_file.read_bytes()
 
-    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.fetch", fetch)
+    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.download", fetch)
     answer = generate("--image", "http://example.com/a.png", "--max-tokens", 3)
     assert answer == generate("--image", picture_file, "--max-tokens", 3)
     assert fetched == ["http://example.com/a.png"]

@@ -331,7 +331,7 @@ def test_quantize_is_bits_under_its_old_name():
 
 
 def test_offline_fetches_no_picture(native_folder, monkeypatch):
-    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr("mlx_vlm_edge.picture.fetch.download", lambda *_: pytest.fail("fetched"))
     _, processor = load(str(native_folder), offline=True)
     with pytest.raises(UsageError, match="nothing is fetched offline"):
         processor("What is it?", images=["HTTPS://example.com/a.png"])
