@@ -102,9 +102,9 @@ final class Host {
 
     func remove(_ entry: Library.Entry) async {
         if chat.settings.bundle == entry.name {
-            await chat.unload()
-            chat.settings.bundle = nil
+            chat.settings.bundle = nil  // before another can be chosen
             chat.settings.keep(in: .standard)
+            await chat.unload()
         }
         do {
             try library?.remove(entry)

@@ -111,6 +111,7 @@ public final class Chat {
             await last?.value
             if Task.isCancelled { return }  // another has come meanwhile
             await self.letGo()
+            if Task.isCancelled { return }
             await next()
         }
         changing = task
