@@ -294,7 +294,7 @@ def test_requests_whose_pictures_are_being_read_are_counted_as_well(monkeypatch)
         )
 
     inputs = SimpleNamespace(input_ids=np.zeros((1, 5)))
-    monkeypatch.setattr(Answering, "_prepare", lambda *_: (inputs, None))
+    monkeypatch.setattr(Answering, "_prepare", lambda *_: inputs)
     *read, refused = asyncio.run(ask_at_once(4))
     assert read == [5, 5, 5]
     assert refused.status == 429
