@@ -139,11 +139,14 @@ def test_show_of_a_model_that_is_here(cached, capsys):
     assert "for a short question about a picture: weights " in shown
 
 
-def test_an_older_revision_that_is_whole_is_here_while_an_update_is_not(cached, capsys):
-    from mlx_vlm_edge.loading import fitting
+def test_an_older_revision_that_is_whole_is_here_while_an_update_is_not(
+    cached, capsys, monkeypatch
+):
+    from mlx_vlm_edge.loading import fitting, memory
     from mlx_vlm_edge.loading.cost import known_config
     from mlx_vlm_edge.loading.load import LoadOptions
 
+    monkeypatch.setattr(memory, "usable", lambda: 9000)  # bytes, which are shown
     command = ["models", "show", "fastvlm-0.5b", "--offline"]
     assert main(command) == 0
     whole, known = capsys.readouterr(), known_config("fastvlm-0.5b")
