@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from .swift_build import HERE, STRICT, SWIFT, package
-from .swift_session import CONTEXT
+from .swift_session import CONTEXT, SIDE
 
 SCRIPT = HERE.parents[1] / "examples" / "coreml_answer.py"
 
@@ -39,11 +39,15 @@ def demo_bundles(export, tmp_path_factory) -> dict[str, Path]:
     """The demo model with both caches, in float16 and, for the GPU, in float32."""
     from mlx_vlm_edge_convert.coreml.part import Options
 
-    folder, forms = tmp_path_factory.mktemp("demo"), {
-        "stateful": Options(context=CONTEXT),
-        "readonly": Options(compute="cpu-ne", context=CONTEXT, fused=False, image_input=False),
-        "float32": Options(precision="fp32", context=CONTEXT),
-    }  # fmt: skip
+    shape = {"context": CONTEXT, "size": (SIDE, SIDE)}
+    folder, forms = (
+        tmp_path_factory.mktemp("demo"),
+        {
+            "stateful": Options(**shape),
+            "readonly": Options(compute="cpu-ne", fused=False, image_input=False, **shape),
+            "float32": Options(precision="fp32", **shape),
+        },
+    )
     return {
         name: export("demo", folder / name, options=options, verify=False)
         for name, options in forms.items()

@@ -15,6 +15,8 @@ from .swift_link import Link
 QUESTIONS = ("Describe the image.", "What colour is it?", "How many shapes are there?")
 MOST = 24  # tokens
 CONTEXT = 192  # positions of the bundles: a picture, and three short turns
+SIDE = 384  # pixels, of the bundles: smaller than the demo model's own, so that exporting is quick
+VISUAL = (SIDE // 64) ** 2  # tokens of a picture
 
 
 def answers(
@@ -40,7 +42,7 @@ def mlx_answers(
     context: of a bundle, in the place of the model's. every: question has the pictures, not only
     the first.
     """
-    model, processor = load("demo")
+    model, processor = load("demo", resolution=SIDE)
     if context is not None:
         object.__setattr__(model.config, "context", context)
     chat = Conversation(model, processor, **{"max_tokens": MOST, **options})

@@ -21,11 +21,11 @@ from mlx_vlm_edge.picture.rgb import upright
 from mlx_vlm_edge.text.guard import GUARD
 from mlx_vlm_edge.text.tokenizer import Tokenizer
 
-from ..demo import IMAGES, ROOT, VISUAL
+from ..demo import IMAGES, ROOT
 from ..text.test_real_tokenizers import NPM, texts
 from .swift_build import STRICT, SWIFT, package
 from .swift_link import ORIENTATION, Link
-from .swift_session import CONTEXT, QUESTIONS, answers, mlx_answers, session
+from .swift_session import CONTEXT, QUESTIONS, VISUAL, answers, mlx_answers, session
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),

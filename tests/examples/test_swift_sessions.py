@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
-from ..demo import IMAGES, SIDE
+from ..demo import IMAGES
 from .swift_link import Link
-from .swift_session import CONTEXT, MOST, QUESTIONS, answers, mlx_answers
+from .swift_session import CONTEXT, MOST, QUESTIONS, SIDE, answers, mlx_answers
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("apt-get"),
@@ -33,7 +33,8 @@ def exported(export, tmp_path_factory):
         name = json.dumps([verify, options])
         if name not in bundles:
             out = folder / str(len(bundles))
-            bundles[name] = export("demo", out, options=Options(**options), verify=verify)
+            shape = Options(**{"size": (SIDE, SIDE), **options})
+            bundles[name] = export("demo", out, options=shape, verify=verify)
         return bundles[name]
 
     return bundle
