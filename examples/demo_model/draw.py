@@ -24,7 +24,7 @@ KINDS = ("text", "shapes", "position", "unknown")
 MIX = {"text": 0.2, "page": 0.7, "shapes": 0.05, "position": 0.01, "unknown": 0.04}
 ASKED_MIX = {"text": 0.5, "shapes": 0.27, "position": 0.08, "unknown": 0.15}
 LENGTHS = (1.0, 1.0, 1.3, 1.5, 1.7, 2.0, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4)  # 1 ... 12 characters
-LEAST_EM = 0.055  # smaller print has under 15 pixels to a capital in the model's 384
+LEAST_EM = 0.055  # smaller print has under 20 pixels to a capital in the model's 512
 LEAST_PRINT, LARGEST_PRINT = 0.07, 0.3  # ems of a page
 SIDE_EM = 200  # pixels per em at which texts are measured
 

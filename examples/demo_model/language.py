@@ -99,7 +99,7 @@ def answer_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of an answers' token, weighted, and the share of tokens that are right.
 
-    features[B, pictures, C, 6, 6].
+    features[B, pictures, C, 8, 8].
     """
     start = len(prompter.before)
     ids, targets = batch["ids"], batch["targets"]
@@ -138,7 +138,7 @@ def exact_match(
     model: DemoModel, prompter: Prompter, scenes: Sequence[tuple[Scene, Tensor]]
 ) -> dict[str, float]:
     """Share of questions per category that are answered exactly, greedy, about scenes and their
-    pixels[3, 384, 384]."""
+    pixels[3, 512, 512]."""
     model.eval()
     right: dict[str, list[bool]] = {}
     for index, (one, pixels) in enumerate(scenes):

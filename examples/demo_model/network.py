@@ -1,7 +1,7 @@
 """The demo model in PyTorch, un-fused: FastViTHD, a two-layer connector and a Qwen2 decoder.
 
-pixels[B, 3, 384, 384] in [0, 1] -> vision tower -> features[B, 36, 768] -> connector
--> visual tokens[B, 36, H] -> decoder -> logits. Attribute names are the checkpoint's names
+pixels[B, 3, 512, 512] in [0, 1] -> vision tower -> features[B, 64, 768] -> connector
+-> visual tokens[B, 64, H] -> decoder -> logits. Attribute names are the checkpoint's names
 (Apple's train-time layout), so a state dict is the checkpoint.
 
 While BatchNorm collects statistics the branches are computed one by one. Where its statistics
@@ -26,7 +26,7 @@ class Shape:
     layers: tuple[int, ...] = (1, 2, 4, 3, 2)
     mlp_ratio: int = 4
     layer_scale: float = 0.5
-    image_size: int = 384
+    image_size: int = 512
     hidden: int = 256
     intermediate: int = 512
     decoder_layers: int = 3

@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8[384, 384, 3] of a picture, padded and resized as the runtime does."""
+    """uint8[512, 512, 3] of a picture, padded and resized as the runtime does."""
     square = padded(image)
     if square.width != SIDE:
         square = square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -36,9 +36,9 @@ class Store:
     """Features of pictures and pairs, float16, and what can be asked about them."""
 
     scenes: list[Scene]
-    features: Tensor  # [count, 1, C, 6, 6]
+    features: Tensor  # [count, 1, C, 8, 8]
     changes: list[Change]  # none of them nothing
-    pair_features: Tensor  # [pairs, 2, C, 6, 6]
+    pair_features: Tensor  # [pairs, 2, C, 8, 8]
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def weight(one: Scene) -> float:
 def stored_batches(
     stored: Store, prompter: Prompter, size: int, seed: int, done: Callable[[], float]
 ) -> Iterator[Batch]:
-    """features[B, pictures, C, 6, 6], ids and targets, in random order; new talks every time.
+    """features[B, pictures, C, 8, 8], ids and targets, in random order; new talks every time.
 
     done: the share of the stage that is over."""
     rng = Random(f"settle-{seed}")

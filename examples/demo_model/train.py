@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from vision import Heads, accuracy, fine_losses, losses, to_float, weighted
 
 PAIRS_EVERY = 8  # every eighth new batch has pairs of pictures, half as many
-HELD_OUT = 384  # pictures of a check
+HELD_OUT = 192  # pictures of a check
 KEPT = 2000  # pictures of them while it learns: their maps go stale
-KEPT_FIXED = 24000  # pictures and pairs afterwards, 0.1 MB each
+KEPT_FIXED = 16000  # pictures and pairs afterwards, 0.2 MB each
 SAVED_EVERY = 250  # batches of the last stage
 AVERAGED = 0.997  # decay of the averaged weights
 Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, float]]]  # of a batch and its fine maps

@@ -43,7 +43,7 @@ def bounds(mark: Mark, scene: Scene) -> tuple[float, float, float, float]:
 
 
 def cells(scene: Scene) -> np.ndarray:
-    """int64[2, 48, 48]: label of the mark over each cell (0: none), and its number in the text."""
+    """int64[2, 64, 64]: label of the mark over each cell (0: none), and its number in the text."""
     grid = np.zeros((2, CELLS, CELLS), np.int64)
     for mark in scene.marks:
         left, top, right, bottom = (CELLS * side - 0.5 for side in bounds(mark, scene))
@@ -60,10 +60,10 @@ def cells(scene: Scene) -> np.ndarray:
 
 
 def held(scene: Scene, grid: int = GRID) -> np.ndarray:
-    """int64[36, 1 + 8]: of each visual token the number in the text of its first character (0:
+    """int64[64, 1 + 8]: of each visual token the number in the text of its first character (0:
     it has none), then its characters, a space before the one that follows it (0: none).
 
-    With the stride-32 map's grid int64[144, 1 + 4]. What holds more is not asked."""
+    With the stride-32 map's grid int64[256, 1 + 4]. What holds more is not asked."""
     table = np.zeros((grid * grid, 1 + HELD[grid]), np.int64)
     filled, before = [0] * len(table), 0
     for mark in scene.marks:
@@ -123,18 +123,18 @@ class Heads(nn.Module):
         self.cells = nn.Linear(shape.dims[2], 4 * (len(LABELS) + 1 + MAX_SLOTS + 1))
 
     def of_tokens(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits: attributes[B, .], first[B, 36, 15], text[B, 36, 8, 64]."""
+        """Logits: attributes[B, .], first[B, 64, 15], text[B, 64, 8, 64]."""
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2)
         text = self.text(tokens).unflatten(2, (HELD[GRID], -1))
         return self.attributes(tokens.mean(1)), self.first(tokens), text
 
     def of_middle(self, middle: Tensor) -> Tensor:
-        """Logits[B, 144, 4, 64] of the stride-32 map."""
+        """Logits[B, 256, 4, 64] of the stride-32 map."""
         squares = middle.permute(0, 2, 3, 1).flatten(1, 2)
         return self.parts(squares).unflatten(2, (HELD[2 * GRID], -1))
 
     def of_cells(self, fine: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the 8-pixel cells: marks[B, ., 48, 48], order[B, 15, 48, 48]."""
+        """Logits of the 8-pixel cells: marks[B, ., 64, 64], order[B, 15, 64, 64]."""
         dense = self.cells(fine.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         marks, order = F.pixel_shuffle(dense, 2).split([len(LABELS) + 1, MAX_SLOTS + 1], 1)
         return marks, order
@@ -204,7 +204,7 @@ def weighted(parts: dict[str, Tensor]) -> Tensor:
 
 
 def read(first: Tensor, text: Tensor) -> list[str]:
-    """What the heads read in each picture: first[B, 36] and text[B, 36, 8], classes."""
+    """What the heads read in each picture: first[B, 64] and text[B, 64, 8], classes."""
     result = []
     for numbers, tokens in zip(first.tolist(), text.tolist(), strict=True):
         order = sorted((number, i) for i, number in enumerate(numbers) if number)
