@@ -86,7 +86,7 @@ def test_where_the_report_goes_is_checked_before_anything_is_fetched(hub, capsys
 def test_texts_lose_what_is_personal(monkeypatch):
     monkeypatch.setattr(published, "_user", lambda: "ada")
     monkeypatch.setattr(published.platform, "node", lambda: "adas-mac.local")
-    monkeypatch.setattr(published.Path, "home", lambda: Path("/Users/ada"))
+    monkeypatch.setenv("HOME", "/Users/ada")
     told = published.without_paths(
         {"a": ["/Users/ada/models/x: damaged", "on adas-mac.local", 3], "b": "Adam, /tmp/ada/y"}
     )

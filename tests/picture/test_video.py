@@ -145,7 +145,7 @@ def test_a_film_is_turned_as_it_says(tmp_path, turned):
     ("make", "message"),
     [
         (lambda path: path / "none.gif", "no such file or folder"),
-        (lambda path: "~nouser/x", "~nouser/x: cannot be read"),
+        (lambda path: "~nouser/x", "~nouser/x: no such file or folder"),
         (lambda path: "a" * 5000, "cannot be read"),
         (lambda path: path, "no frames in it"),
         (
