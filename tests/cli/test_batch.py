@@ -165,7 +165,7 @@ def test_a_file_of_another_run_is_refused_and_stays_as_it_was(batch, pictures, m
 
 
 def test_a_file_knows_the_size_that_a_time_left(batch, pictures, monkeypatch):
-    sides = iter([64, 64, 128])
+    sides = iter([128, 128, 256])
     monkeypatch.setattr(budget, "largest_within", lambda *_: (next(sides), "said"))
     timed = ["--resolution", "auto", "--ttft-budget", "60s"]
     assert batch(pictures / "text.png", *timed)[0] == 0

@@ -42,23 +42,23 @@ def test_every_picture_has_its_own_size_and_it_is_told(ask, pictures):
     code, out, err = ask("--resolution", "auto", "--json", *images)
     told = json.loads(out)
     assert (code, err) == (0, "")
-    assert told["picture_sizes"] == [[SIDE, SIDE], [64, 64]]
-    assert told["visual_tokens"] == VISUAL + 1
+    assert told["picture_sizes"] == [[SIDE, SIDE], [128, 128]]
+    assert told["visual_tokens"] == VISUAL + 4
     _, out, err = ask("--resolution", "auto", "--verbose", *images)
-    assert f"images as the model sees them: {SIDE} x {SIDE}, 64 x 64" in err
+    assert f"images as the model sees them: {SIDE} x {SIDE}, 128 x 128" in err
 
 
 def test_in_python_and_within_a_limit():
-    model, processor = load("demo", resolution="auto", max_resolution=64)
+    model, processor = load("demo", resolution="auto", max_resolution=128)
     image = np.asarray(page(16))
     whole = generate(model, processor, "What?", [image], max_tokens=1, full=True)
-    assert whole.picture_sizes == ((64, 64),)
+    assert whole.picture_sizes == ((128, 128),)
     for options, message in (
         ({"resolution": "large"}, "pixels or auto, not 'large'"),
         ({"max_resolution": 64}, "max_resolution limits resolution auto"),
         ({"resolution": "auto", "max_resolution": "512"}, "max_resolution must be a whole number"),
         ({"resolution": "auto", "max_resolution": 0}, "max_resolution must be a whole number"),
-        ({"resolution": "auto", "max_resolution": 63}, "the smallest size is 64 pixels"),
+        ({"resolution": "auto", "max_resolution": 127}, "the smallest size is 128 pixels"),
         ({"resolution": "auto", "vision_backend": "coreml"}, "a Core ML package has one size"),
     ):
         with pytest.raises(UsageError, match=message):
