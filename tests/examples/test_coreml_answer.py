@@ -13,18 +13,19 @@ import pytest
 from mlx_vlm_edge_convert.coreml import manifest, prompts
 from mlx_vlm_edge_convert.coreml.check.interpreter import Package
 
-from mlx_vlm_edge import load, stream_generate
+from mlx_vlm_edge import generate, load, stream_generate
 from mlx_vlm_edge.errors import UsageError
 
-from ..demo import IMAGES, ROOT, SIDE, known
+from ..demo import IMAGES, ROOT
 from .conftest import SCRIPT
+from .swift_session import SIDE
 
 ASKED = [("shapes.png", "Describe the image."), ("text.png", "What does it say?")]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return load("demo", dtype="float32")
+    return load("demo", dtype="float32", resolution=SIDE)
 
 
 @pytest.fixture(params=["stateful", "readonly", "float32"])
@@ -136,10 +137,12 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_script_prints_the_answer(demo_bundles):
-    done = run(demo_bundles["stateful"], IMAGES / "shapes.png", ASKED[0][1])
+def test_the_script_prints_the_answer(demo, demo_bundles):
+    model, processor = demo
+    picture, question = ASKED[0]
+    done = run(demo_bundles["stateful"], IMAGES / picture, question)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == known(*ASKED[0]).answer + "\n"
+    assert done.stdout == generate(model, processor, question, [IMAGES / picture]) + "\n"
     assert "in the interpreter" in done.stderr
 
 
