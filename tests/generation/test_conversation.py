@@ -1,6 +1,7 @@
 """Several turns with pictures: nothing is computed twice; answers are those of a cold run."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,17 @@ from mlx_vlm_edge.timings import Timer
 from .test_prefix import FAMILIES, family, fastvlm, models, picture  # noqa: F401  (fixtures)
 
 TOKENS = 6
+
+
+@contextmanager
+def context_of(model, positions):
+    """The model with a shorter context; its own afterwards."""
+    before = model.config.context
+    object.__setattr__(model.config, "context", positions)
+    try:
+        yield
+    finally:
+        object.__setattr__(model.config, "context", before)
 
 
 def messages(chat):
@@ -89,8 +101,7 @@ def test_an_answer_that_is_broken_off_stays_as_far_as_it_came(fastvlm):  # noqa:
 
 def test_the_oldest_turns_leave_when_the_context_is_full(fastvlm, monkeypatch):  # noqa: F811
     model, processor = fastvlm
-    object.__setattr__(model.config, "context", 300)
-    try:
+    with context_of(model, 300):
         chat = Conversation(model, processor, max_tokens=TOKENS, system="Be brief.")
         dropped = []
         for index in range(12):
@@ -106,8 +117,6 @@ def test_the_oldest_turns_leave_when_the_context_is_full(fastvlm, monkeypatch): 
         with pytest.raises(UsageError, match="more than the context"):
             chat.ask("word " * 300)
         assert len(chat.turns) == 24
-    finally:
-        object.__setattr__(model.config, "context", 32768)
 
 
 @pytest.mark.parametrize(("length", "left_out"), [(225, 0), (226, 2)])
@@ -116,8 +125,7 @@ def test_a_quarter_of_the_context_is_left_for_an_answer(fastvlm, length, left_ou
     model, processor = fastvlm
     chat = Conversation(model, processor)
     turns = [Turn("user", ""), Turn("assistant", "A"), Turn("user", "What?")]
-    object.__setattr__(model.config, "context", 300)
-    try:
+    with context_of(model, 300):
         for count in range(300):
             turns[0] = Turn("user", "?!" * (count // 2) + "?" * (count % 2))
             asked = processor([turn.message() for turn in turns], [])
@@ -126,14 +134,11 @@ def test_a_quarter_of_the_context_is_left_for_an_answer(fastvlm, length, left_ou
         else:
             pytest.fail("no text of that length")
         assert chat._fitting(turns, Options(max_tokens=1000), Timer())[2] == left_out
-    finally:
-        object.__setattr__(model.config, "context", 32768)
 
 
 def test_turns_that_were_left_out_are_back_where_there_is_room_again(fastvlm):  # noqa: F811
     model, processor = fastvlm
-    object.__setattr__(model.config, "context", 300)
-    try:
+    with context_of(model, 300):
         chat = Conversation(model, processor, max_tokens=TOKENS)
         for index in range(12):
             chat.ask(f"Question {index}: what is this thing here?")
@@ -146,14 +151,11 @@ def test_turns_that_were_left_out_are_back_where_there_is_room_again(fastvlm):  
         other.turns = list(chat.turns)
         assert chat.ask("And this?") == other.ask("And this?")
         assert chat.dropped == other.dropped < dropped
-    finally:
-        object.__setattr__(model.config, "context", 32768)
 
 
 def test_turns_that_were_left_out_keep_no_pixels_and_are_forgotten_when_told(fastvlm):  # noqa: F811
     model, processor = fastvlm
-    object.__setattr__(model.config, "context", 400)
-    try:
+    with context_of(model, 400):
         chat = Conversation(model, processor, max_tokens=TOKENS)
         for index in range(12):
             chat.ask(f"Question {index}: what is this thing here?", picture(index))
@@ -172,16 +174,13 @@ def test_turns_that_were_left_out_keep_no_pixels_and_are_forgotten_when_told(fas
         assert len(other.turns) == len(chat.turns) - dropped
         other.forget(99)
         assert (other.turns, other.dropped) == ([], 0)
-    finally:
-        object.__setattr__(model.config, "context", 32768)
 
 
 @pytest.mark.parametrize("kept", [1, 3, 6, 9])
 def test_pictures_are_read_again_as_far_as_there_is_room(kept, fastvlm, tmp_path):  # noqa: F811
     """Of a conversation that went back, or was loaded: as if all had been read."""
     model, processor = fastvlm
-    object.__setattr__(model.config, "context", 400)
-    try:
+    with context_of(model, 400):
         chat = Conversation(model, processor, max_tokens=TOKENS)
         for index in range(12):
             chat.ask(f"Question {index}: what is this thing here?", picture(index))
@@ -201,8 +200,6 @@ def test_pictures_are_read_again_as_far_as_there_is_room(kept, fastvlm, tmp_path
             assert [bool(turn.pixels) for turn in one.turns[::2]] == [
                 index >= one.dropped // 2 for index in range(kept + 1)
             ]
-    finally:
-        object.__setattr__(model.config, "context", 32768)
 
 
 def test_turns_whose_pictures_are_gone_stay_left_out(models, tmp_path):  # noqa: F811
