@@ -3,11 +3,18 @@
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 
 # What moves a terminal's cursor, changes its state or turns text around.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _PROGRESS = re.compile(r"(\r|\x1b\[[KA])")  # of a line that changes: to its beginning, wiped, up
+
+
+def say(line: str) -> None:
+    """Tell on stderr of what went wrong beside an answer, and harms none."""
+    with suppress(OSError, ValueError):  # nobody reads there any more
+        print(line, file=sys.stderr, flush=True)
 
 
 @cache

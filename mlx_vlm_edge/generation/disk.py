@@ -7,7 +7,6 @@ when there is too much. Entries of other models and weights are never looked at.
 
 import io
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
@@ -21,6 +20,7 @@ from ..checkpoint.weights import read_header
 from ..errors import UsageError
 from ..paths import expand
 from ..whole_file import remove_abandoned, write
+from ..wording import say
 
 MAX_BYTES = 4 * 2**30
 FORMAT = 1  # raised when other numbers would be computed for the same model
@@ -193,9 +193,3 @@ def _state(path: Path) -> os.stat_result | None:
 
 def _content(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
-
-
-def say(line: str) -> None:
-    """Tell of what a cache could not do, which harms no answer."""
-    with suppress(OSError, ValueError):  # nobody reads there any more
-        print(line, file=sys.stderr, flush=True)

@@ -22,9 +22,9 @@ from ..language.rows import rows_of
 from ..models.base import VisionLanguageModel
 from ..text.prompt import Inputs, Processor
 from ..timings import Timer
+from ..wording import say
 from .answer import Answer, GenerationResult
 from .choosing import TokenSampler
-from .disk import say
 from .drafting import PromptLookup, prompt_lookup, verified_together
 from .loop import Options, answer_to, budget, make_cache, prompt_logits, token_sampler
 from .prefix import PrefixCache, Run
